@@ -1,0 +1,1 @@
+"""Distributed generation of personalised text from user embeddings."""

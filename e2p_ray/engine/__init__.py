@@ -1,0 +1,1 @@
+"""From groups of requests to raw texts; import the module that you need."""

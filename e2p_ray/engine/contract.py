@@ -1,0 +1,65 @@
+"""What every engine offers: the contract between `generate.py` and an engine, with or without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from e2p_ray.schema import Completion, Group
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Work done since the engine was made; take two and subtract to measure one shard."""
+
+    num_prompt_tokens: int = 0  # summed over requests, as if nothing were shared
+    num_computed_tokens: int = 0  # prompt tokens really run through the model
+    num_output_tokens: int = 0
+    num_steps: int = 0  # decode steps, each for all rows of a wave
+    num_prefix_tokens: int = 0  # tokens of shared prefixes, each counted once per prefill
+    num_waves: int = 0
+
+    def __sub__(self, earlier: EngineStats) -> EngineStats:
+        return EngineStats(
+            num_prompt_tokens=self.num_prompt_tokens - earlier.num_prompt_tokens,
+            num_computed_tokens=self.num_computed_tokens - earlier.num_computed_tokens,
+            num_output_tokens=self.num_output_tokens - earlier.num_output_tokens,
+            num_steps=self.num_steps - earlier.num_steps,
+            num_prefix_tokens=self.num_prefix_tokens - earlier.num_prefix_tokens,
+            num_waves=self.num_waves - earlier.num_waves,
+        )
+
+
+class TextEngine(Protocol):
+    """Writes one raw text a request; what becomes of it is decided in `generate.py`.
+
+    A text depends on its request, content and attempt only: never on its neighbours, their order or the worker.
+    """
+
+    @property
+    def projector_id(self) -> str: ...
+
+    @property
+    def base_model_id(self) -> str: ...
+
+    @property
+    def embedding_space(self) -> str: ...
+
+    @property
+    def embedding_dim(self) -> int: ...
+
+    @property
+    def stats(self) -> EngineStats: ...
+
+    def prompt_id(self, task: str, language: str) -> str:
+        """Stable hash of the prompt's template and layout."""
+        ...
+
+    def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+        """Exactly one completion a request, in any order; an error in one row is a completion with an error code.
+
+        A request without a user embedding is written without a soft token. `attempt` > 0 samples with the checks'
+        retry temperature from another random stream.
+        """
+        ...

@@ -1,0 +1,136 @@
+"""The engine: groups in, completions out, each content prefilled once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from e2p_ray.config import EngineConfig, JobConfig, SamplingConfig, TaskConfig
+from e2p_ray.engine.contract import EngineStats
+from e2p_ray.engine.decode import Bounds, Decoder, Row
+from e2p_ray.engine.manifest import load_manifest
+from e2p_ray.engine.model import BaseModel, pick_device
+from e2p_ray.engine.projector import Projector
+from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
+from e2p_ray.engine.sampling import stream_key
+from e2p_ray.engine.stopping import Stopping
+from e2p_ray.errors import IncompatibleError, RowError
+from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
+from e2p_ray.storage import Storage
+
+
+class Engine:
+    """A frozen base model and a projector; the contract is `engine.contract.TextEngine`."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        projector: Projector,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: Mapping[str, TaskConfig],
+        config: EngineConfig,
+        *,
+        retry_temperature: float = 0.7,
+    ) -> None:
+        manifest = projector.manifest
+        if manifest.d_model != base.d_model:
+            raise IncompatibleError(
+                f"projector {manifest.projector_id} makes soft tokens of width {manifest.d_model}, the base model's "
+                f"tokens have {base.d_model}. Use the base model it was trained for: {manifest.base_model_id}"
+            )
+        self._manifest = manifest
+        self._tasks = tasks
+        self._retry_temperature = retry_temperature
+        self.layout = PromptLayout(
+            tokenizer,
+            manifest.layout,
+            tasks,
+            num_soft_tokens=manifest.num_soft_tokens,
+            max_positions=base.max_positions,
+        )
+        samplings = {name: task.sampling for name, task in tasks.items()}
+        stopping = Stopping(tokenizer, base.vocab_size, _end_tokens(base, tokenizer), samplings)
+        projector = projector.to(base.device)
+        self._decoder = Decoder(base, projector, stopping, Bounds(config.max_rows, config.max_bytes))
+
+    @property
+    def projector_id(self) -> str:
+        return self._manifest.projector_id
+
+    @property
+    def base_model_id(self) -> str:
+        return self._manifest.base_model_id
+
+    @property
+    def embedding_space(self) -> str:
+        return self._manifest.embedding_space
+
+    @property
+    def embedding_dim(self) -> int:
+        return self._manifest.embedding_dim
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._decoder.stats
+
+    def prompt_id(self, task: str, language: str) -> str:
+        return self.layout.prompt_id(task, language)
+
+    def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+        """See `TextEngine.generate`. Completions come as rows finish; groups are read a wave ahead at most."""
+        refused: list[Completion] = []
+        for completion in self._decoder.run(self._rows(groups, attempt, refused)):
+            yield from refused
+            refused.clear()
+            yield completion
+        yield from refused
+
+    def _rows(self, groups: Iterable[Group], attempt: int, refused: list[Completion]) -> Iterator[Row]:
+        for group in groups:
+            sampling = self._sampling(group.task, attempt)
+            try:
+                segments = self.layout.segments(group.content, group.task)
+            except RowError as error:
+                code = ErrorCode(error.code)
+                refused += [Completion(r.key, "", FinishReason.ERROR, 0, 0, 0.0, code) for r in group.requests]
+                continue
+            for request in group.requests:
+                stream = stream_key(request.key, sampling.seed, attempt)
+                yield Row(request.key, segments, request.user_embedding, sampling, stream)
+
+    def _sampling(self, task: str, attempt: int) -> SamplingConfig:
+        sampling = self._tasks[task].sampling
+        if attempt == 0:
+            return sampling
+        return sampling.model_copy(update={"temperature": max(sampling.temperature, self._retry_temperature)})
+
+
+def _end_tokens(base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a text: the model's generation config and the tokenizer's own."""
+    generation = getattr(base.model, "generation_config", None)
+    found = getattr(generation, "eos_token_id", None)
+    ids = [found] if isinstance(found, int) else list(found or [])
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    return sorted(set(ids))
+
+
+def load_engine(config: JobConfig, storage: Storage) -> Engine:
+    """The engine of a job: projector and base model are found to belong together before the model is loaded."""
+    manifest, folder = load_manifest(config, storage)
+    device = pick_device(config.base_model.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.engine.num_threads or max(int(config.workers.num_cpus), 1))
+    projector = Projector.from_pretrained(storage, config.projector.uri)
+    assert projector.manifest == manifest, "the artifact changed between two reads"
+    base = BaseModel.load(folder.path, config.base_model.dtype, device)
+    return Engine(
+        base,
+        projector,
+        load_tokenizer(folder.path),
+        config.tasks,
+        config.engine,
+        retry_temperature=config.checks.retry_temperature,
+    )

@@ -1,0 +1,157 @@
+"""The frozen base model: loaded through transformers, refused when the engine does not fit it, proven unchanged."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from e2p_ray.engine.shared_prefix import ATTENTION_NAME, Step, shared_prefix_attention
+from e2p_ray.errors import ConfigError, UnsupportedModelError
+
+# Each is proven equal to transformers' own forward in tests/test_engine_architectures.py.
+SUPPORTED_MODEL_TYPES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt2"}
+)
+# Rotary embeddings whose angles depend on the length of the sequence: a shared prefix has none of its own.
+_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+
+def refuse_unsupported(config: PreTrainedConfig, where: str) -> None:
+    """Raise UnsupportedModelError naming what in this architecture the engine does not fit."""
+
+    def refuse(why: str) -> None:
+        raise UnsupportedModelError(
+            f"{where}: {why}. Supported model types: {', '.join(sorted(SUPPORTED_MODEL_TYPES))}"
+        )
+
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        refuse(f"model type {config.model_type!r} is not supported")
+    for rope in _rope_types(getattr(config, "rope_parameters", None)):
+        if rope in _LENGTH_DEPENDENT_ROPE:
+            refuse(f"rotary embedding {rope!r} depends on the sequence length")
+    if getattr(config, "use_bidirectional_attention", False):
+        refuse("its attention is not causal")
+    if getattr(config, "add_cross_attention", False):
+        refuse("it has cross-attention")
+
+
+def _rope_types(parameters: Any) -> list[str]:
+    if not isinstance(parameters, dict):
+        return []
+    if "rope_type" in parameters:
+        return [parameters["rope_type"]]
+    return [nested.get("rope_type", "default") for nested in parameters.values() if isinstance(nested, dict)]
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"base_model.device {device!r}: use auto, cpu, cuda or cuda:N") from error
+
+
+class BaseModel:
+    """A frozen causal language model whose attention goes through a `Step`.
+
+    `hidden` and `logits` are split so that the vocabulary product runs only for the positions that need it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        refuse_unsupported(model.config, model.config.name_or_path or type(model).__name__)
+        AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
+        model.set_attn_implementation(ATTENTION_NAME)
+        model.eval().requires_grad_(False)
+        self.model = model
+        config = model.config
+        self.num_layers: int = config.num_hidden_layers
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // self.num_heads
+        self.d_model: int = config.hidden_size
+        self.vocab_size: int = config.vocab_size
+        self.max_positions: int = config.max_position_embeddings
+        self._decoder = model.base_model
+        head = model.get_output_embeddings()
+        assert isinstance(head, nn.Module), "a causal language model has output embeddings"
+        self._head = head
+        self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    @classmethod
+    def load(cls, folder: Path, dtype: str, device: torch.device) -> BaseModel:
+        """Load from a transformers folder; safetensors only, no remote code.
+
+        Raises ConfigError for a folder without safetensors, UnsupportedModelError before any weight is read.
+        """
+        if not any(folder.glob("*.safetensors")):
+            raise ConfigError(f"{folder}: no .safetensors weights. Convert the model; pickle files are never loaded")
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        refuse_unsupported(config, str(folder))
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        return cls(model.to(device))
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one position over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def token_embedding_rms(self) -> float:
+        """Root mean square of the token embeddings: the size that a soft token should have."""
+        weight = self.model.get_input_embeddings().weight
+        return float(weight.float().square().mean().sqrt())
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Token ids (...) to embeddings (..., d_model)."""
+        embedded: Tensor = self.model.get_input_embeddings()(token_ids)
+        return embedded
+
+    def hidden(self, inputs_embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:
+        """Run the decoder on (n, q, d_model) at position_ids (n, q); keys and values go to and come from `step`."""
+        output = self._decoder(
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,  # never left to the cache's length, which is the suffix's alone
+            past_key_values=step,
+            use_cache=True,
+            e2p_step=step,
+        )
+        states: Tensor = output.last_hidden_state
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits (n, V) of hidden states (n, d_model), in float32."""
+        logits: Tensor = self._head(hidden).float()
+        if self._logit_cap is not None:
+            logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
+        return logits
+
+    def weights_hash(self) -> str:
+        """sha256 over every parameter and buffer: equal before and after proves the model stayed frozen."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

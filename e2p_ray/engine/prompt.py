@@ -1,0 +1,133 @@
+"""The prompt layout: texts of a content and a task -> token ids left and right of the soft token."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from e2p_ray.config import PromptTemplate, TaskConfig
+from e2p_ray.engine.manifest import Layout
+from e2p_ray.errors import ConfigError, RowError
+from e2p_ray.schema import Content, ErrorCode
+
+_PLACEHOLDER = re.compile(r"\{(title|body)\}")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a transformers folder; no remote code."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    return tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Token ids around the soft token: [left] SOFT [right]. The left part is the shared prefix."""
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+    truncated: bool  # the content lost its tail
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.left) + len(self.right)
+
+
+class PromptLayout:
+    """Builds the segments of a prompt: head, content, cue before, SOFT, cue after.
+
+    content_first: [head content cue_before] SOFT [cue_after]; soft_first: SOFT [head content cue_before cue_after].
+    Segments are tokenised apart, so that a content's ids do not depend on the task or the user.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        layout: Layout,
+        tasks: Mapping[str, TaskConfig],
+        *,
+        num_soft_tokens: int,
+        max_positions: int,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._layout = layout
+        self._tasks = tasks
+        self._num_soft_tokens = num_soft_tokens
+        self._max_positions = max_positions
+        self._start = tuple(_start_tokens(tokenizer))
+
+    def template(self, task: str, language: str) -> PromptTemplate:
+        """The task's template for a language: its own, its base language's ('en' for 'en-US'), or the default's."""
+        if task not in self._tasks:
+            raise ConfigError(f"task {task!r} is not in the configuration; it has {sorted(self._tasks)}")
+        config = self._tasks[task]
+        found = config.prompt_for(language) or config.prompt_for(re.split(r"[-_]", language, maxsplit=1)[0])
+        if found is None:
+            raise ConfigError(
+                f"tasks.{task}.prompts has no template for language {language!r} and no 'default'; it has "
+                f"{sorted(config.prompts)}. Add one"
+            )
+        return found
+
+    def prompt_id(self, task: str, language: str) -> str:
+        """Stable hash of everything about a prompt but the content and the user."""
+        template = self.template(task, language).model_dump()
+        parts = [self._layout, self._num_soft_tokens, self._tasks[task].max_content_tokens, template]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+    def segments(self, content: Content, task: str) -> Segments:
+        """The token ids for one content and task. Raises RowError when not even the cues fit the model's window."""
+        template = self.template(task, content.language)
+        config = self._tasks[task]
+        head = [*self._start, *self._encode(template.head)]
+        before, after = self._encode(template.cue_before), self._encode(template.cue_after)
+        used = len(head) + len(before) + len(after) + self._num_soft_tokens + config.sampling.max_new_tokens
+        room = min(config.max_content_tokens, self._max_positions - used)
+        if room < 1:
+            raise RowError(
+                ErrorCode.PROMPT_TOO_LONG,
+                f"cues and {config.sampling.max_new_tokens} new tokens leave no room for the content in a window of "
+                f"{self._max_positions} tokens",
+            )
+        values = {"title": content.title, "body": content.body}
+        text = _PLACEHOLDER.sub(lambda match: values[match[1]], template.content)
+        body = self._encode_data(text)
+        truncated = len(body) > room
+        if truncated:
+            body = self._cut(body, room)
+        if self._layout == "soft_first":
+            return Segments((), (*head, *body, *before, *after), truncated)
+        return Segments((*head, *body, *before), tuple(after), truncated)
+
+    def _encode(self, text: str) -> list[int]:
+        """Our own template text: special tokens written in it are meant."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+    def _encode_data(self, text: str) -> list[int]:
+        """Content is data: a special token spelled out in it stays plain text."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _cut(self, ids: list[int], room: int) -> list[int]:
+        """Keep the head, and do not end within a character of several byte tokens."""
+        ids = ids[:room]
+        for _ in range(3):
+            if len(ids) > 1 and str(self._tokenizer.decode(ids[-4:])).endswith("\ufffd"):
+                ids = ids[:-1]
+        return ids
+
+
+def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer itself puts before a text, or its begin token when it has one of its own."""
+    start = list(tokenizer.encode(""))
+    if start and start[-1] == tokenizer.eos_token_id:
+        start = start[:-1]
+    if start or tokenizer.bos_token_id is None or tokenizer.bos_token_id == tokenizer.eos_token_id:
+        return start
+    return [tokenizer.bos_token_id]

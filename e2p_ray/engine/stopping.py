@@ -1,0 +1,85 @@
+"""When a row is done, and what its text is: end tokens, stop strings, caps on tokens and characters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from e2p_ray.config import SamplingConfig
+from e2p_ray.schema import FinishReason
+
+_PARTIAL = "\ufffd"  # what a tokenizer shows for the bytes of an unfinished character
+
+
+class Stopping:
+    """Decides after every token; looks at text only when the new token could have completed something.
+
+    Raises nothing; ids beyond the tokenizer's vocabulary (padded output layers) decode to nothing.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        end_tokens: Sequence[int],
+        samplings: Mapping[str, SamplingConfig],
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._is_end = np.zeros(vocab_size, np.bool_)
+        self._is_end[[token for token in end_tokens if 0 <= token < vocab_size]] = True
+        num_known = min(len(tokenizer), vocab_size)
+        texts = [str(text) for text in tokenizer.batch_decode([[token] for token in range(num_known)])]
+        # A token alone may lose a leading space that it has within a text: one more is an upper bound.
+        self._max_chars_of = np.ones(vocab_size, np.int64)
+        self._max_chars_of[:num_known] += [len(text) for text in texts]
+        self._may_stop: dict[tuple[str, ...], npt.NDArray[np.bool_]] = {}
+        for stop in {sampling.stop for sampling in samplings.values()}:
+            last = {text[-1] for text in stop if text}
+            may = np.zeros(vocab_size, np.bool_)
+            may[:num_known] = [_PARTIAL in text or not last.isdisjoint(text) for text in texts]
+            self._may_stop[stop] = may
+
+    def is_end(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which tokens (n,) end a text."""
+        return self._is_end[tokens]
+
+    def max_chars_of(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """An upper bound of the characters each token (n,) adds."""
+        return self._max_chars_of[tokens]
+
+    def may_stop(self, stop: tuple[str, ...], token: int) -> bool:
+        """Whether this token can complete one of the stop strings."""
+        return bool(stop) and bool(self._may_stop[stop][token])
+
+    def reason(self, tokens: npt.NDArray[np.int64], sampling: SamplingConfig) -> FinishReason | None:
+        """Whether the text of these tokens has reached a stop string or its cap on characters."""
+        text = self._decode(tokens)
+        if _first_stop(text, sampling.stop) is not None:
+            return FinishReason.STOP_STRING
+        if sampling.max_chars is not None and len(text.lstrip()) >= sampling.max_chars:
+            return FinishReason.MAX_CHARS
+        return None
+
+    def text(self, tokens: npt.NDArray[np.int64], sampling: SamplingConfig) -> str:
+        """The text of these tokens, without leading white space, cut at the first stop string and the cap."""
+        text = self._decode(tokens)
+        at = _first_stop(text, sampling.stop)
+        if at is not None:
+            text = text[:at]
+        text = text.lstrip()
+        if sampling.max_chars is not None:
+            text = text[: sampling.max_chars]
+        return text.removesuffix(_PARTIAL)
+
+    def _decode(self, tokens: npt.NDArray[np.int64]) -> str:
+        return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+
+
+def _first_stop(text: str, stop: tuple[str, ...]) -> int | None:
+    """Where the first stop string begins; one within the leading white space does not count."""
+    start = len(text) - len(text.lstrip())
+    found = [at for at in (text.find(item, start) for item in stop if item) if at >= 0]
+    return min(found) if found else None

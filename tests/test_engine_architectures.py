@@ -1,0 +1,131 @@
+"""Every supported architecture: shared-prefix logits equal plain per-pair logits of transformers' own attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from e2p_ray.engine.decode import Decoder
+from e2p_ray.engine.engine import Engine
+from e2p_ray.engine.manifest import Layout
+from e2p_ray.errors import UnsupportedModelError
+from e2p_ray.schema import Content, Group, RequestKey
+from tests import tiny_models
+
+TOLERANCE = 1e-4
+ARCHITECTURES = tiny_models.configs()
+
+
+@dataclass
+class Trace:
+    """The logits of every choice an engine made, by request and step, and the tokens it chose."""
+
+    logits: dict[tuple[RequestKey, int], Tensor] = field(default_factory=dict)
+    tokens: dict[RequestKey, list[int]] = field(default_factory=dict)
+
+
+def run_traced(engine: Engine, groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> Trace:
+    trace = Trace()
+    plain = Decoder._choose
+
+    def spy(self: Decoder, active: Any, logits: Tensor, first: int) -> None:
+        keys = [row.key for row in active.rows[first : first + len(logits)]]
+        steps = active.num_written[first : first + len(logits)].copy()
+        plain(self, active, logits, first)
+        for at, (key, step) in enumerate(zip(keys, steps, strict=True)):
+            trace.logits[key, int(step)] = logits[at].clone()
+            trace.tokens.setdefault(key, []).append(int(active.written[first + at, step]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "_choose", spy)
+        list(engine.generate(groups))
+    return trace
+
+
+@torch.inference_mode()
+def naive_logits(
+    model: Any, engine: Engine, content: Content, embedding: np.ndarray | None, tokens: list[int]
+) -> Tensor:
+    """One plain forward of one pair's whole sequence: the logits before each of `tokens`."""
+    segments = engine.layout.segments(content, "headline")
+    embed = model.get_input_embeddings()
+    parts = [embed(torch.tensor(segments.left, dtype=torch.long))]
+    if embedding is not None:
+        parts.append(engine._decoder._projector(torch.from_numpy(embedding)[None])[0])
+    parts += [embed(torch.tensor(ids, dtype=torch.long)) for ids in (segments.right, tuple(tokens[:-1]))]
+    sequence = torch.cat(parts)[None]
+    logits: Tensor = model(inputs_embeds=sequence).logits[0, -len(tokens) :].float()
+    return logits
+
+
+def largest_difference(model: Any, engine: Engine, groups: list[Group], trace: Trace, *, swap: bool = False) -> float:
+    """The largest difference over all pairs and steps; `swap` gives every user the next one's user embedding."""
+    worst = 0.0
+    for group in groups:
+        embeddings = [request.user_embedding for request in group.requests]
+        if swap:
+            embeddings = embeddings[1:] + embeddings[:1]
+        for request, embedding in zip(group.requests, embeddings, strict=True):
+            tokens = trace.tokens[request.key]
+            expected = naive_logits(model, engine, group.content, embedding, tokens)
+            found = torch.stack([trace.logits[request.key, step] for step in range(len(tokens))])
+            worst = max(worst, float((expected - found).abs().max()))
+    return worst
+
+
+@pytest.mark.parametrize("num_soft_tokens", [1, 2])
+@pytest.mark.parametrize(
+    ("layout", "cue_after"), [("content_first", ""), ("content_first", " headline:"), ("soft_first", "")]
+)
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_logits_equal_plain_forward(
+    name: str, layout: Layout, cue_after: str, num_soft_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ARCHITECTURES[name]
+    tasks = {"headline": tiny_models.task(cue_after=cue_after)}
+    engine = tiny_models.engine_of(config, layout=layout, num_soft_tokens=num_soft_tokens, tasks=tasks, max_rows=7)
+    sizes = (5, 1, 3, 4)
+    groups, first = [], 0
+    for content, size in zip(tiny_models.contents(4), sizes, strict=True):
+        groups.append(tiny_models.group(content, range(first, first + size), without=[first + 1]))
+        first += size
+    trace = run_traced(engine, groups, monkeypatch)
+    assert len(trace.tokens) == sum(sizes)
+    model = tiny_models.random_model(config)
+    assert largest_difference(model, engine, groups, trace) < TOLERANCE
+    assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_greedy_texts_equal_hf_generate(name: str) -> None:
+    config = ARCHITECTURES[name]
+    engine = tiny_models.engine_of(config)
+    groups = [tiny_models.group(content, range(3)) for content in tiny_models.contents(3)]
+    texts = {completion.key: completion.text for completion in engine.generate(groups)}
+    model, tokenizer = tiny_models.random_model(config), tiny_models.byte_tokenizer()
+    embed = model.get_input_embeddings()
+    for group in groups:
+        left = embed(torch.tensor(engine.layout.segments(group.content, "headline").left))
+        for request in group.requests:
+            assert request.user_embedding is not None
+            soft = engine._decoder._projector(torch.from_numpy(request.user_embedding)[None])[0]
+            sequence = torch.cat([left, soft])[None]
+            output = model.generate(inputs_embeds=sequence, max_new_tokens=8, do_sample=False)
+            expected = tokenizer.decode(output[0], skip_special_tokens=True).lstrip()
+            assert texts[request.key] == expected.removesuffix("\ufffd")
+
+
+def test_an_architecture_that_does_not_fit_is_refused_by_name() -> None:
+    from transformers import BloomConfig, LlamaConfig
+
+    bloom = BloomConfig(vocab_size=300, hidden_size=48, n_layer=2, n_head=4)
+    with pytest.raises(UnsupportedModelError, match="'bloom'"):
+        tiny_models.engine_of(bloom)
+    values = tiny_models._common(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    with pytest.raises(UnsupportedModelError, match="'dynamic'"):
+        tiny_models.engine_of(LlamaConfig(**values))

@@ -1,0 +1,202 @@
+"""Tiny random base models of every supported architecture, and a tokenizer without any download."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from e2p_ray.config import EngineConfig, PromptTemplate, SamplingConfig, TaskConfig
+from e2p_ray.engine.engine import Engine
+from e2p_ray.engine.manifest import Layout, ProjectorManifest
+from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.projector import Projector, ReferenceStatistics
+from e2p_ray.schema import Content, Group, Request, RequestKey, UserEmbedding
+
+BOS, EOS, PAD = 256, 257, 258
+VOCAB_SIZE = 300
+EMBEDDING_DIM = 12
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: any text in any language, nothing to train."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: at for at, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|bos|>", "<|eos|>", "<|pad|>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
+    )
+
+
+def _common(**changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "pad_token_id": PAD,
+        "initializer_range": 0.3,  # large, so that attention and greedy choices are far from uniform
+    }
+    return values | changes
+
+
+def configs() -> dict[str, PreTrainedConfig]:
+    """One configuration an architecture; windows shorter than the prompts where the architecture has them."""
+    gpt2 = GPT2Config(
+        vocab_size=VOCAB_SIZE,
+        n_embd=48,
+        n_layer=3,
+        n_head=4,
+        n_positions=512,
+        bos_token_id=EOS,
+        eos_token_id=EOS,
+        initializer_range=0.3,
+    )
+    neox_values = _common()
+    del neox_values["num_key_value_heads"]
+    return {
+        "llama": LlamaConfig(**_common()),
+        "mistral": MistralConfig(**_common(sliding_window=24)),
+        "qwen2": Qwen2Config(
+            **_common(use_sliding_window=True, sliding_window=24, max_window_layers=1, tie_word_embeddings=True)
+        ),
+        "qwen3": Qwen3Config(**_common(head_dim=16)),
+        "gemma2": Gemma2Config(
+            **_common(
+                head_dim=16,
+                sliding_window=24,
+                query_pre_attn_scalar=16,
+                attn_logit_softcapping=5.0,
+                final_logit_softcapping=10.0,
+            )
+        ),
+        "gemma3_text": Gemma3TextConfig(
+            **_common(head_dim=16, sliding_window=24, query_pre_attn_scalar=16, layer_types=_gemma3_layers())
+        ),
+        "phi3": Phi3Config(**_common()),
+        "gpt_neox": GPTNeoXConfig(**neox_values),
+        "gpt2": gpt2,
+    }
+
+
+def _gemma3_layers() -> list[str]:
+    return ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def random_model(config: PreTrainedConfig, *, attention: str = "eager", seed: int = 0) -> PreTrainedModel:
+    """A model with random weights, the same for the same seed whatever the attention."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+    model.generation_config.eos_token_id = EOS
+    return model.eval()
+
+
+def random_projector(
+    d_model: int, *, layout: Layout = "content_first", num_soft_tokens: int = 1, output_rms: float = 0.5, seed: int = 1
+) -> Projector:
+    """A projector with random weights that tells users apart."""
+    torch.manual_seed(seed)
+    manifest = ProjectorManifest(
+        embedding_dim=EMBEDDING_DIM,
+        embedding_space="space-1",
+        d_model=d_model,
+        base_model_id="tiny@0",
+        tokenizer_hash="bytes",
+        output_rms=output_rms,
+        layout=layout,
+        hidden_dim=16,
+        num_soft_tokens=num_soft_tokens,
+    ).with_files({})
+    projector = Projector(manifest, ReferenceStatistics.of(torch.randn(64, EMBEDDING_DIM)))
+    for parameter in projector.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return projector.eval().requires_grad_(False)
+
+
+def task(cue_before: str = "\n>", cue_after: str = "", **sampling: Any) -> TaskConfig:
+    """A task in one template for every language."""
+    prompt = PromptTemplate(head="News. ", cue_before=cue_before, cue_after=cue_after)
+    values: dict[str, Any] = {"max_new_tokens": 8, "stop": ()} | sampling
+    return TaskConfig(prompts={"default": prompt}, sampling=SamplingConfig(**values))
+
+
+def engine_of(
+    config: PreTrainedConfig,
+    *,
+    layout: Layout = "content_first",
+    num_soft_tokens: int = 1,
+    tasks: dict[str, TaskConfig] | None = None,
+    max_rows: int = 64,
+    max_bytes: int = 1 << 30,
+) -> Engine:
+    """An engine over a tiny random model."""
+    projector = random_projector(config.hidden_size, layout=layout, num_soft_tokens=num_soft_tokens)
+    return Engine(
+        BaseModel(random_model(config)),
+        projector,
+        byte_tokenizer(),
+        tasks or {"headline": task()},
+        EngineConfig(max_rows=max_rows, max_bytes=max_bytes),
+    )
+
+
+def user_embedding(seed: int) -> UserEmbedding:
+    return np.random.default_rng(seed).standard_normal(EMBEDDING_DIM).astype(np.float32)
+
+
+def group(content: Content, users: Sequence[int], *, task_name: str = "headline", without: Sequence[int] = ()) -> Group:
+    """One content for these users; those in `without` have no user embedding."""
+    requests = tuple(
+        Request(
+            RequestKey(f"u{user}", content.content_id, task_name), None if user in without else user_embedding(user)
+        )
+        for user in users
+    )
+    return Group(content, task_name, requests)
+
+
+def contents(num: int, *, seed: int = 0) -> list[Content]:
+    """Contents of unequal lengths (20 to 90 bytes), in English and Japanese."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for at in range(num):
+        if at % 3 == 2:
+            body = "".join(rng.choice(list("東京都は新しい橋を三つ建てる計画を発表した。")) for _ in range(rng.integers(5, 25)))
+            found.append(Content(f"c{at}", "橋の計画", body, "ja"))
+        else:
+            body = " ".join(rng.choice(["bridge", "river", "cost", "plan", "new"]) for _ in range(rng.integers(2, 15)))
+            found.append(Content(f"c{at}", "Bridge plan", body, "en"))
+    return found
+
+
+def save_model_folder(config: PreTrainedConfig, folder: Path) -> Path:
+    """A loadable transformers folder of a tiny random model."""
+    random_model(config).save_pretrained(folder, safe_serialization=True)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
