@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def _gemma3_layers() -> list[str]:
 def random_model(config: PreTrainedConfig, *, attention: str = "eager", seed: int = 0) -> PreTrainedModel:
     """A model with random weights, the same for the same seed whatever the attention."""
     torch.manual_seed(seed)
+    config = copy.deepcopy(config)  # a model writes its attention's name into its configuration
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     model.generation_config.eos_token_id = EOS
     return model.eval()

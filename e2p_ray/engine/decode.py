@@ -380,6 +380,8 @@ class Decoder:
             if reason is not None:
                 completions.append(self._completion(active, slot, reason))
                 finished.append(slot)
+            if reason is FinishReason.ERROR:
+                active.slots.clear(slot)
         if finished:
             active.remove(finished)
             self._prefix_rows = None

@@ -167,8 +167,14 @@ class SuffixSlots:
     ) -> None:
         self.max_rows, self.max_tokens = max_rows, max_tokens
         size = (max_rows, num_kv_heads, max_tokens, head_dim)
-        self.keys = [torch.empty(size, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.empty(size, dtype=dtype, device=device) for _ in range(num_layers)]
+        # Zeros, because a slot that is masked out still counts with weight 0: it must never hold NaN.
+        self.keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    def clear(self, row: int) -> None:
+        """Forget a row that went wrong, so that its NaN cannot reach the row that gets its slot."""
+        for buffer in (*self.keys, *self.values):
+            buffer[row] = 0
 
     def move(self, sources: Tensor, targets: Tensor, num_tokens: int) -> None:
         """Copy rows to other slots: how a wave closes the gaps that finished rows leave."""

@@ -1,0 +1,64 @@
+"""What every bench shares: interleaved medians, the machine's own peak, a table, one JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+
+def hardware(num_threads: int | None = None) -> str:
+    """The processor, its cores, the memory and the threads used, in words."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = names[0] if names else name
+    memory = psutil.virtual_memory().total / 2**30
+    threads = "" if num_threads is None else f", {num_threads} thread(s)"
+    return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB{threads}"
+
+
+def interleaved(runs: Mapping[str, Callable[[], float]], num_repeats: int) -> dict[str, float]:
+    """The median of each system's figure; systems take turns, so that a noisy minute hits all of them."""
+    figures: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(num_repeats):
+        for name, run in runs.items():
+            figures[name].append(run())
+    return {name: statistics.median(values) for name, values in figures.items()}
+
+
+def matmul_peak_flops(num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> float:
+    """The machine's own matrix-product rate (FLOP/s) at this shape: best of several runs."""
+    left, right = torch.randn(num_rows, width).to(dtype), torch.randn(width, 4 * width).to(dtype)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(10):
+            left @ right
+        best = max(best, 10 * 2 * num_rows * width * 4 * width / (time.perf_counter() - start))
+    return best
+
+
+def print_results(bench: str, results: Sequence[Mapping[str, Any]], *, num_threads: int | None = None) -> None:
+    """The results as a table, then as the last line one JSON object."""
+    columns = list(dict.fromkeys(name for result in results for name in result))
+    rows = [[_cell(result.get(name)) for name in columns] for result in results]
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
+    for row in (columns, *rows):
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+    print(json.dumps({"bench": bench, "hardware": hardware(num_threads), "results": list(results)}, ensure_ascii=False))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.2f}" if isinstance(value, float) else str(value)

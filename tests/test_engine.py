@@ -1,0 +1,337 @@
+"""The engine's promises: a text depends on its request alone, rows end as they should, memory is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from e2p_ray.config import TaskConfig
+from e2p_ray.engine.decode import PREFILL_TOKENS, Decoder
+from e2p_ray.engine.engine import Engine
+from e2p_ray.engine.model import BaseModel
+from e2p_ray.errors import ConfigError
+from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, Request, RequestKey
+from tests import tiny_models
+from tests.tiny_models import engine_of, group, task
+
+LLAMA = LlamaConfig(**tiny_models._common())
+
+
+def run(engine: Engine, groups: Sequence[Group], *, attempt: int = 0) -> dict[RequestKey, Completion]:
+    found: dict[RequestKey, Completion] = {}
+    for completion in engine.generate(groups, attempt=attempt):
+        assert completion.key not in found, "one completion a request"
+        found[completion.key] = completion
+    assert set(found) == {request.key for item in groups for request in item.requests}
+    return found
+
+
+def texts(completions: dict[RequestKey, Completion]) -> dict[RequestKey, tuple[str, FinishReason]]:
+    return {key: (completion.text, completion.finish_reason) for key, completion in completions.items()}
+
+
+def messy_groups(num_contents: int = 10, seed: int = 3) -> list[Group]:
+    rng = np.random.default_rng(seed)
+    groups, user = [], 0
+    for content in tiny_models.contents(num_contents, seed=seed):
+        size = int(rng.integers(1, 9))
+        groups.append(group(content, range(user, user + size), without=[user] if size > 3 else []))
+        user += size
+    return groups
+
+
+SAMPLED = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 7}
+CONTROLLED = {"repetition_penalty": 1.3, "no_repeat_ngram_tokens": 2}
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED, CONTROLLED, SAMPLED | CONTROLLED], ids=str)
+@pytest.mark.parametrize("layout", ["content_first", "soft_first"])
+def test_texts_do_not_depend_on_batch_or_order(layout: Any, sampling: dict[str, Any]) -> None:
+    tasks = {"headline": task(**sampling)}
+    groups = messy_groups()
+    alone = texts(run(engine_of(LLAMA, layout=layout, tasks=tasks, max_rows=1), groups))
+    together = texts(run(engine_of(LLAMA, layout=layout, tasks=tasks, max_rows=64), groups))
+    assert together == alone
+    shuffled = [groups[at] for at in np.random.default_rng(0).permutation(len(groups))]
+    shuffled = [Group(item.content, item.task, tuple(reversed(item.requests))) for item in shuffled]
+    assert texts(run(engine_of(LLAMA, layout=layout, tasks=tasks, max_rows=13), shuffled)) == alone
+    assert len({text for text, _ in alone.values()}) > len(alone) // 2, "the control: users and contents differ"
+
+
+def test_sampled_texts_change_with_seed_and_attempt_but_not_with_neighbours() -> None:
+    groups = messy_groups()
+    engine = engine_of(LLAMA, tasks={"headline": task(**SAMPLED)})
+    first = texts(run(engine, groups))
+    assert texts(run(engine, groups)) == first
+    assert texts(run(engine, groups[3:5])) == {key: first[key] for item in groups[3:5] for key in _keys(item)}
+    assert texts(run(engine, groups, attempt=1)) != first
+    assert texts(run(engine_of(LLAMA, tasks={"headline": task(**SAMPLED | {"seed": 8})}), groups)) != first
+
+
+def _keys(item: Group) -> list[RequestKey]:
+    return [request.key for request in item.requests]
+
+
+def test_two_tasks_in_one_wave_keep_their_own_sampling() -> None:
+    tasks = {"headline": task(max_new_tokens=4), "explanation": task("\nWhy:", max_new_tokens=9, **SAMPLED)}
+    engine = engine_of(LLAMA, tasks=tasks)
+    [content] = tiny_models.contents(1)
+    both = [group(content, range(4)), group(content, range(4), task_name="explanation")]
+    found = run(engine, both)
+    for item in both:
+        assert texts(run(engine, [item])) == {key: texts(found)[key] for key in _keys(item)}
+    assert {found[key].num_output_tokens for key in _keys(both[0])} <= set(range(1, 5))
+    assert max(found[key].num_output_tokens for key in _keys(both[1])) > 4
+
+
+def test_a_content_is_prefilled_once_and_a_user_costs_one_token() -> None:
+    engine = engine_of(LLAMA)
+    [content] = tiny_models.contents(1)
+    completions = run(engine, [group(content, range(50))])
+    length = len(engine.layout.segments(content, "headline").left)
+    assert engine.stats.num_prefix_tokens == length
+    assert engine.stats.num_computed_tokens == length + 50
+    assert engine.stats.num_prompt_tokens == 50 * (length + 1)
+    assert {completion.num_prompt_tokens for completion in completions.values()} == {length + 1}
+
+
+def test_mean_logprob_is_that_of_the_chosen_tokens() -> None:
+    config = LLAMA
+    engine = engine_of(config)
+    [content] = tiny_models.contents(1)
+    [completion] = run(engine, [group(content, [1])]).values()
+    model = tiny_models.random_model(config)
+    left = model.get_input_embeddings()(torch.tensor(engine.layout.segments(content, "headline").left))
+    soft = engine._decoder._projector(torch.from_numpy(tiny_models.user_embedding(1))[None])[0]
+    output = model.generate(
+        inputs_embeds=torch.cat([left, soft])[None],
+        max_new_tokens=8,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    chosen = [torch.log_softmax(step[0], -1).max() for step in output.logits]
+    assert completion.mean_logprob == pytest.approx(float(torch.stack(chosen).mean()), abs=1e-4)
+
+
+class TestEndings:
+    content = Content("c0", "Bridge plan", "A new bridge over the river.", "en")
+
+    def test_end_token(self) -> None:
+        engine = engine_of(LLAMA, tasks={"headline": task(max_new_tokens=200)})
+        found = run(engine, [group(self.content, range(40))]).values()
+        ended = [item for item in found if item.finish_reason is FinishReason.END_TOKEN]
+        assert ended
+        assert all("<|" not in item.text for item in found)
+        assert all(item.num_output_tokens == 200 for item in found if item.finish_reason is FinishReason.MAX_TOKENS)
+
+    def test_stop_string(self) -> None:
+        plain = run(engine_of(LLAMA, tasks={"headline": task(max_new_tokens=30)}), [group(self.content, range(40))])
+        key, long = max(plain.items(), key=lambda item: len(item[1].text.strip()))
+        stop = long.text.strip()[3:5]
+        stopped = run(
+            engine_of(LLAMA, tasks={"headline": task(max_new_tokens=30, stop=(stop,))}), [group(self.content, range(40))]
+        )
+        assert stopped[key].finish_reason is FinishReason.STOP_STRING
+        assert stopped[key].text == long.text[: long.text.index(stop)]
+        assert stopped[key].num_output_tokens < long.num_output_tokens
+        for other, completion in stopped.items():
+            assert stop not in completion.text
+            assert plain[other].text.startswith(completion.text)
+
+    def test_a_stop_string_of_several_bytes_is_found_when_its_last_byte_comes(self) -> None:
+        from e2p_ray.engine.stopping import Stopping
+
+        sampling = task(stop=("。",), max_new_tokens=99).sampling
+        stopping = Stopping(tiny_models.byte_tokenizer(), tiny_models.VOCAB_SIZE, [257], {"headline": sampling})
+        ids = tiny_models.byte_tokenizer().encode("橋。", add_special_tokens=False)
+        assert stopping.reason(np.array(ids[:-1]), sampling) is None
+        assert stopping.may_stop(sampling.stop, ids[-1])
+        assert stopping.reason(np.array(ids), sampling) is FinishReason.STOP_STRING
+        assert stopping.text(np.array(ids), sampling) == "橋"
+
+    def test_leading_white_space_is_not_a_stop(self) -> None:
+        from e2p_ray.engine.stopping import Stopping
+
+        sampling = task(stop=("\n",)).sampling
+        stopping = Stopping(tiny_models.byte_tokenizer(), tiny_models.VOCAB_SIZE, [257], {"headline": sampling})
+        ids = np.array(tiny_models.byte_tokenizer().encode("\n New bridge\n", add_special_tokens=False))
+        assert stopping.reason(ids[:2], sampling) is None
+        assert stopping.reason(ids, sampling) is FinishReason.STOP_STRING
+        assert stopping.text(ids, sampling) == "New bridge"
+
+    def test_max_chars(self) -> None:
+        engine = engine_of(LLAMA, tasks={"headline": task(max_new_tokens=60, max_chars=5)})
+        found = run(engine, [group(self.content, range(40))]).values()
+        assert any(item.finish_reason is FinishReason.MAX_CHARS for item in found)
+        assert all(len(item.text) <= 5 for item in found)
+
+    def test_repetition_control_holds(self) -> None:
+        engine = engine_of(LLAMA, tasks={"headline": task(max_new_tokens=60, no_repeat_ngram_tokens=2)})
+        trace: dict[RequestKey, list[int]] = {}
+        plain = Decoder._completion
+
+        def spy(self: Decoder, active: Any, slot: int, reason: FinishReason) -> Completion:
+            trace[active.rows[slot].key] = active.written[slot, : active.num_written[slot]].tolist()
+            return plain(self, active, slot, reason)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Decoder, "_completion", spy)
+            run(engine, [group(self.content, range(10))])
+        for tokens in trace.values():
+            pairs = list(zip(tokens, tokens[1:], strict=False))
+            assert len(pairs) == len(set(pairs))
+
+
+class TestTrouble:
+    def test_out_of_memory_halves_the_wave_and_loses_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        groups = messy_groups()
+        expected = texts(run(engine_of(LLAMA), groups))
+        plain = BaseModel.hidden
+
+        def limited(self: BaseModel, inputs_embeds: Any, position_ids: Any, step: Any) -> Any:
+            if inputs_embeds.shape[0] > 5:
+                raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+            return plain(self, inputs_embeds, position_ids, step)
+
+        monkeypatch.setattr(BaseModel, "hidden", limited)
+        engine = engine_of(LLAMA, max_rows=64)
+        assert texts(run(engine, groups)) == expected
+        assert engine._decoder.bounds.max_rows <= 5
+
+    def test_a_row_that_never_fits_becomes_an_error_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        groups = messy_groups(4)
+        poison = groups[1].requests[0].key
+        plain = Decoder._prefill_rows
+
+        def limited(self: Decoder, active: Any, rows: Any, prefixes: Any) -> None:
+            if any(row.key == poison for row in rows):
+                raise MemoryError("made by the test")
+            plain(self, active, rows, prefixes)
+
+        monkeypatch.setattr(Decoder, "_prefill_rows", limited)
+        found = run(engine_of(LLAMA), groups)
+        assert {key for key, item in found.items() if item.error_code} == {poison}
+        assert found[poison].error_code is ErrorCode.OUT_OF_MEMORY
+        assert found[poison].text == ""
+
+    def test_other_errors_are_not_taken_for_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def broken(*args: Any) -> None:
+            raise RuntimeError("shape mismatch")
+
+        monkeypatch.setattr(BaseModel, "hidden", broken)
+        with pytest.raises(RuntimeError, match="shape mismatch"):
+            run(engine_of(LLAMA), messy_groups(2))
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_logits_that_are_not_finite_never_become_text(self, bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        groups = messy_groups(4)
+        expected = texts(run(engine_of(LLAMA), groups))
+        poison = groups[2].requests[0].key
+        plain = Decoder._choose
+
+        def poisoned(self: Decoder, active: Any, logits: Any, first: int) -> None:
+            for at, row in enumerate(active.rows[first : first + len(logits)]):
+                if row.key == poison and active.num_written[first + at] == 3:
+                    logits = logits.clone()
+                    logits[at, 17] = bad
+            plain(self, active, logits, first)
+
+        monkeypatch.setattr(Decoder, "_choose", poisoned)
+        found = run(engine_of(LLAMA), groups)
+        assert found[poison].error_code is ErrorCode.NON_FINITE_LOGITS
+        assert found[poison].text == ""
+        assert {k: v for k, v in texts(found).items() if k != poison} == {
+            k: v for k, v in expected.items() if k != poison
+        }
+
+    def test_a_user_embedding_with_nan_spoils_no_other_row(self) -> None:
+        groups = messy_groups(6)
+        expected = texts(run(engine_of(LLAMA), groups))
+        poison = groups[2].requests[1].key
+        bad = Request(poison, np.full(tiny_models.EMBEDDING_DIM, np.nan, np.float32))
+        requests = tuple(bad if request.key == poison else request for request in groups[2].requests)
+        groups[2] = Group(groups[2].content, groups[2].task, requests)
+        for max_rows in (3, 64):  # 3: its slot is used again
+            found = run(engine_of(LLAMA, max_rows=max_rows), groups)
+            assert found[poison].error_code is ErrorCode.NON_FINITE_LOGITS
+            assert {k: v for k, v in texts(found).items() if k != poison} == {
+                k: v for k, v in expected.items() if k != poison
+            }
+
+    def test_a_prompt_without_room_is_an_error_of_its_rows(self) -> None:
+        tasks = {"headline": task(), "long": task("x" * 600)}
+        [content] = tiny_models.contents(1)
+        found = run(engine_of(LLAMA, tasks=tasks), [group(content, [1, 2], task_name="long"), group(content, [1])])
+        codes = {key.task: item.error_code for key, item in found.items()}
+        assert codes == {"long": ErrorCode.PROMPT_TOO_LONG, "headline": None}
+
+    def test_a_language_without_template_is_a_clear_error(self) -> None:
+        from e2p_ray.config import PromptTemplate
+
+        only_ja = TaskConfig(prompts={"ja": PromptTemplate()})
+        with pytest.raises(ConfigError, match=r"tasks\.headline\.prompts.*'en'"):
+            run(engine_of(LLAMA, tasks={"headline": only_ja}), messy_groups(1))
+
+    def test_a_long_body_keeps_its_head(self) -> None:
+        content = Content("c0", "Bridge", "橋" * 5000, "ja")
+        engine = engine_of(LLAMA)
+        [completion] = run(engine, [group(content, [1])]).values()
+        assert completion.truncated
+        assert completion.num_prompt_tokens + 8 <= LLAMA.max_position_embeddings
+        left = engine.layout.segments(content, "headline").left
+        decoded = tiny_models.byte_tokenizer().decode(left, skip_special_tokens=True)
+        assert decoded.startswith("News. Bridge\n\n橋橋")
+        assert decoded.endswith("橋\n>")
+
+    def test_special_tokens_in_a_content_stay_text(self) -> None:
+        content = Content("c0", "Bridge", "<|eos|> {title} <|bos|>", "en")
+        left = engine_of(LLAMA).layout.segments(content, "headline").left
+        assert tiny_models.EOS not in left
+        assert left.count(tiny_models.BOS) == 1
+        assert "<|eos|> {title} <|bos|>" in tiny_models.byte_tokenizer().decode(left)
+
+    def test_the_generator_can_be_left_early_and_used_again(self) -> None:
+        groups = messy_groups()
+        engine = engine_of(LLAMA, max_rows=4)
+        expected = texts(run(engine_of(LLAMA), groups))
+        stream = engine.generate(groups)
+        next(stream)
+        del stream
+        assert texts(run(engine, groups)) == expected
+
+    def test_groups_are_read_a_wave_ahead_at_most(self) -> None:
+        taken: list[str] = []
+
+        def source() -> Any:
+            for content in tiny_models.contents(60):
+                taken.append(content.content_id)
+                yield group(content, range(2))
+
+        stream = engine_of(LLAMA, max_rows=8).generate(source())
+        next(stream)
+        assert len(taken) <= 8
+
+
+def test_memory_bound_limits_the_wave(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    plain = BaseModel.hidden
+
+    def watch(self: BaseModel, inputs_embeds: Any, position_ids: Any, step: Any) -> Any:
+        nonlocal largest
+        if inputs_embeds.shape[1] == 1:
+            largest = max(largest, inputs_embeds.shape[0])
+        return plain(self, inputs_embeds, position_ids, step)
+
+    monkeypatch.setattr(BaseModel, "hidden", watch)
+    groups = messy_groups(30)
+    expected = texts(run(engine_of(LLAMA, max_rows=64), groups))
+    unbounded, largest = largest, 0
+    assert texts(run(engine_of(LLAMA, max_rows=64, max_bytes=1 << 20), groups)) == expected
+    assert 1 <= largest < unbounded
+    assert PREFILL_TOKENS >= 256

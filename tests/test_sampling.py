@@ -1,0 +1,94 @@
+"""Token choice against known answers, numpy and plain definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from e2p_ray.config import SamplingConfig
+from e2p_ray.engine.sampling import RowSampling, choose, philox, stream_key, uniforms
+from e2p_ray.schema import RequestKey
+
+# Known-answer vectors of the Random123 library (kat_vectors, philox4x32 10).
+KNOWN = [
+    ([0] * 4, [0] * 2, ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]),
+    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, ["408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"]),
+    (
+        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+        [0xA4093822, 0x299F31D0],
+        ["d16cfe09", "94fdcceb", "5001e420", "24126ea1"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_philox_gives_the_known_answers(counter: list[int], key: list[int], expected: list[str]) -> None:
+    words = philox([np.array([c], np.uint64) for c in counter], [np.array([k], np.uint64) for k in key])
+    assert [f"{int(word[0]):08x}" for word in words] == expected
+
+
+def test_uniforms_are_uniform_and_independent_of_each_other() -> None:
+    streams = np.array([stream_key(RequestKey(f"u{n}", "c", "t"), 0, 0) for n in range(2000)], np.uint64)
+    numbers = np.stack([uniforms(streams, np.full(2000, step)) for step in range(20)])
+    assert ((numbers >= 0) & (numbers < 1)).all()
+    counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
+    assert ((counts - 2000) ** 2 / 2000).sum() < 45  # chi-square, 19 degrees of freedom: p < 0.001
+    assert abs(np.corrcoef(numbers[0], numbers[1])[0, 1]) < 0.1
+    assert len(np.unique(numbers)) == numbers.size
+
+
+def rows(sampling: SamplingConfig, num: int) -> RowSampling:
+    return RowSampling.of([(sampling, stream_key(RequestKey(f"u{n}", "c", "t"), sampling.seed, 0)) for n in range(num)])
+
+
+def choices(logits: torch.Tensor, sampling: SamplingConfig, num: int = 20000) -> np.ndarray:
+    nothing = np.zeros((num, 1), np.int64)
+    return choose(logits.expand(num, -1), rows(sampling, num), nothing, np.zeros(num, np.int64)).tokens
+
+
+def test_sampling_follows_the_tempered_distribution() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]])
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = np.bincount(choices(logits, SamplingConfig(temperature=temperature)), minlength=5) / 20000
+        expected = torch.softmax(logits[0] / temperature, -1).numpy()
+        assert np.abs(drawn - expected).max() < 0.015
+
+
+def test_top_k_and_top_p_keep_the_likeliest() -> None:
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0]])
+    assert set(choices(logits, SamplingConfig(temperature=1.0, top_k=2))) == {1, 3}
+    # softmax: 0.64 0.24 0.09 ...: the smallest set that reaches 0.8 is the first two
+    assert set(choices(logits, SamplingConfig(temperature=1.0, top_p=0.8))) == {1, 3}
+    assert set(choices(logits, SamplingConfig(temperature=1.0, top_p=1e-6))) == {1}
+    assert set(choices(logits, SamplingConfig(temperature=1.0))) == {0, 1, 2, 3, 4}
+
+
+def test_greedy_rows_beside_sampled_rows_stay_greedy() -> None:
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    sampled, greedy = SamplingConfig(temperature=1.5), SamplingConfig()
+    mixed = RowSampling.of([(greedy if n % 2 else sampled, n) for n in range(6)])
+    zeros = np.zeros((6, 1), np.int64)
+    chosen = choose(logits, mixed, zeros, np.zeros(6, np.int64))
+    assert (chosen.tokens[1::2] == logits.argmax(-1).numpy()[1::2]).all()
+    expected = torch.log_softmax(logits, -1)[range(6), chosen.tokens].numpy()
+    assert np.allclose(chosen.logprobs, expected, atol=1e-5)
+
+
+def test_repetition_penalty_equals_its_definition() -> None:
+    logits = torch.tensor([[1.0, 2.0, -1.0, 0.5]])
+    sampling = SamplingConfig(repetition_penalty=2.0)
+    written = np.array([[1, 2]])
+    # 2.0 / 2 = 1.0 ties with token 0, which comes first; -1 * 2 = -2
+    assert choose(logits, rows(sampling, 1), written, np.array([2])).tokens[0] == 0
+    assert choose(logits, rows(sampling, 1), written, np.array([0])).tokens[0] == 1
+
+
+def test_rows_without_finite_logits_are_reported() -> None:
+    logits = torch.zeros(5, 8)
+    logits[1, 3], logits[2, 0], logits[3] = float("nan"), float("inf"), float("-inf")
+    logits[4, :7] = float("-inf")
+    for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
+        chosen = choose(logits, rows(sampling, 5), np.zeros((5, 1), np.int64), np.zeros(5, np.int64))
+        assert chosen.finite.tolist() == [True, False, False, False, True]
+        assert chosen.tokens[4] == 7
