@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
-    CliSettingsSource,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
 
+from e2p_ray import options
 from e2p_ray.errors import ConfigError
 
 
@@ -180,9 +182,7 @@ class GatesConfig(_Section):
 class JobConfig(BaseSettings):
     """Everything that determines a run."""
 
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix="E2P_", env_nested_delimiter="__", cli_hide_none_type=True
-    )
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix="E2P_", env_nested_delimiter="__")
 
     inputs: InputsConfig
     output: OutputConfig
@@ -210,22 +210,25 @@ class JobConfig(BaseSettings):
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-def _plain(error: ValidationError, path: Path | None) -> str:
-    lines = [f"{path or 'configuration'}: {error.error_count()} problem(s)"]
-    for problem in error.errors(include_url=False, include_input=False):
-        where = ".".join(str(part) for part in problem["loc"]) or "(top level)"
-        message = "unknown key" if problem["type"] == "extra_forbidden" else problem["msg"]
-        lines.append(f"  {where}: {message}")
-    return "\n".join(lines)
+_OTHER_VARIABLES = ("E2P_DEBUG", "E2P_TEST_")  # names or beginnings: ours, but no part of a job
 
 
-def load_config(argv: Sequence[str] | None = None, *, prog: str, description: str) -> JobConfig:
+def load_config(argv: Sequence[str] | None = None, *, prog: str, description: str, options_help: str = "") -> JobConfig:
     """Read `--config FILE`, the environment and `--section.key VALUE` options, the later winning.
 
-    Raises ConfigError naming the file and every wrong key; prints help and exits for --help.
+    Raises ConfigError naming the file and every wrong key; prints help (`options_help` in it) and exits for --help.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        print(_help(prog, description, options_help))
+        raise SystemExit(0)
     path, rest = _take_config_path(arguments, prog)
+    words = options.parse_words(rest, prog)
+    prefix, delimiter = "E2P_", "__"
+    options.check_environment(
+        JobConfig, prefix, delimiter, [name for name in os.environ if not name.startswith(_OTHER_VARIABLES)]
+    )
+    seen: dict[str, dict[str, Any]] = {"command line": words}
 
     class _Sources(JobConfig):
         @classmethod
@@ -237,24 +240,30 @@ def load_config(argv: Sequence[str] | None = None, *, prog: str, description: st
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            command_line: CliSettingsSource[Any] = CliSettingsSource(
-                settings_cls,
-                cli_parse_args=rest,
-                cli_prog_name=f"{prog} --config FILE",
-                cli_exit_on_error=False,
-                cli_implicit_flags=True,
-            )
+            seen["environment"] = env_settings()
             yaml = YamlConfigSettingsSource(settings_cls, yaml_file=path)
-            return (command_line, env_settings, yaml)
+            return (InitSettingsSource(settings_cls, words), env_settings, yaml)
 
-    _Sources.__doc__ = description
     try:
         loaded = _Sources()
     except ValidationError as error:
-        raise ConfigError(_plain(error, path)) from error
-    except Exception as error:  # noqa: BLE001 - the sources raise SettingsError, YAMLError and OSError alike
+        raise ConfigError(
+            options.explain(error, JobConfig, str(path or "configuration (no --config FILE given)"), seen)
+        ) from error
+    except Exception as error:  # the sources raise SettingsError, YAMLError and OSError alike
         raise ConfigError(f"{path or prog}: {error}") from error
     return JobConfig.model_construct(**{name: getattr(loaded, name) for name in JobConfig.model_fields})
+
+
+def _help(prog: str, description: str, options_help: str) -> str:
+    usage = f"usage: python -m {prog} --config FILE [options] [--section.key VALUE ...]"
+    keys = (
+        "Every key of the configuration can stand in FILE (YAML), in the environment (E2P_SECTION__KEY) or on the\n"
+        "command line (--section.key VALUE); the later wins. A LIST is JSON. NAME is a task, then a language.\n"
+    )
+    return "\n".join(
+        [usage, "", description, "", *([options_help] if options_help else []), keys, options.describe(JobConfig)]
+    )
 
 
 def _take_config_path(arguments: list[str], prog: str) -> tuple[Path | None, list[str]]:

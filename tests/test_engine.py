@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from transformers import LlamaConfig
 
 from e2p_ray.config import TaskConfig
-from e2p_ray.engine.decode import PREFILL_TOKENS, Decoder
+from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.errors import ConfigError
@@ -45,8 +46,8 @@ def messy_groups(num_contents: int = 10, seed: int = 3) -> list[Group]:
     return groups
 
 
-SAMPLED = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 7}
-CONTROLLED = {"repetition_penalty": 1.3, "no_repeat_ngram_tokens": 2}
+SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 40, "seed": 7}
+CONTROLLED: dict[str, Any] = {"repetition_penalty": 1.3, "no_repeat_ngram_tokens": 2}
 
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLED, CONTROLLED, SAMPLED | CONTROLLED], ids=str)
@@ -135,7 +136,8 @@ class TestEndings:
         key, long = max(plain.items(), key=lambda item: len(item[1].text.strip()))
         stop = long.text.strip()[3:5]
         stopped = run(
-            engine_of(LLAMA, tasks={"headline": task(max_new_tokens=30, stop=(stop,))}), [group(self.content, range(40))]
+            engine_of(LLAMA, tasks={"headline": task(max_new_tokens=30, stop=(stop,))}),
+            [group(self.content, range(40))],
         )
         assert stopped[key].finish_reason is FinishReason.STOP_STRING
         assert stopped[key].text == long.text[: long.text.index(stop)]
@@ -177,14 +179,14 @@ class TestEndings:
         plain = Decoder._completion
 
         def spy(self: Decoder, active: Any, slot: int, reason: FinishReason) -> Completion:
-            trace[active.rows[slot].key] = active.written[slot, : active.num_written[slot]].tolist()
+            trace[active.rows[slot].key] = active.tokens(slot).tolist()
             return plain(self, active, slot, reason)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Decoder, "_completion", spy)
             run(engine, [group(self.content, range(10))])
         for tokens in trace.values():
-            pairs = list(zip(tokens, tokens[1:], strict=False))
+            pairs = list(itertools.pairwise(tokens))
             assert len(pairs) == len(set(pairs))
 
 
@@ -207,14 +209,14 @@ class TestTrouble:
     def test_a_row_that_never_fits_becomes_an_error_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         groups = messy_groups(4)
         poison = groups[1].requests[0].key
-        plain = Decoder._prefill_rows
+        plain = Decoder._prefill
 
-        def limited(self: Decoder, active: Any, rows: Any, prefixes: Any) -> None:
+        def limited(self: Decoder, wave: Any, rows: Any, prefixes: Any) -> None:
             if any(row.key == poison for row in rows):
                 raise MemoryError("made by the test")
-            plain(self, active, rows, prefixes)
+            plain(self, wave, rows, prefixes)
 
-        monkeypatch.setattr(Decoder, "_prefill_rows", limited)
+        monkeypatch.setattr(Decoder, "_prefill", limited)
         found = run(engine_of(LLAMA), groups)
         assert {key for key, item in found.items() if item.error_code} == {poison}
         assert found[poison].error_code is ErrorCode.OUT_OF_MEMORY
@@ -305,6 +307,14 @@ class TestTrouble:
         del stream
         assert texts(run(engine, groups)) == expected
 
+    def test_a_second_call_over_the_same_content_costs_no_second_prefill(self) -> None:
+        groups = messy_groups(5)
+        engine = engine_of(LLAMA)
+        first = texts(run(engine, groups))
+        computed = engine.stats.num_prefix_tokens
+        assert texts(run(engine, groups)) == first
+        assert engine.stats.num_prefix_tokens == computed
+
     def test_groups_are_read_a_wave_ahead_at_most(self) -> None:
         taken: list[str] = []
 
@@ -334,4 +344,3 @@ def test_memory_bound_limits_the_wave(monkeypatch: pytest.MonkeyPatch) -> None:
     unbounded, largest = largest, 0
     assert texts(run(engine_of(LLAMA, max_rows=64, max_bytes=1 << 20), groups)) == expected
     assert 1 <= largest < unbounded
-    assert PREFILL_TOKENS >= 256

@@ -72,7 +72,7 @@ class TestModule:
         assert np.abs(projector(x)[:, 0].detach().numpy() - expected).max() < 1e-5
 
     def test_untrained_it_is_the_same_token_sized_vector_for_everyone(self) -> None:
-        soft = make(d_model=4096)(torch.randn(6, 12))
+        soft = make(d_model=4096)(torch.randn(6, 12)).detach()
         assert torch.equal(soft, soft[:1].expand_as(soft))
         assert float(soft.square().mean().sqrt()) == pytest.approx(0.25, rel=0.1)
 
@@ -202,9 +202,7 @@ class TestBinding:
         with pytest.raises(ConfigError, match="safetensors"):
             BaseModel.load(folder, "float32", torch.device("cpu"))
 
-    def test_a_model_that_is_nowhere_is_a_clear_error(
-        self, job: JobConfig, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_model_that_is_nowhere_is_a_clear_error(self, job: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         missing = job.model_copy(update={"base_model": BaseModelConfig(uri="nobody/no-such-model")})
         with pytest.raises(ConfigError, match="neither a folder nor a hub model"):

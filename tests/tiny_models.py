@@ -189,7 +189,9 @@ def contents(num: int, *, seed: int = 0) -> list[Content]:
     found = []
     for at in range(num):
         if at % 3 == 2:
-            body = "".join(rng.choice(list("東京都は新しい橋を三つ建てる計画を発表した。")) for _ in range(rng.integers(5, 25)))
+            body = "".join(
+                rng.choice(list("東京都は新しい橋を三つ建てる計画を発表した。")) for _ in range(rng.integers(5, 25))
+            )
             found.append(Content(f"c{at}", "橋の計画", body, "ja"))
         else:
             body = " ".join(rng.choice(["bridge", "river", "cost", "plan", "new"]) for _ in range(rng.integers(2, 15)))

@@ -9,13 +9,14 @@ from transformers import PreTrainedTokenizerBase
 
 from e2p_ray.config import EngineConfig, JobConfig, SamplingConfig, TaskConfig
 from e2p_ray.engine.contract import EngineStats
-from e2p_ray.engine.decode import Bounds, Decoder, Row
+from e2p_ray.engine.decode import Bounds, Decoder
 from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.engine.model import BaseModel, pick_device
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
 from e2p_ray.engine.sampling import stream_key
 from e2p_ray.engine.stopping import Stopping
+from e2p_ray.engine.wave import Row
 from e2p_ray.errors import IncompatibleError, RowError
 from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
 from e2p_ray.storage import Storage

@@ -8,6 +8,7 @@ by log-sum-exp (Hydragen, arXiv 2402.05099; cascade inference). It hooks into tr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -147,8 +148,21 @@ class PrefixRows:
 
     prefix: Prefix
     length: int
-    rows: Tensor  # (m,) slots
-    start: int  # their place when rows are sorted by prefix
+    rows: Tensor  # (m,) indices into the wave's rows
+
+
+def by_prefix(prefixes: Sequence[Prefix | None], visible: Sequence[int], device: torch.device) -> list[PrefixRows]:
+    """Rows grouped by the prefix they read and how much of it they see; rows without a prefix are left out."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for row, (prefix, length) in enumerate(zip(prefixes, visible, strict=True)):
+        if prefix is not None and length:
+            found.setdefault((id(prefix), length), []).append(row)
+    items = []
+    for (_, length), rows in found.items():
+        prefix = prefixes[rows[0]]
+        assert prefix is not None
+        items.append(PrefixRows(prefix, length, torch.tensor(rows, device=device)))
+    return items
 
 
 class SuffixSlots:

@@ -105,7 +105,11 @@ def run_hf(
     for at in range(0, len(pairs), batch):
         part = pairs[at : at + batch]
         ids = torch.tensor([engine.layout.segments(content, "headline").left for content, _ in part])
-        soft = projector(torch.from_numpy(np.stack([request.user_embedding for _, request in part])))
+        soft = projector(
+            torch.from_numpy(
+                np.stack([request.user_embedding for _, request in part if request.user_embedding is not None])
+            )
+        )
         embeds = torch.cat([embed(ids), soft], dim=1)
         mask = torch.ones(embeds.shape[:2], dtype=torch.long)
         output = model.generate(
@@ -118,9 +122,9 @@ def run_hf(
 
 def floor_flops(case: Case, config: LlamaConfig, num_parameters: int) -> float:
     """Arithmetic per pair of the shared computation: weights over computed tokens, attention, no padding."""
-    body = num_parameters - config.vocab_size * config.hidden_size
-    head = config.vocab_size * config.hidden_size
-    width = config.hidden_size * config.num_hidden_layers
+    head = int(config.vocab_size * config.hidden_size)
+    body = num_parameters - head
+    width = int(config.hidden_size * config.num_hidden_layers)
     prefix = case.content_tokens * (2 * body + 2 * width * case.content_tokens) / case.num_users
     decode = case.new_tokens * (2 * body + 2 * head + 4 * width * case.content_tokens)
     return prefix + decode

@@ -1,0 +1,154 @@
+"""A run's pending shards through Ray Data to a pool of generator actors, until none is left or the attempts are used.
+
+Ray Data gets one row a shard, each its own block. A worker reads the shard, generates and commits it; what comes back
+is one small row of counts. A shard that fails is a row too, never an exception, and a shard whose worker died leaves no
+row at all: after each pass the markers alone say what is left.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext
+
+from e2p_ray import errors
+from e2p_ray.batch.session import check_resources, quiet_ray_data, ray_session
+from e2p_ray.batch.tally import BatchProgress, BatchSummary, ShardOutcome, Tally
+from e2p_ray.batch.worker import EngineFactory, ShardWorker, last_line
+from e2p_ray.commit import Run, pending_shards
+from e2p_ray.config import JobConfig
+from e2p_ray.errors import E2PError, IncompleteRunError, RunError
+from e2p_ray.storage import Storage
+
+__all__ = ["BatchProgress", "BatchSummary", "EngineFactory", "ShardOutcome", "ShardWorker", "run_batch"]
+
+_MAX_INIT_FAILURES = 2  # of workers in a row, each after one more try in its own process
+_MAX_NAMED_SHARDS = 5
+
+
+def run_batch(
+    config: JobConfig,
+    storage: Storage,
+    run: Run,
+    *,
+    engine_factory: EngineFactory | None = None,
+    on_progress: Callable[[BatchProgress], None] | None = None,
+) -> BatchSummary:
+    """Generate and commit every pending shard of an opened run.
+
+    Raises IncompleteRunError when shards are left after `workers.max_shard_attempts` tries each, or the RunError that
+    a worker met when no shard can be generated at all. Either way, what is committed stays, and calling again resumes.
+    """
+    pending = pending_shards(storage, run)
+    tally = Tally(len(run.shard_ids), len(run.shard_ids) - len(pending), on_progress)
+    if pending:
+        with ray_session(config):
+            while pending and tally.attempt < config.workers.max_shard_attempts:
+                tally.next_attempt()
+                _one_pass(config, storage, run, pending, engine_factory, tally)
+                pending = pending_shards(storage, run)
+    if pending:
+        raise IncompleteRunError(_what_is_left(run, pending, tally))
+    return tally.summary()
+
+
+def _one_pass(
+    config: JobConfig,
+    storage: Storage,
+    run: Run,
+    pending: list[str],
+    engine_factory: EngineFactory | None,
+    tally: Tally,
+) -> None:
+    """Each pending shard once."""
+    check_resources(config)
+    tally.pass_failure = ""
+    context = DataContext.get_current().copy()
+    with DataContext.current(_configured(context, config)), quiet_ray_data():
+        rows = _dataset(config, storage, run, pending, engine_factory)
+        try:
+            for block in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+                for row in pa.table(block).to_pylist():
+                    outcome = ShardOutcome(**row)
+                    tally.add(outcome)
+                    if outcome.fatal:
+                        raise _as_raised(outcome)
+        except E2PError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever Ray Data gave up on, the markers know what is left
+            tally.pass_failure = last_line(error)
+
+
+def _configured(context: DataContext, config: JobConfig) -> DataContext:
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    # A shard whose worker died is an errored block: the next pass has it again, the others go on.
+    context.max_errored_blocks = -1
+    context.actor_init_retry_on_errors = True
+    context.actor_init_max_retries = 1
+    context.max_consecutive_actor_init_deaths = _MAX_INIT_FAILURES
+    # When the restarts below are used up, Ray Data waits on a pool without actors: this ends the pass.
+    context.execution_no_progress_timeout_s = config.workers.max_stall_s
+    return context
+
+
+def _dataset(
+    config: JobConfig, storage: Storage, run: Run, pending: list[str], engine_factory: EngineFactory | None
+) -> ray.data.Dataset:
+    workers = config.workers
+    max_size = min(max(workers.max_size, workers.min_size), len(pending))
+    items = ray.data.from_items([{"shard_id": shard_id} for shard_id in pending], override_num_blocks=len(pending))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # max_restarts and max_task_retries have no named parameter in this Ray
+        return items.map_batches(
+            ShardWorker,
+            fn_constructor_args=(config, storage, run, engine_factory),
+            batch_size=1,
+            batch_format="pyarrow",
+            # One shard at an actor at a time: a death takes the shard it was about, and no other.
+            compute=ActorPoolStrategy(
+                min_size=min(workers.min_size, max_size), max_size=max_size, max_tasks_in_flight_per_actor=1
+            ),
+            num_cpus=workers.num_cpus,
+            num_gpus=workers.num_gpus,
+            runtime_env={"env_vars": _thread_variables(config)},
+            # A shard is not tried twice within a pass, so each kills an actor once at most; a few more for spot nodes.
+            max_task_retries=0,
+            max_restarts=len(pending) + 2 * max_size,
+        )
+
+
+def _thread_variables(config: JobConfig) -> dict[str, str]:
+    num_threads = config.engine.num_threads or max(int(config.workers.num_cpus), 1)
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        "POLARS_MAX_THREADS": str(num_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _as_raised(outcome: ShardOutcome) -> RunError:
+    """The worker's error again, of the same class, so that the exit code is right."""
+    kind: Any = getattr(errors, outcome.error_type, RunError)
+    error: RunError = kind.__new__(kind)
+    error.args = (outcome.message,)
+    return error
+
+
+def _what_is_left(run: Run, pending: list[str], tally: Tally) -> str:
+    said = {outcome.shard_id: f"{outcome.error_type}: {outcome.message}" for outcome in tally.failures}
+    died = tally.pass_failure or "its worker died each time (out of memory?)"
+    lines = [f"  {shard_id}: {said.get(shard_id, died)}" for shard_id in pending[:_MAX_NAMED_SHARDS]]
+    if len(pending) > _MAX_NAMED_SHARDS:
+        lines.append(f"  ... and {len(pending) - _MAX_NAMED_SHARDS} more")
+    return "\n".join(
+        [
+            f"run {run.run_id}: {len(pending)} of {len(run.shard_ids)} shards are left after attempt {tally.attempt}",
+            *lines,
+            "The others are committed. Run the same command again: it resumes with what is left",
+        ]
+    )

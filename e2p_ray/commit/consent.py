@@ -1,0 +1,92 @@
+"""Consent at the moment of publishing: rows of users who opted out, or are gone, become the original title."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from e2p_ray.commit.run import Run, map_ahead
+from e2p_ray.commit.spool import Hashes, HashSpool, hash_rows, hashes_of, is_among
+from e2p_ray.commit.verify import DataFile, file_statistics
+from e2p_ray.schema import GENERATIONS, Arm, Reason, Status, validate_schema
+from e2p_ray.storage import Storage, parquet_bytes
+
+_BATCH_ROWS = 1 << 16
+
+
+def without_consent(storage: Storage, users: HashSpool, users_uri: str) -> Hashes:
+    """The hashes of those `users` who do not want personalisation now, or are no longer in the users table: (n, 2)."""
+    with HashSpool() as current:
+        for info in storage.parquet_files(users_uri):
+            with storage.open_parquet(info) as file:
+                validate_schema("users", file.schema_arrow, info.uri)
+                for batch in file.iter_batches(_BATCH_ROWS, columns=["user_id", "personalize", "updated_at"]):
+                    batch = batch.filter(pc.is_valid(batch["user_id"]))
+                    current.add(hash_rows(_strings(batch["user_id"])), _consent_ranks(batch))
+        pairs = zip(users.frames(), current.frames(), strict=True)
+        return hashes_of(mine.join(its.filter(_WANTS_IT), on=["a", "b"], how="anti") for mine, its in pairs)
+
+
+def suppress(storage: Storage, run: Run, files: tuple[DataFile, ...], refused: Hashes) -> tuple[DataFile, ...]:
+    """The same files, with new ones in place of those that hold rows of these users, given by hash."""
+    if not len(refused):
+        return files
+    return tuple(map_ahead(partial(_suppress_in_file, storage, run, refused), files))
+
+
+_WANTS_IT = pl.col("rank") % 2 == 0
+
+
+def _consent_ranks(batch: pa.RecordBatch) -> npt.NDArray[np.uint64]:
+    """Even: personalisation is wanted. Of a user's copies the latest ranks highest, of equals the refusal."""
+    moments = pc.cast(batch["updated_at"], pa.timestamp("us"), safe=False).cast(pa.int64())
+    ages = pc.fill_null(moments, -(1 << 61)).to_numpy(zero_copy_only=False) + (1 << 61)
+    wanted = pc.fill_null(batch["personalize"], False).to_numpy(zero_copy_only=False)
+    ranks: npt.NDArray[np.uint64] = ages.astype(np.uint64) * np.uint64(2) + (~wanted.astype(bool)).astype(np.uint64)
+    return ranks
+
+
+def _strings(column: pa.Array) -> pa.Array:
+    return column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
+
+
+def _suppress_in_file(storage: Storage, run: Run, refused: Hashes, file: DataFile) -> DataFile:
+    rows = pq.read_table(pa.BufferReader(storage.read_bytes(f"{run.table_uri}/{file.path}")), use_threads=False)
+    theirs = pa.array(is_among(hash_rows(rows["user_id"]), refused))
+    theirs = pc.and_(theirs, pc.not_equal(rows["status"], str(Status.SUPPRESSED)))
+    if not pc.any(theirs).as_py():
+        return file
+    changed = rows.replace_schema_metadata(None)
+    for name, value in _suppressed_values(storage, run, file.shard_id, rows).items():
+        field = GENERATIONS.field(name)
+        column = pc.if_else(theirs, value, rows[name]).cast(field.type)
+        changed = changed.set_column(changed.schema.get_field_index(name), field, column)
+    data = parquet_bytes(changed)
+    path = f"data/{run.run_id}/{file.shard_id}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
+    storage.put_if_absent(f"{run.table_uri}/{path}", data)
+    return replace(file, path=path, size_bytes=len(data), statistics=file_statistics(changed))
+
+
+def _suppressed_values(storage: Storage, run: Run, shard_id: str, rows: pa.Table) -> dict[str, pa.Scalar | pa.Array]:
+    planned = storage.read_table(run.planned_uri(shard_id), ["content_id", "title"])
+    titles = dict(zip(planned["content_id"].to_pylist(), planned["title"].to_pylist(), strict=True))
+    return {
+        "text": pa.chunked_array([[titles[content_id] for content_id in rows["content_id"].to_pylist()]], pa.string()),
+        "status": pa.scalar(str(Status.SUPPRESSED)),
+        "reason": pa.scalar(str(Reason.OPTED_OUT)),
+        "personalized": pa.scalar(False),
+        "arm": pa.scalar(str(Arm.TITLE)),
+        "num_prompt_tokens": pa.scalar(0, pa.int32()),
+        "num_output_tokens": pa.scalar(0, pa.int32()),
+        "mean_logprob": pa.scalar(None, pa.float32()),
+        "finish_reason": pa.scalar(None, pa.string()),
+        "fingerprint": pa.scalar(""),  # so that no later run takes the title for its own text
+    }

@@ -1,0 +1,134 @@
+"""A run: where its objects lie, what it is made of, and which of its shards are left."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Any, TypeVar
+
+from e2p_ray.errors import ConfigError, IncompatibleError, ObjectNotFoundError
+from e2p_ray.storage import Storage
+
+_T = TypeVar("_T")
+_ITEM = TypeVar("_ITEM")
+
+_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}")  # no separators, no dots: an id never leaves its folder
+_MAX_AHEAD = 8  # objects fetched at once
+
+
+def checked_id(text: str) -> str:
+    """The id itself; ConfigError when it could name anything but an object of its own folder."""
+    if not _ID.fullmatch(text):
+        raise ConfigError(f"{text!r} is not an id: letters, digits, - and _ only, at most 128")
+    return text
+
+
+@dataclass(frozen=True)
+class Run:
+    """All shards of one plan with one configuration, projector and base model."""
+
+    run_id: str
+    uri: str  # {output}/runs/{run_id}
+    table_uri: str  # {output}/generations
+    plan_uri: str  # {output}/plans/{plan_key}
+    embedding_space: str
+    projector_id: str
+    base_model_id: str
+    shard_ids: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        checked_id(self.run_id)
+        for shard_id in self.shard_ids:
+            checked_id(shard_id)
+        if len(set(self.shard_ids)) != len(self.shard_ids):
+            raise ConfigError(f"run {self.run_id}: a shard id is there twice; make the plan again")
+
+    @property
+    def record_uri(self) -> str:
+        return f"{self.uri}/run.json"
+
+    @property
+    def markers_uri(self) -> str:
+        return f"{self.uri}/markers"
+
+    @property
+    def dead_letters_uri(self) -> str:
+        return f"{self.uri}/dead_letters"
+
+    def data_path(self, shard_id: str) -> str:
+        """A shard's data file, relative to the table."""
+        return f"data/{self.run_id}/{checked_id(shard_id)}.parquet"
+
+    def data_uri(self, shard_id: str) -> str:
+        return f"{self.table_uri}/{self.data_path(shard_id)}"
+
+    def marker_uri(self, shard_id: str) -> str:
+        return f"{self.markers_uri}/{checked_id(shard_id)}.json"
+
+    def dead_letter_uri(self, shard_id: str) -> str:
+        return f"{self.dead_letters_uri}/{checked_id(shard_id)}.parquet"
+
+    def planned_uri(self, shard_id: str) -> str:
+        return f"{self.plan_uri}/shards/{checked_id(shard_id)}.parquet"
+
+
+def run_id_of(plan_id: str, text_hash: str, projector_id: str, base_model_id: str) -> str:
+    """The id of the run of these: 16 hex digits, the same for the same parts."""
+    parts = json.dumps([plan_id, text_hash, projector_id, base_model_id], ensure_ascii=False)
+    return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def open_run(storage: Storage, run: Run, resolved_config: dict[str, Any]) -> None:
+    """Record a run with its configuration, or find it recorded; IncompatibleError when another run has its id."""
+    record = {field.name: getattr(run, field.name) for field in fields(run)}
+    data = json.dumps({**record, "config": resolved_config}, ensure_ascii=False, indent=1).encode()
+    if storage.put_if_absent(run.record_uri, data):
+        return
+    found = json.loads(storage.read_bytes(run.record_uri))
+    for name in ("run_id", "embedding_space", "projector_id", "base_model_id", "shard_ids"):
+        expected = list(record[name]) if name == "shard_ids" else record[name]
+        if found[name] != expected:
+            remedy = "Remove the run's folder or write to another output"
+            raise IncompatibleError(f"{run.record_uri} was made with another {name}. {remedy}")
+
+
+def load_run(storage: Storage, output_uri: str, run_id: str) -> Run:
+    """A recorded run; its places are taken below `output_uri`, wherever it was written first."""
+    uri = f"{output_uri.rstrip('/')}/runs/{checked_id(run_id)}"
+    try:
+        record = json.loads(storage.read_bytes(f"{uri}/run.json"))
+    except ObjectNotFoundError as error:
+        raise ConfigError(f"{uri}: there is no such run. Generate it first, or give another run id") from error
+    values = {field.name: record[field.name] for field in fields(Run)}
+    values["shard_ids"] = tuple(values["shard_ids"])
+    values |= {"uri": uri, "table_uri": f"{output_uri.rstrip('/')}/generations"}
+    return Run(**values)
+
+
+def pending_shards(storage: Storage, run: Run) -> list[str]:
+    """The shards without a marker, in the plan's order; one listing."""
+    done = {info.uri.rpartition("/")[2].removesuffix(".json") for info in storage.list_objects(run.markers_uri)}
+    return [shard_id for shard_id in run.shard_ids if shard_id not in done]
+
+
+def read_markers(storage: Storage, run: Run) -> list[dict[str, Any]]:
+    """The markers of all committed shards, in the plan's order."""
+    pending = set(pending_shards(storage, run))
+    uris = [run.marker_uri(shard_id) for shard_id in run.shard_ids if shard_id not in pending]
+    return [json.loads(data) for data in map_ahead(storage.read_bytes, uris)]
+
+
+def map_ahead(function: Callable[[_ITEM], _T], items: Sequence[_ITEM]) -> Iterator[_T]:
+    """`map` in order with a few threads, never more than a few results ahead: memory stays flat."""
+    with ThreadPoolExecutor(_MAX_AHEAD) as pool:
+        rest = iter(items)
+        running = [pool.submit(function, item) for item in islice(rest, _MAX_AHEAD)]
+        while running:
+            result = running.pop(0).result()
+            running += [pool.submit(function, item) for item in islice(rest, 1)]
+            yield result

@@ -1,0 +1,246 @@
+"""A run's report: counts, lengths, throughput, sharing and sample texts, from its markers and data files alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from typing import Any
+
+import polars as pl
+
+from e2p_ray.commit import PublishedVersion, Run, read_markers
+from e2p_ray.downstream.html import render_html
+from e2p_ray.downstream.samples import Sample, Samples, SampleText
+from e2p_ray.plan import Plan
+from e2p_ray.schema import Status
+from e2p_ray.storage import Storage
+
+__all__ = ["Report", "Sample", "SampleText", "build_report", "render_html", "render_terminal", "write_report"]
+
+_MAX_BINS = 48
+_TEXT_COLUMNS = ["user_id", "content_id", "task", "text", "status"]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Requests finished a second from `start_s` on, counted from the run's start, until the next one's start."""
+
+    start_s: float
+    rows_per_s: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A complete run in numbers and samples. Holds ids and texts, never user embeddings."""
+
+    run_id: str
+    plan_id: str
+    plan_uri: str
+    table_uri: str
+    projector_id: str
+    base_model_id: str
+    embedding_space: str
+    num_candidates: int
+    num_duplicates: int
+    num_requests: int  # planned, dead letters of the plan too
+    num_groups: int
+    num_contents: int
+    num_users: int
+    num_shards: int
+    statuses: dict[str, int]
+    reasons: dict[str, int]
+    arms: dict[str, int]
+    tasks: dict[str, int]
+    plan_dead_letters: dict[str, int]
+    run_dead_letters: dict[str, int]
+    num_truncated: int
+    lengths: dict[str, dict[str, dict[int, int]]]  # characters of texts: task -> language -> length -> texts
+    num_prompt_tokens: int  # if nothing were shared
+    num_computed_tokens: int
+    num_output_tokens: int
+    num_workers: int
+    started_at: str
+    finished_at: str
+    generating_s: float  # seconds in which some worker was at a shard
+    rates: tuple[Rate, ...]
+    samples: tuple[Sample, ...]
+    config: dict[str, Any]
+    version: PublishedVersion | None = None
+
+    @property
+    def num_dead_letters(self) -> int:
+        return sum(self.plan_dead_letters.values()) + sum(self.run_dead_letters.values())
+
+    @property
+    def sharing_ratio(self) -> float:
+        """Prompt tokens as if nothing were shared, over those that were run through the model."""
+        return self.num_prompt_tokens / max(self.num_computed_tokens, 1)
+
+    @property
+    def rows_per_s(self) -> float:
+        return sum(self.tasks.values()) / self.generating_s if self.generating_s else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_output_tokens / self.generating_s if self.generating_s else 0.0
+
+    def with_version(self, version: PublishedVersion) -> Report:
+        return replace(self, version=version)
+
+    def to_json(self) -> str:
+        ratios = {"sharing_ratio": self.sharing_ratio, "rows_per_s": self.rows_per_s, "tokens_per_s": self.tokens_per_s}
+        return json.dumps(asdict(self) | ratios, ensure_ascii=False, indent=1) + "\n"
+
+
+def build_report(storage: Storage, run: Run, plan: Plan, config: Mapping[str, Any]) -> Report:
+    """Read a complete run's markers and, one after the other, its data files; memory does not grow with rows."""
+    markers = read_markers(storage, run)
+    lengths: Counter[tuple[str, str, int]] = Counter()
+    samples = Samples()
+    for shard_id in run.shard_ids:
+        rows = _shard_rows(storage, run, shard_id)
+        _count_lengths(rows, lengths)
+        samples.add(rows)
+    spans = sorted((_seconds(marker, "started_at"), _seconds(marker, "finished_at")) for marker in markers)
+    counts = plan.counts
+    return Report(
+        run_id=run.run_id,
+        plan_id=plan.plan_id,
+        plan_uri=run.plan_uri,
+        table_uri=run.table_uri,
+        projector_id=run.projector_id,
+        base_model_id=run.base_model_id,
+        embedding_space=run.embedding_space,
+        num_candidates=counts.num_candidates,
+        num_duplicates=counts.num_duplicates,
+        num_requests=counts.num_requests + sum(counts.dead_letters.values()),
+        num_groups=counts.num_groups,
+        num_contents=counts.num_contents,
+        num_users=counts.num_users,
+        num_shards=len(run.shard_ids),
+        statuses=_sum(markers, "statuses"),
+        reasons=_sum(markers, "reasons"),
+        arms=_sum(markers, "arms"),
+        tasks=_sum(markers, "tasks"),
+        plan_dead_letters=dict(counts.dead_letters),
+        run_dead_letters=_sum(markers, "error_codes"),
+        num_truncated=_total(markers, "num_truncated"),
+        lengths=_nested(lengths),
+        num_prompt_tokens=_total(markers, "num_prompt_tokens"),
+        num_computed_tokens=_total(markers, "num_computed_tokens"),
+        num_output_tokens=_total(markers, "num_output_tokens"),
+        num_workers=len({marker["stats"]["worker"] for marker in markers}),
+        started_at=min((marker["stats"]["started_at"] for marker in markers), default=""),
+        finished_at=max((marker["stats"]["finished_at"] for marker in markers), default=""),
+        generating_s=_covered(spans),
+        rates=_rates(markers, spans),
+        samples=samples.chosen(),
+        config=dict(config),
+    )
+
+
+def write_report(storage: Storage, run: Run, report: Report) -> None:
+    """report.json and report.html in the run's folder; an earlier one is replaced."""
+    storage.write_bytes(f"{run.uri}/report.json", report.to_json().encode())
+    storage.write_bytes(f"{run.uri}/report.html", render_html(report).encode())
+
+
+def _shard_rows(storage: Storage, run: Run, shard_id: str) -> pl.DataFrame:
+    """A shard's texts with the title and language of their contents."""
+    texts = pl.from_arrow(storage.read_table(run.data_uri(shard_id), _TEXT_COLUMNS))
+    contents = pl.from_arrow(storage.read_table(run.planned_uri(shard_id), ["content_id", "title", "language"]))
+    assert isinstance(texts, pl.DataFrame), "a table becomes a frame"
+    assert isinstance(contents, pl.DataFrame), "a table becomes a frame"
+    return texts.join(contents.unique("content_id"), on="content_id", how="left")
+
+
+def _count_lengths(rows: pl.DataFrame, lengths: Counter[tuple[str, str, int]]) -> None:
+    counted = rows.group_by("task", "language", pl.col("text").str.len_chars().alias("length")).len()
+    for task, language, length, number in counted.iter_rows():
+        lengths[task, language, length] += number
+
+
+def _nested(lengths: Mapping[tuple[str, str, int], int]) -> dict[str, dict[str, dict[int, int]]]:
+    nested: dict[str, dict[str, dict[int, int]]] = {}
+    for (task, language, length), number in sorted(lengths.items()):
+        nested.setdefault(task, {}).setdefault(language, {})[length] = number
+    return nested
+
+
+def _sum(markers: Iterable[Mapping[str, Any]], name: str) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for marker in markers:
+        total.update(marker[name])
+    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _total(markers: Iterable[Mapping[str, Any]], name: str) -> int:
+    return sum(int(marker["stats"][name]) for marker in markers)
+
+
+def _seconds(marker: Mapping[str, Any], name: str) -> float:
+    return datetime.fromisoformat(marker["stats"][name]).timestamp()
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Seconds that lie in at least one of the spans, which are sorted."""
+    covered, end = 0.0, float("-inf")
+    for start, stop in spans:
+        covered += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
+
+
+def _rates(markers: Sequence[Mapping[str, Any]], spans: Sequence[tuple[float, float]]) -> tuple[Rate, ...]:
+    """Each shard's requests spread evenly over the time it took."""
+    if not spans:
+        return ()
+    start, stop = spans[0][0], max(stop for _, stop in spans)
+    num_bins = min(_MAX_BINS, max(2 * len(spans), 2))
+    size = max(stop - start, 1e-6) / num_bins
+    rows = [0.0] * num_bins
+    for marker in markers:
+        begin, end = _seconds(marker, "started_at") - start, _seconds(marker, "finished_at") - start
+        end = max(end, begin + 1e-9)
+        first, last = int(begin / size), min(int(end / size), num_bins - 1)
+        for index in range(min(first, num_bins - 1), last + 1):
+            overlap = min(end, (index + 1) * size) - max(begin, index * size)
+            rows[index] += marker["num_requests"] * max(overlap, 0.0) / (end - begin)
+    return tuple(Rate(index * size, number / size) for index, number in enumerate(rows))
+
+
+def render_terminal(report: Report) -> str:
+    """The report as a compact text of a few lines."""
+    written = sum(report.statuses.values())
+    lines = [f"run {report.run_id}: {report.num_requests:,} requests, {report.num_contents:,} contents"]
+    for status in Status:
+        number = report.statuses.get(status, 0)
+        lines.append(f"  {status:<12}{number:>12,}  {number / max(report.num_requests, 1):>7.1%}")
+    lines.append(
+        f"  {'dead letter':<12}{report.num_dead_letters:>12,}  "
+        f"{report.num_dead_letters / max(report.num_requests, 1):>7.1%}"
+    )
+    dead = Counter(report.plan_dead_letters) + Counter(report.run_dead_letters)
+    for title, counts in (("reasons", report.reasons), ("dead letters", dead), ("arms", report.arms)):
+        if counts:
+            ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+            lines.append(f"{title}: " + ", ".join(f"{name} {number:,}" for name, number in ordered))
+    lines.append(
+        f"speed: {report.rows_per_s:,.1f} rows/s, {report.tokens_per_s:,.0f} tokens/s "
+        f"over {report.generating_s:,.1f} s on {report.num_workers} worker(s)"
+    )
+    lines.append(
+        f"sharing: {report.sharing_ratio:,.1f}x ({report.num_prompt_tokens:,} prompt tokens for the price of "
+        f"{report.num_computed_tokens:,})"
+    )
+    if report.version is None:
+        lines.append(f"not published: {written:,} rows wait for jobs.publish")
+    else:
+        lines.append(
+            f"published: {report.version.num_rows:,} rows, version {report.version.version} of {report.table_uri}"
+        )
+    lines.append(f"report: {report.table_uri.removesuffix('/generations')}/runs/{report.run_id}/report.html")
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""An engine without a model, for tests of pipelines: its texts are sentences of the content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from e2p_ray.config import TaskConfig
+from e2p_ray.engine.contract import EngineStats
+from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, Request, RequestKey
+
+# An English stop needs a blank behind it (3.5, U.S.), a Japanese one does not; a closing bracket stays with it.
+_SENTENCE_END = re.compile(
+    r"(?<=[。！？])(?![。！？」』）])|(?<=[。！？][」』）])|(?<=[.!?])[ \t]+(?=[A-Z\"“'(\d])|\n+"
+)
+
+
+def split_sentences(body: str) -> list[str]:
+    """The sentences of an English or Japanese text, stripped, without empty ones."""
+    return [sentence for part in _SENTENCE_END.split(body) if (sentence := part.strip())]
+
+
+class FakeEngine:
+    """The contract of `TextEngine` in numpy: deterministic, no model, no torch.
+
+    The largest component of the user embedding, modulo the number of sentences, chooses a sentence of the body; without
+    a user embedding it is the first one. A further attempt takes the next sentence. A token is four bytes of UTF-8.
+
+    For tests of what follows an engine, `texts` overrides the text of a request (one for all attempts, or one an
+    attempt) and `errors` makes it fail.
+    """
+
+    def __init__(
+        self,
+        *,
+        tasks: Mapping[str, TaskConfig] | None = None,
+        projector_id: str = "fake-projector",
+        base_model_id: str = "fake-model",
+        embedding_space: str = "fake-space",
+        embedding_dim: int = 4,
+        texts: Mapping[RequestKey, str | Sequence[str]] | None = None,
+        errors: Mapping[RequestKey, ErrorCode] | None = None,
+    ) -> None:
+        self._tasks = dict(tasks or {})
+        self._ids = (projector_id, base_model_id, embedding_space)
+        self._embedding_dim = embedding_dim
+        self._texts = dict(texts or {})
+        self._errors = dict(errors or {})
+        self._stats = EngineStats()
+
+    @property
+    def projector_id(self) -> str:
+        return self._ids[0]
+
+    @property
+    def base_model_id(self) -> str:
+        return self._ids[1]
+
+    @property
+    def embedding_space(self) -> str:
+        return self._ids[2]
+
+    @property
+    def embedding_dim(self) -> int:
+        return self._embedding_dim
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def prompt_id(self, task: str, language: str) -> str:
+        """Hash of the task's template in this language, 16 hex digits."""
+        template = self._tasks[task].prompt_for(language) if task in self._tasks else None
+        parts = ["fake", task, None if template is None else template.model_dump(mode="json")]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+        """One completion a request, group by group."""
+        for group in groups:
+            num_prefix = num_tokens(group.content.title + group.content.body)
+            completions = [self._complete(group.content, request, num_prefix, attempt) for request in group.requests]
+            self._count(completions, num_prefix)
+            yield from completions
+
+    def _complete(self, content: Content, request: Request, num_prefix: int, attempt: int) -> Completion:
+        num_prompt = num_prefix + (request.user_embedding is not None)
+        failed = Completion(request.key, "", FinishReason.ERROR, num_prompt, 0, 0.0)
+        if request.key in self._errors:
+            return replace(failed, error_code=self._errors[request.key])
+        if request.user_embedding is not None:
+            assert request.user_embedding.shape == (self._embedding_dim,), "the plan lets no other size pass"
+            if not np.isfinite(request.user_embedding).all():
+                return replace(failed, error_code=ErrorCode.NON_FINITE_LOGITS)
+        text = self._write(content, request, attempt)
+        task = self._tasks.get(request.key.task)
+        max_chars = None if task is None else task.sampling.max_chars
+        cut = max_chars is not None and len(text) > max_chars
+        text = text[:max_chars] if cut else text
+        finish_reason = FinishReason.MAX_CHARS if cut else FinishReason.END_TOKEN
+        return Completion(request.key, text, finish_reason, num_prompt, num_tokens(text), -0.5)
+
+    def _write(self, content: Content, request: Request, attempt: int) -> str:
+        override = self._texts.get(request.key)
+        if isinstance(override, str):
+            return override
+        if override is not None:
+            return override[min(attempt, len(override) - 1)]
+        sentences = split_sentences(content.body)
+        if not sentences:
+            return ""
+        chosen = 0 if request.user_embedding is None else int(np.argmax(request.user_embedding))
+        return sentences[(chosen + attempt) % len(sentences)]
+
+    def _count(self, completions: list[Completion], num_prefix: int) -> None:
+        stats = self._stats
+        num_prompt = sum(completion.num_prompt_tokens for completion in completions)
+        num_output = [completion.num_output_tokens for completion in completions]
+        self._stats = EngineStats(
+            num_prompt_tokens=stats.num_prompt_tokens + num_prompt,
+            num_computed_tokens=stats.num_computed_tokens + num_prompt - num_prefix * max(0, len(completions) - 1),
+            num_output_tokens=stats.num_output_tokens + sum(num_output),
+            num_steps=stats.num_steps + max(num_output, default=0),
+            num_prefix_tokens=stats.num_prefix_tokens + (num_prefix if completions else 0),
+            num_waves=stats.num_waves + 1,
+        )
+
+
+def num_tokens(text: str) -> int:
+    """What the fake counts as tokens: UTF-8 bytes by four, rounded up."""
+    return -(-len(text.encode("utf-8", "replace")) // 4)

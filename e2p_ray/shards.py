@@ -1,0 +1,199 @@
+"""Shards: requests cut at stable places, written under the hash of what is in them, and read back as groups."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+
+from e2p_ray.errors import ShardError
+from e2p_ray.pairs import ContentJoin, bucket_of
+from e2p_ray.schema import Content, Group, Reason, Request, RequestKey, planned_schema
+from e2p_ray.storage import Storage, parquet_bytes
+
+_WRITE_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One shard of a plan."""
+
+    shard_id: str
+    num_requests: int
+    num_groups: int
+    num_bytes: int  # of the file
+
+
+@dataclass(frozen=True, slots=True)
+class Cutting:
+    """Where shards are cut."""
+
+    tasks: tuple[str, ...]  # sorted
+    num_buckets: int
+    requests_per_shard: int
+    max_group_requests: int
+    embedding_dim: int
+
+
+class _Slice(NamedTuple):
+    """A group to be: rows [start, stop) of the requests, all of one content, for one task."""
+
+    content: int
+    task: str
+    start: int
+    stop: int
+
+
+def shard_uri(plan_uri: str, shard_id: str) -> str:
+    return f"{plan_uri}/shards/{shard_id}.parquet"
+
+
+def cut(join: ContentJoin, cutting: Cutting) -> Iterator[list[_Slice]]:
+    """The groups of every shard. A change in one bucket of contents leaves the others as they are."""
+    buckets = bucket_of(join.contents["content_hash"].to_numpy(), cutting.num_buckets).tolist()
+    counts = np.bincount(join.requests["content"], minlength=len(buckets))
+    stops = np.cumsum(counts).tolist()
+    start, slices = 0, list[_Slice]()
+    for content, stop in enumerate(stops):
+        if content and buckets[content] != buckets[content - 1]:
+            yield from _pack(slices, cutting.requests_per_shard)
+            slices = []
+        slices += _slices(content, start, stop, cutting)
+        start = stop
+    yield from _pack(slices, cutting.requests_per_shard)
+
+
+def _slices(content: int, start: int, stop: int, cutting: Cutting) -> Iterator[_Slice]:
+    cap = min(cutting.max_group_requests, cutting.requests_per_shard)
+    for task in cutting.tasks:
+        for first in range(start, stop, cap):
+            yield _Slice(content, task, first, min(first + cap, stop))
+
+
+def _pack(slices: list[_Slice], requests_per_shard: int) -> Iterator[list[_Slice]]:
+    """One shard, or several in a row where the bucket holds more than twice what is aimed at."""
+    total = sum(piece.stop - piece.start for piece in slices)
+    if total <= 2 * requests_per_shard:
+        if slices:
+            yield slices
+        return
+    current, num_requests = list[_Slice](), 0
+    for piece in slices:
+        size = piece.stop - piece.start
+        if current and num_requests + size > requests_per_shard:
+            yield current
+            current, num_requests = [], 0
+        current.append(piece)
+        num_requests += size
+    yield current
+
+
+def write_shards(storage: Storage, plan_uri: str, join: ContentJoin, cutting: Cutting) -> list[ShardEntry]:
+    """Cut and write; the same rows give the same names and bytes, wherever and however often this runs."""
+
+    def write(slices: list[_Slice]) -> ShardEntry:
+        shard_id, table = _shard(join, slices, cutting)
+        data = parquet_bytes(table)
+        storage.write_bytes(shard_uri(plan_uri, shard_id), data)
+        return ShardEntry(shard_id, table.num_rows, len(slices), len(data))
+
+    with ThreadPoolExecutor(_WRITE_THREADS) as pool:
+        return list(pool.map(write, cut(join, cutting)))
+
+
+def count_requests(join: ContentJoin, tasks: Sequence[str]) -> Counter[str]:
+    """The parts of PlanCounts that are known once contents are joined."""
+    chars = join.contents.select("content", chars=pl.col("title").str.len_chars() + pl.col("body").str.len_chars())
+    pair_chars = join.requests.select("content").join(chars, on="content")["chars"].sum()
+    counts = Counter(
+        num_requests=join.requests.height * len(tasks),
+        num_contents=join.contents.height,
+        content_chars=int(chars["chars"].sum()),
+        request_chars=int(pair_chars) * len(tasks),
+    )
+    reasons = join.requests["reason"].drop_nulls().value_counts()
+    counts.update({f"reason:{reason}": number * len(tasks) for reason, number in reasons.iter_rows()})
+    return counts
+
+
+def _shard(join: ContentJoin, slices: Sequence[_Slice], cutting: Cutting) -> tuple[str, pa.Table]:
+    """A shard's id and its rows."""
+    sizes = [piece.stop - piece.start for piece in slices]
+    rows = join.requests[np.concatenate([np.arange(piece.start, piece.stop) for piece in slices])]
+    texts = join.contents[np.repeat([piece.content for piece in slices], sizes)]
+    groups = np.repeat(np.arange(len(slices), dtype=np.int32), sizes)
+    schema = planned_schema(cutting.embedding_dim)
+    missing = rows["user_embedding"].is_null()
+    vectors = rows["user_embedding"].fill_null(bytes(4 * cutting.embedding_dim))
+    matrix = np.frombuffer(b"".join(vectors.to_list()), "<f4")
+    columns = {
+        "user_id": _strings(rows["user_id"]),
+        "content_id": _strings(texts["content_id"]),
+        "task": pa.array(np.repeat(np.array([piece.task for piece in slices], dtype=object), sizes), pa.string()),
+        "group": pa.array(groups),
+        "title": _strings(texts["title"]),
+        "body": _strings(texts["body"]),
+        "language": _strings(texts["language"]),
+        "user_embedding": pa.FixedSizeListArray.from_arrays(
+            pa.array(matrix), type=schema.field("user_embedding").type, mask=pa.array(missing.to_numpy())
+        ),
+        "reason": _strings(rows["reason"]),
+    }
+    digest = hashlib.sha256(f"{cutting.embedding_dim}:{len(slices)}:".encode())
+    for piece, text_digest in zip(slices, join.contents["digest"].gather([p.content for p in slices]), strict=True):
+        digest.update(f"{len(piece.task.encode())}:{piece.task}:{piece.stop - piece.start}:".encode() + text_digest)
+    user_ids = rows["user_id"]
+    digest.update(user_ids.str.len_bytes().to_numpy().astype("<u4").tobytes())
+    digest.update("".join(user_ids.to_list()).encode())
+    digest.update("\0".join(rows["reason"].fill_null("").to_list()).encode() + b"\0")
+    digest.update(missing.to_numpy().tobytes() + matrix.tobytes())
+    return digest.hexdigest()[:32], pa.table(columns, schema=schema)
+
+
+def _strings(series: pl.Series) -> pa.Array:
+    return series.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
+
+
+def read_shard(storage: Storage, plan_uri: str, shard_id: str) -> list[Group]:
+    """The groups of one shard; ShardError when the file is not what a plan writes."""
+    uri = shard_uri(plan_uri, shard_id)
+    table = storage.read_table(uri)
+    kind = table.schema.field("user_embedding").type if "user_embedding" in table.schema.names else None
+    if kind is None or not pa.types.is_fixed_size_list(kind) or table.schema != planned_schema(kind.list_size):
+        raise ShardError(f"{uri} is not a shard of a plan. Delete the plan's folder and plan again.")
+    vectors = _user_embeddings(table["user_embedding"])
+    names = ("user_id", "content_id", "task", "title", "body", "language", "reason")
+    columns = {name: table[name].to_pylist() for name in names}
+    edges = np.flatnonzero(np.diff(table["group"].to_numpy(), prepend=-1, append=-1)).tolist()
+    groups = []
+    for start, stop in pairwise(edges):
+        content = Content(*(columns[name][start] for name in ("content_id", "title", "body", "language")))
+        task = columns["task"][start]
+        requests = tuple(
+            Request(
+                RequestKey(columns["user_id"][row], content.content_id, task),
+                vectors[row],
+                Reason(columns["reason"][row]) if columns["reason"][row] is not None else None,
+            )
+            for row in range(start, stop)
+        )
+        groups.append(Group(content, task, requests))
+    return groups
+
+
+def _user_embeddings(column: pa.ChunkedArray) -> list[npt.NDArray[np.float32] | None]:
+    found: list[npt.NDArray[np.float32] | None] = [None] * len(column)
+    array = column.combine_chunks()
+    matrix = array.flatten().to_numpy().reshape(-1, array.type.list_size)  # of the rows that have one
+    for row, vector in zip(np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False)), matrix, strict=True):
+        found[row] = vector
+    return found

@@ -1,0 +1,208 @@
+"""List, read, put and put-if-absent by URI: local paths and s3://; Parquet and folders on top."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from e2p_ray.config import StorageConfig
+from e2p_ray.errors import ConfigError, InputError, ObjectNotFoundError, StorageError
+from e2p_ray.storage.local import LocalPlace, local_path, temp_path
+from e2p_ray.storage.objects import ObjectInfo, Place
+from e2p_ray.storage.s3 import S3Place, split
+
+__all__ = ["ObjectInfo", "Storage", "is_s3", "parquet_bytes"]
+
+_PART_BYTES = 64 << 20  # a download is retried in pieces of this size
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def is_s3(uri: str) -> bool:
+    """Whether a URI is on S3; ConfigError for a scheme that is neither that nor local."""
+    scheme = _SCHEME.match(uri)
+    if scheme and scheme[1] not in ("s3", "file"):
+        raise ConfigError(f"{uri}: unknown scheme {scheme[1]!r}. Give a local path or s3://bucket/...")
+    return scheme is not None and scheme[1] == "s3"
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of a Parquet file; equal tables give equal bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+class Storage:
+    """Objects by URI. Picklable and thread-safe; every process makes its own S3 client when it first needs one.
+
+    Every method raises ObjectNotFoundError, AccessDeniedError or, when all tries failed, StorageError.
+    """
+
+    def __init__(self, config: StorageConfig | None = None) -> None:
+        self.config = config or StorageConfig()
+        self._open()
+
+    def _open(self) -> None:
+        self._s3, self._local = S3Place(self.config), LocalPlace()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_s3", "_local")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(endpoint_url={self.config.endpoint_url!r}, region={self.config.region!r})"
+
+    def _place(self, uri: str) -> Place:
+        return self._s3 if is_s3(uri) else self._local
+
+    def read_bytes(self, uri: str) -> bytes:
+        """All bytes of an object."""
+        return self._place(uri).read(uri)
+
+    def read_range(self, info: ObjectInfo, start: int, num_bytes: int) -> bytes:
+        """Up to `num_bytes` bytes from `start` of an object as it was listed; StorageError when it has changed."""
+        num_bytes = min(num_bytes, info.size_bytes - start)
+        return self._place(info.uri).read_range(info, start, num_bytes) if num_bytes > 0 else b""
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        """Write or replace an object; readers see the old bytes or the new ones, never a part."""
+        self._place(uri).put(uri, data)
+
+    def put_if_absent(self, uri: str, data: bytes) -> bool:
+        """Write an object unless there is one: True when these bytes were written, False when one was there.
+
+        Of many writers at once one wins. Needs a server that honours `If-None-Match: *`, or hard links locally.
+        """
+        return self._place(uri).put_if_absent(uri, data)
+
+    def info(self, uri: str) -> ObjectInfo | None:
+        """Size and version of the object of exactly this name, None when there is none."""
+        return self._place(uri).info(uri)
+
+    def exists(self, uri: str) -> bool:
+        """Whether there is an object of exactly this name."""
+        return self.info(uri) is not None
+
+    def delete(self, uri: str) -> None:
+        """Remove one object; nothing happens when there is none."""
+        self._place(uri).delete(uri)
+
+    def list_objects(self, uri: str) -> Iterator[ObjectInfo]:
+        """Every object below a folder, at any depth, sorted by URI; nothing when the folder is missing."""
+        yield from self._place(uri).list_below(uri.rstrip("/") or "/")
+
+    def open_parquet(self, place: str | ObjectInfo) -> pq.ParquetFile:
+        """A Parquet file that fetches only the ranges it is asked for; use it in a `with`."""
+        info = self.info(place) if isinstance(place, str) else place
+        if info is None:
+            raise ObjectNotFoundError(f"there is no object {place}")
+        source = pa.PythonFile(io.BufferedReader(_Ranges(self, info), 1 << 16), mode="r")
+        try:
+            return pq.ParquetFile(source, pre_buffer=True)
+        except pa.ArrowInvalid as error:
+            raise InputError("not a whole Parquet file", uri=info.uri, remedy="Write it again.") from error
+
+    def read_schema(self, uri: str) -> pa.Schema:
+        """The Arrow schema of a Parquet file; reads its footer only."""
+        with self.open_parquet(uri) as file:
+            return file.schema_arrow
+
+    def read_table(self, uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """A Parquet file as a table; with `columns`, only their bytes are fetched."""
+        with self.open_parquet(uri) as file:
+            missing = [name for name in columns or () if name not in file.schema_arrow.names]
+            if missing:
+                remedy = f"The file has {file.schema_arrow.names}; write it again with this column."
+                raise InputError("no such column", uri=uri, column=missing[0], remedy=remedy)
+            return file.read(columns=columns, use_threads=False)
+
+    def write_table(self, uri: str, table: pa.Table) -> None:
+        """Write a table as one Parquet object."""
+        self.write_bytes(uri, parquet_bytes(table))
+
+    def parquet_files(self, uri: str) -> list[ObjectInfo]:
+        """The data files of a table: a folder of *.parquet at any depth, or one file; _names and .names are no data.
+
+        Raises InputError when there is none.
+        """
+        folder = uri.rstrip("/")
+        found = [info for info in self.list_objects(folder) if _is_data(info.uri[len(folder) + 1 :])]
+        if not found and not (is_s3(folder) and not split(folder, folder=True)[1]):
+            found = [info for info in [self.info(folder)] if info is not None]
+        if not found:
+            remedy = "Give a .parquet file or a folder that holds some."
+            raise InputError("no Parquet file here", uri=uri, remedy=remedy)
+        return found
+
+    def fetch_folder(self, uri: str, into: Path) -> Path:
+        """A folder as a local path: a local one as it is, an s3:// one downloaded below `into`."""
+        if not is_s3(uri):
+            if not local_path(uri).is_dir():
+                raise ObjectNotFoundError(f"there is no folder {uri}")
+            return local_path(uri)
+        found = list(self.list_objects(uri))
+        if not found:
+            raise ObjectNotFoundError(f"there is no object below {uri}")
+        for info in found:
+            relative = PurePosixPath(info.uri[len(uri.rstrip("/")) + 1 :])
+            if relative.is_absolute() or ".." in relative.parts:
+                raise StorageError(f"{info.uri}: a name that leads out of its folder is not downloaded")
+            self._download(info, into / relative)
+        return into
+
+    def delta_options(self, uri: str = "s3://") -> dict[str, str]:
+        """Options for deltalake and polars to reach the same place: they hold secrets. Empty for a local URI."""
+        return self._s3.delta_options() if is_s3(uri) else {}
+
+    def _download(self, info: ObjectInfo, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp = temp_path(path)
+        try:
+            with temp.open("wb") as file:
+                for start in range(0, info.size_bytes, _PART_BYTES):
+                    file.write(self.read_range(info, start, _PART_BYTES))
+            os.replace(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)
+
+
+def _is_data(name: str) -> bool:
+    parts = name.split("/")
+    return name.endswith(".parquet") and not any(part.startswith(("_", ".")) for part in parts)
+
+
+class _Ranges(io.RawIOBase):
+    """A seekable file over ranged reads of one object."""
+
+    def __init__(self, storage: Storage, info: ObjectInfo) -> None:
+        self._storage, self._info, self._position = storage, info, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._info.size_bytes}[whence]
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._storage.read_range(self._info, self._position, len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)

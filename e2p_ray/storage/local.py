@@ -1,0 +1,121 @@
+"""Objects as files: a file is there in full or not at all, also after a kill or a power cut."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from e2p_ray.errors import AccessDeniedError, ObjectNotFoundError, StorageError
+from e2p_ray.storage.objects import ObjectInfo, changed_error
+
+_UNFINISHED = re.compile(r"^\..*\.[0-9a-f]{32}\.tmp$")  # what a killed writer leaves behind
+
+
+def local_path(uri: str) -> Path:
+    """The path of a local URI, with or without file://."""
+    return Path(uri.removeprefix("file://"))
+
+
+def temp_path(path: Path) -> Path:
+    """A name beside `path` that no listing shows."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+class LocalPlace:
+    """Files of this machine, or of a file system that all machines mount; it needs rename and hard links."""
+
+    def read(self, uri: str) -> bytes:
+        with _errors(uri):
+            return local_path(uri).read_bytes()
+
+    def read_range(self, info: ObjectInfo, start: int, num_bytes: int) -> bytes:
+        with _errors(info.uri), local_path(info.uri).open("rb") as file:
+            if str(os.fstat(file.fileno()).st_mtime_ns) != info.version:
+                raise changed_error(info.uri)
+            file.seek(start)
+            data = file.read(num_bytes)
+        if len(data) != num_bytes:
+            raise changed_error(info.uri)
+        return data
+
+    def put(self, uri: str, data: bytes) -> None:
+        path = local_path(uri)
+        with _errors(uri), _written_beside(path, data) as temp:
+            os.replace(temp, path)
+            _sync_folder(path.parent)
+
+    def put_if_absent(self, uri: str, data: bytes) -> bool:
+        path = local_path(uri)
+        with _errors(uri), _written_beside(path, data) as temp:
+            try:
+                os.link(temp, path)  # unlike rename, fails when the name is taken
+            except FileExistsError:
+                return False
+            _sync_folder(path.parent)
+        return True
+
+    def info(self, uri: str) -> ObjectInfo | None:
+        with _errors(uri):
+            path = local_path(uri)
+            return _info(uri, path) if path.is_file() else None
+
+    def delete(self, uri: str) -> None:
+        with _errors(uri):
+            local_path(uri).unlink(missing_ok=True)
+
+    def list_below(self, uri: str) -> list[ObjectInfo]:
+        folder = local_path(uri)
+        found = []
+        with _errors(uri):
+            for parent, _, names in os.walk(folder):
+                for name in names:
+                    path = Path(parent, name)
+                    if not _UNFINISHED.match(name):
+                        found.append(_info(f"{uri}/{path.relative_to(folder).as_posix()}", path))
+        return sorted(found)
+
+
+def _info(uri: str, path: Path) -> ObjectInfo:
+    stat = path.stat()
+    return ObjectInfo(uri, stat.st_size, str(stat.st_mtime_ns))
+
+
+@contextmanager
+def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = temp_path(path)
+    try:
+        with temp.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temp
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ObjectNotFoundError(f"there is no object {uri}") from error
+    except PermissionError as error:
+        if error.errno == errno.EPERM and error.filename2 is not None:
+            raise StorageError(f"{uri}: this file system has no hard links; use another, or s3://") from error
+        raise AccessDeniedError(f"{uri}: permission denied. Give this user access to it.") from error
+    except OSError as error:
+        raise StorageError(f"{uri}: {error.strerror or error}") from error

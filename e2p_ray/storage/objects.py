@@ -1,0 +1,40 @@
+"""What a place for objects can do, and the words both kinds share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from e2p_ray.errors import StorageError
+
+
+class ObjectInfo(NamedTuple):
+    """One object: `version` changes when its bytes do (the S3 ETag, or a local file's mtime in ns)."""
+
+    uri: str
+    size_bytes: int
+    version: str
+
+
+class Place(Protocol):
+    """Whole objects by URI; every method raises StorageError or one of its kinds."""
+
+    def read(self, uri: str) -> bytes: ...
+
+    def read_range(self, info: ObjectInfo, start: int, num_bytes: int) -> bytes:
+        """Bytes [start, start + num_bytes), all of them within the object as it was listed."""
+
+    def put(self, uri: str, data: bytes) -> None: ...
+
+    def put_if_absent(self, uri: str, data: bytes) -> bool: ...
+
+    def info(self, uri: str) -> ObjectInfo | None: ...
+
+    def delete(self, uri: str) -> None: ...
+
+    def list_below(self, uri: str) -> list[ObjectInfo]:
+        """Every object below a folder, sorted by URI."""
+
+
+def changed_error(uri: str) -> StorageError:
+    """The object is no longer the one that was listed."""
+    return StorageError(f"{uri} was replaced while it was being read. Run again once nothing writes there.")

@@ -1,0 +1,1 @@
+"""From events to user embeddings to candidates."""

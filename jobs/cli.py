@@ -1,0 +1,67 @@
+"""What all jobs have in common: options, one readable message for an error, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from e2p_ray.config import JobConfig, load_config
+from e2p_ray.errors import E2PError
+
+_INTERRUPTED = 130
+_UNEXPECTED = 1
+_RESUME = "interrupted. What is committed stays; run the same command again and it resumes"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A verb: its name, what --help says of it, its own options, and the call."""
+
+    prog: str
+    description: str
+    call: Callable[[JobConfig, argparse.Namespace], None]
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None
+
+
+def run_job(job: Job, argv: Sequence[str] | None = None) -> int:
+    """Parse the options and make the call; the exit code is the error's (130 for Ctrl-C)."""
+    return guarded(lambda: _call(job, argv), job.prog)
+
+
+def guarded(call: Callable[[], None], prog: str, *, on_interrupt: str = _RESUME) -> int:
+    """Make a call and turn what it raises into one message on stderr and an exit code."""
+    try:
+        call()
+    except KeyboardInterrupt:
+        print(f"\n{prog}: {on_interrupt}", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of a pipe left: not our trouble
+        return _UNEXPECTED
+    except E2PError as error:
+        _say(prog, str(error))
+        return error.exit_code
+    except Exception as error:  # noqa: BLE001 - the last line of defence: a message instead of a page of frames
+        _say(prog, f"unexpected {type(error).__name__}: {error}\nSet E2P_DEBUG=1 to see where it comes from")
+        return _UNEXPECTED
+    return 0
+
+
+def _say(prog: str, message: str) -> None:
+    if os.environ.get("E2P_DEBUG"):
+        traceback.print_exc()
+    print(f"{prog}: {message}", file=sys.stderr)
+
+
+def _call(job: Job, argv: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(prog=job.prog, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
+    options_help = ""
+    if job.add_options is not None:
+        job.add_options(parser)
+        options_help = parser.format_help()
+    options, rest = parser.parse_known_args(argv)
+    job.call(load_config(rest, prog=job.prog, description=job.description, options_help=options_help), options)

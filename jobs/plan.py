@@ -1,0 +1,127 @@
+"""Write a run's plan and say what the run would do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+
+from e2p_ray.config import JobConfig
+from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
+from e2p_ray.errors import RowError
+from e2p_ray.plan import Plan, read_shard
+from jobs.cli import Job, run_job
+from jobs.progress import duration_text
+from jobs.steps import Setup, planned, run_of, say, set_up
+from jobs.tables import bytes_text, print_pairs, print_table
+
+_SAMPLE_SHARDS, _SAMPLE_GROUPS = 4, 200
+_CHARS_PER_TOKEN = 3.0  # where no tokenizer can be loaded
+_NO_WINDOW = 1 << 30
+
+
+@dataclass(frozen=True)
+class TokenEstimate:
+    """Prompt tokens of a plan, from a sample of its groups."""
+
+    num_alone: int  # if every request were prefilled by itself
+    num_shared: int  # with each group's prefix computed once
+    max_output: int
+    how: str
+
+    @property
+    def sharing_ratio(self) -> float:
+        return self.num_alone / max(self.num_shared, 1)
+
+
+def plan(config: JobConfig, options: argparse.Namespace) -> None:
+    """Make the plan, or find it finished, and print it."""
+    setup = set_up(config)
+    made = planned(config, setup)
+    tokens = estimate_tokens(config, setup, made)
+    counts = made.counts
+    pairs = {
+        "plan": made.uri,
+        "run": run_of(config, setup, made).run_id,
+        "candidates": f"{counts.num_candidates:,} ({counts.num_duplicates:,} duplicates)",
+        "requests": f"{counts.num_requests:,} of {counts.num_users:,} users and {counts.num_contents:,} contents"
+        f" ({', '.join(made.tasks)})",
+        "groups": f"{counts.num_groups:,}",
+        "shards": f"{len(made.shards):,}",
+        "bytes": bytes_text(sum(shard.num_bytes for shard in made.shards)),
+        "prompt tokens": f"about {tokens.num_shared:,} with sharing, {tokens.num_alone:,} without ({tokens.how})",
+        "sharing ratio": f"{tokens.sharing_ratio:,.1f}",
+        "output tokens": f"at most {tokens.max_output:,}",
+    }
+    if options.rows_per_s:
+        left_s = counts.num_requests / options.rows_per_s
+        pairs["estimated time"] = f"{duration_text(left_s)} at {options.rows_per_s:g} rows/s"
+    else:
+        pairs["estimated time"] = "unknown; give --rows-per-s with an earlier run's figure (its report has it)"
+    print_pairs(pairs)
+    rows = [("fallback: " + reason, f"{number:,}") for reason, number in sorted(counts.reasons.items())]
+    rows += [("dead letter: " + code, f"{number:,}") for code, number in sorted(counts.dead_letters.items())]
+    if rows:
+        print_table(("not personalised", "requests"), rows)
+
+
+def estimate_tokens(config: JobConfig, setup: Setup, plan: Plan) -> TokenEstimate:
+    """Tokens by the base model's own tokenizer over a sample of groups, scaled by characters."""
+    counts = plan.counts
+    max_output = sum(task.sampling.max_new_tokens for task in config.tasks.values())
+    max_output *= counts.num_requests // max(len(plan.tasks), 1)
+    left, right, how = _per_char(config, setup, plan)
+    num_soft = setup.manifest.num_soft_tokens
+    alone = left * counts.request_chars + (right + num_soft) * counts.num_requests
+    if setup.manifest.layout == "soft_first":
+        return TokenEstimate(round(alone), round(alone), max_output, how)
+    chars_per_group = counts.content_chars / max(counts.num_contents, 1)
+    shared = left * chars_per_group * counts.num_groups + (right + num_soft) * counts.num_requests
+    return TokenEstimate(round(alone), round(shared), max_output, how)
+
+
+def _per_char(config: JobConfig, setup: Setup, plan: Plan) -> tuple[float, float, str]:
+    """Tokens of the shared part a character of the content, and tokens after the soft token a request."""
+    try:
+        tokenizer = load_tokenizer(setup.base.path)
+    except (OSError, ValueError, ImportError) as error:
+        say(f"no tokenizer ({type(error).__name__}): tokens are guessed from characters")
+        return 1 / _CHARS_PER_TOKEN, 0.0, f"guessed, {_CHARS_PER_TOKEN:g} characters a token"
+    layout = PromptLayout(
+        tokenizer,
+        "content_first",
+        config.tasks,
+        num_soft_tokens=setup.manifest.num_soft_tokens,
+        max_positions=_NO_WINDOW,
+    )
+    num_left = num_right = num_chars = num_groups = 0
+    step = max(1, len(plan.shards) // _SAMPLE_SHARDS)
+    for shard in plan.shards[::step][:_SAMPLE_SHARDS]:
+        for group in read_shard(setup.storage, plan.uri, shard.shard_id)[: _SAMPLE_GROUPS // _SAMPLE_SHARDS]:
+            try:
+                segments = layout.segments(group.content, group.task)
+            except RowError:
+                continue
+            num_left, num_right = num_left + len(segments.left), num_right + len(segments.right)
+            num_chars += len(group.content.title) + len(group.content.body)
+            num_groups += 1
+    if not num_chars:
+        return 1 / _CHARS_PER_TOKEN, 0.0, "nothing to count"
+    return num_left / num_chars, num_right / num_groups, f"from {num_groups} sampled groups"
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows-per-s", type=float, metavar="NUMBER", help="to say how long the run would take")
+
+
+JOB = Job(
+    prog="jobs.plan",
+    description="Write the plan of a run under output.uri and say what the run would do: requests, groups, shards,\n"
+    "tokens with and without sharing, bytes, and what cannot be personalised. Nothing is generated.",
+    call=plan,
+    add_options=_options,
+)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(JOB))

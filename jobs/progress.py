@@ -1,0 +1,89 @@
+"""How far a run is: one line that rewrites itself on a terminal, a plain line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import TextIO
+
+from e2p_ray.batch import BatchProgress
+
+_TERMINAL_S, _PLAIN_S = 1.0, 10.0
+_BAR_CHARS = 20
+
+
+class ProgressLine:
+    """Use it in a `with` and hand it to `run_batch` as `on_progress`. Writes from a thread of its own."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._latest: BatchProgress | None = None
+        self._started_s = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
+
+    def __enter__(self) -> ProgressLine:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._write(last=True)
+
+    def __call__(self, progress: BatchProgress) -> None:
+        self._latest = progress
+
+    def _tick(self) -> None:
+        shown: BatchProgress | None = None
+        while not self._stop.wait(_TERMINAL_S if self._terminal else _PLAIN_S):
+            if self._terminal or self._latest is not shown:
+                shown = self._latest
+                self._write()
+
+    def _write(self, *, last: bool = False) -> None:
+        if self._latest is None:
+            return
+        line = progress_text(self._latest, time.monotonic() - self._started_s)
+        if self._terminal:
+            self._stream.write(f"\r\x1b[K{line}" + ("\n" if last else ""))
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def progress_text(progress: BatchProgress, elapsed_s: float) -> str:
+    """One line: shards, rates, time left."""
+    share = progress.num_done / max(progress.num_shards, 1)
+    bar = ("#" * round(share * _BAR_CHARS)).ljust(_BAR_CHARS, ".")
+    parts = [f"[{bar}] {progress.num_done:,}/{progress.num_shards:,} shards"]
+    if progress.num_requests:
+        parts.append(f"{progress.num_requests:,} rows")
+        parts.append(f"{progress.rows_per_s:,.1f} rows/s")
+        parts.append(f"{progress.tokens_per_s:,.0f} tokens/s")
+        left_s = progress.generating_s / max(progress.num_done_here, 1) * (progress.num_shards - progress.num_done)
+        if left_s:
+            parts.append(f"{duration_text(left_s)} left")
+    else:
+        parts.append("starting")
+    parts.append(f"{duration_text(elapsed_s)} so far")
+    if progress.num_failures:
+        parts.append(f"{progress.num_failures:,} failed tries")
+    if progress.attempt > 1:
+        parts.append(f"attempt {progress.attempt}")
+    return ", ".join(parts)
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 10 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,68 @@
+"""Publish a complete run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from e2p_ray.commit import Run, load_run, pending_shards, publish
+from e2p_ray.config import JobConfig
+from e2p_ray.errors import ConfigError, IncompleteRunError
+from e2p_ray.storage import Storage
+from jobs.cli import Job, run_job
+from jobs.tables import print_pairs
+
+
+def publish_run(config: JobConfig, options: argparse.Namespace) -> None:
+    """Verify, check gates and consent, and make the run what readers see."""
+    storage = Storage(config.storage)
+    run = load_run(storage, config.output.uri, options.run) if options.run else latest_complete(storage, config)
+    version = publish(storage, run, config.gates, config.inputs.users_uri)
+    print_pairs(
+        {
+            "run": run.run_id,
+            "table": run.table_uri,
+            "version": f"{version.version}" + (" (it was published already)" if version.already_published else ""),
+            "rows": f"{version.num_rows:,} in {version.num_files:,} files",
+        }
+    )
+
+
+def latest_complete(storage: Storage, config: JobConfig) -> Run:
+    """The run whose last shard was finished last, among those that have all their markers."""
+    runs_uri = f"{config.output.uri}/runs"
+    run_ids = [info.uri.split("/")[-2] for info in storage.list_objects(runs_uri) if info.uri.endswith("/run.json")]
+    if not run_ids:
+        raise ConfigError(f"{runs_uri}: there is no run. Generate one first")
+    runs = [load_run(storage, config.output.uri, run_id) for run_id in run_ids]
+    complete = [run for run in runs if not pending_shards(storage, run)]
+    if not complete:
+        raise IncompleteRunError(f"{runs_uri}: none of {len(runs)} run(s) is complete. Run jobs.generate to resume")
+    return max(complete, key=lambda run: _finished_at(storage, run))
+
+
+def _finished_at(storage: Storage, run: Run) -> str:
+    if not run.shard_ids:
+        return ""
+    return max(
+        str(json.loads(storage.read_bytes(run.marker_uri(shard_id)))["stats"]["finished_at"])
+        for shard_id in run.shard_ids
+    )
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", metavar="RUN_ID", help="default: the complete run that was finished last")
+
+
+JOB = Job(
+    prog="jobs.publish",
+    description="Publish a complete run in one Delta Lake commit: row conservation, the gates and the users' consent\n"
+    "as it is now are checked first. Publishing what is there already changes nothing. Exit code 4: refused.",
+    call=publish_run,
+    add_options=_options,
+)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(JOB))

@@ -1,0 +1,203 @@
+"""A real S3 server for the tests: Ceph's gateway where it is installed, moto's server elsewhere.
+
+`E2P_TEST_S3=ceph` or `=moto` chooses one by force.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3.session
+import pytest
+from botocore.config import Config
+
+from e2p_ray.config import StorageConfig
+
+_KEY_ID, _SECRET = "AKTEST", "SKTEST"
+_PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin", "setpriv")
+_CEPH_CONF = """
+[global]
+fsid = {fsid}
+mon host = [v1:127.0.0.1:{mon_port}]
+mon initial members = a
+public addr = 127.0.0.1
+ms bind ipv6 = false
+auth cluster required = cephx
+auth service required = cephx
+auth client required = cephx
+osd pool default size = 1
+osd pool default min size = 1
+osd pool default pg num = 8
+osd crush chooseleaf type = 0
+mon allow pool size one = true
+mon max pg per osd = 1000
+mon data = {home}/mon
+mon data avail warn = 1
+mon data avail crit = 1
+osd data = {home}/osd
+osd objectstore = memstore
+memstore device bytes = 4294967296
+osd memory target = 1073741824
+keyring = {home}/keyring
+log file = {home}/$name.log
+admin socket = {home}/$name.asok
+run dir = {home}
+rgw frontends = beast endpoint=127.0.0.1:{rgw_port}
+rgw data = {home}/rgw
+"""
+_CAPABILITIES = {
+    "mon.": {"mon": "allow *"},
+    "client.admin": {"mon": "allow *", "osd": "allow *", "mgr": "allow *"},
+    "osd.0": {"mon": "allow profile osd", "osd": "allow *", "mgr": "allow profile osd"},
+    "client.rgw.a": {"mon": "allow rw", "osd": "allow rwx", "mgr": "allow rw"},
+}
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running server: which one, and how to reach it."""
+
+    name: str  # ceph | moto
+    endpoint_url: str
+
+    @property
+    def config(self) -> StorageConfig:
+        return StorageConfig(endpoint_url=self.endpoint_url, access_key_id=_KEY_ID, secret_access_key=_SECRET)
+
+    def new_bucket(self) -> str:
+        """A fresh, empty bucket as s3://name."""
+        bucket = f"test-{uuid.uuid4().hex[:12]}"
+        session = boto3.session.Session(_KEY_ID, _SECRET, region_name="us-east-1")
+        config = Config(request_checksum_calculation="when_required", s3={"addressing_style": "path"})
+        session.client("s3", endpoint_url=self.endpoint_url, config=config).create_bucket(Bucket=bucket)
+        return f"s3://{bucket}"
+
+
+def chosen_server() -> str:
+    """Which server these tests use."""
+    forced = os.environ.get("E2P_TEST_S3")
+    if forced:
+        return forced
+    return "ceph" if all(shutil.which(program) for program in _PROGRAMS) else "moto"
+
+
+@pytest.fixture(scope="session")
+def s3_server(request: pytest.FixtureRequest) -> Iterator[S3Server]:
+    """One S3 server for the whole session."""
+    start = {"ceph": _ceph, "moto": _moto}[chosen_server()]
+    with start() as server:
+        reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(f"S3 server of these tests: {server.name} at {server.endpoint_url}")
+        yield server
+
+
+@contextmanager
+def _moto() -> Iterator[S3Server]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        yield S3Server("moto", "http://{}:{}".format(*server.get_host_and_port()))
+    finally:
+        server.stop()
+
+
+@contextmanager
+def _ceph() -> Iterator[S3Server]:
+    """A monitor, one storage daemon in memory and the S3 gateway, on loopback, in a folder of their own."""
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ceph-", ignore_cleanup_errors=True)))
+        ceph = _Ceph(home, mon_port=_free_port(), rgw_port=_free_port())
+        stack.callback(ceph.stop)
+        ceph.start()
+        yield S3Server("ceph", f"http://127.0.0.1:{ceph.rgw_port}")
+
+
+class _Ceph:
+    def __init__(self, home: Path, *, mon_port: int, rgw_port: int) -> None:
+        self.home, self.mon_port, self.rgw_port = home, mon_port, rgw_port
+        self._conf = home / "ceph.conf"
+        self._daemons: list[subprocess.Popen[bytes]] = []
+
+    def start(self) -> None:
+        fsid, osd_id = str(uuid.uuid4()), str(uuid.uuid4())
+        self._conf.write_text(
+            _CEPH_CONF.format(fsid=fsid, mon_port=self.mon_port, rgw_port=self.rgw_port, home=self.home)
+        )
+        for name in ("mon", "osd", "rgw"):
+            (self.home / name).mkdir()
+        keyring, monmap = str(self.home / "keyring"), str(self.home / "monmap")
+        for entity, capabilities in _CAPABILITIES.items():
+            create = [] if Path(keyring).exists() else ["--create-keyring"]
+            caps = [word for kind, rule in capabilities.items() for word in ("--cap", kind, rule)]
+            self._run("ceph-authtool", keyring, *create, "--gen-key", "-n", entity, *caps)
+        address = f"[v1:127.0.0.1:{self.mon_port}]"
+        self._run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", address, monmap)
+        self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", monmap, "--keyring", keyring)
+        self._daemon("ceph-mon", "-i", "a")
+        self._ceph("auth", "import", "-i", keyring)
+        self._ceph("osd", "new", osd_id)
+        self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd_id, "--keyring", keyring)
+        self._ceph("osd", "crush", "add", "osd.0", "1.0", "root=default", "host=localhost")
+        self._daemon("ceph-osd", "-i", "0")
+        self._daemon("radosgw", "-n", "client.rgw.a")
+        _wait_until(self._answers, 120, "the S3 gateway")
+        keys = (f"--access-key={_KEY_ID}", f"--secret={_SECRET}")
+        self._run("radosgw-admin", "user", "create", "--uid=test", "--display-name=test", *keys)
+
+    def stop(self) -> None:
+        for daemon in reversed(self._daemons):
+            daemon.kill()
+            daemon.wait()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.rgw_port}/", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def _daemon(self, program: str, *words: str) -> None:
+        # setpriv: the daemon dies with the test process, also when that is killed.
+        command = ["setpriv", "--pdeathsig", "KILL", program, "-f", "-c", str(self._conf), *words]
+        with (self.home / f"{program}.out").open("wb") as out:
+            self._daemons.append(subprocess.Popen(command, stdout=out, stderr=out))
+
+    def _ceph(self, *words: str) -> None:
+        self._run("ceph", "--connect-timeout", "30", *words)
+
+    def _run(self, program: str, *words: str) -> None:
+        command = [program, "-c", str(self._conf), *words]
+        if program in ("ceph-authtool", "monmaptool"):
+            command = [program, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+
+
+def _wait_until(ready: Callable[[], bool], longest_s: float, what: str) -> None:
+    deadline_s = time.monotonic() + longest_s
+    while not ready():
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"{what} did not come up in {longest_s:g} s")
+        time.sleep(0.2)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

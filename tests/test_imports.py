@@ -1,0 +1,212 @@
+"""Imports point down only, heavy libraries stay in their rooms, and nothing dangerous or eager is written anywhere."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Files of one room lie in one folder or, at the top, are named here.
+ROOM_OF_FILE = {
+    "options": "config",
+    "inputs": "plan",
+    "pairs": "plan",
+    "shards": "plan",
+    "dataflow": "plan",
+    "contacts": "check",
+    "names": "check",
+    "numerals": "check",
+    "script": "check",
+    "common_words": "check",
+    "japanese_words": "check",
+    "japanese_names": "check",
+}
+_BASE = {"errors", "config", "schema", "storage"}
+_MIDDLE = _BASE | {"plan", "check", "commit", "engine"}
+_UPPER = _MIDDLE | {"generate"}
+MAY_SEE: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "schema": {"errors"},
+    "storage": {"errors", "config"},
+    "plan": _BASE,
+    "check": _BASE,
+    "commit": _BASE,
+    "engine": _BASE,
+    "generate": _MIDDLE,
+    "batch": _UPPER,
+    "serve": _UPPER,
+    "train": _UPPER,
+    "upstream": _UPPER,
+    "downstream": _UPPER,
+    "demo": _UPPER | {"train", "upstream"},  # it makes its world with the real pieces
+}
+MAY_USE = {
+    "ray": {"plan", "batch", "serve", "train", "upstream", "jobs"},
+    "torch": {"engine", "train", "demo"},
+    "transformers": {"engine", "train", "demo"},
+}
+TORCH_FREE = {"engine/__init__.py", "engine/contract.py", "engine/fake.py", "engine/manifest.py"}
+_FORBIDDEN = {
+    "eval",
+    "exec",
+    "pickle.load",
+    "pickle.loads",
+    "cloudpickle.load",
+    "cloudpickle.loads",
+    "torch.load",
+    "yaml.load",
+    "os.system",
+}
+
+
+def room_of(path: Path) -> str:
+    """The room of a file under e2p_ray or jobs; the package's own __init__ belongs to none."""
+    if path.parts[0] == "jobs":
+        return "jobs"
+    name = path.parts[1].removesuffix(".py")
+    return ROOM_OF_FILE.get(name, name)
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import hides where it points"
+            module = node.module or ""
+            inner = module in ("e2p_ray", "jobs")
+            yield from ((node.lineno, f"{module}.{alias.name}" if inner else module) for alias in node.names)
+
+
+def layer_problems(path: Path, source: str) -> list[str]:
+    """What is wrong with the imports of one file; `path` is relative to the repository."""
+    if path == Path("e2p_ray/__init__.py"):
+        return [f"{path}:{line}: the package itself imports nothing" for line, _ in imports(ast.parse(source))][:1]
+    room, found = room_of(path), []
+    if room != "jobs" and room not in MAY_SEE:
+        return [f"{path}: in no known room; give {room!r} a place in MAY_SEE"]
+    for line, name in imports(ast.parse(source)):
+        top, _, rest = name.partition(".")
+        if top == "e2p_ray" and room != "jobs":
+            other = room_of(Path("e2p_ray", rest.split(".")[0] + ".py"))
+            if other != room and other not in MAY_SEE[room]:
+                found.append(f"{path}:{line}: {room} must not see {other}")
+        elif top == "jobs" and room != "jobs":
+            found.append(f"{path}:{line}: the package must not see the jobs")
+        elif top in MAY_USE and room not in MAY_USE[top]:
+            found.append(f"{path}:{line}: {room} must not import {top}")
+        if top == "torch" and str(path.relative_to("e2p_ray") if room != "jobs" else path) in TORCH_FREE:
+            found.append(f"{path}:{line}: this file is for drivers and must not import torch")
+    return found
+
+
+def danger_problems(path: Path, source: str) -> list[str]:
+    """Calls that run what somebody else wrote, and calls at the top of a module."""
+    tree, found = ast.parse(source), []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in _FORBIDDEN:
+                found.append(f"{path}:{node.lineno}: {name}")
+            for keyword in node.keywords:
+                if keyword.arg in ("trust_remote_code", "shell") and ast.unparse(keyword.value) != "False":
+                    found.append(f"{path}:{node.lineno}: {keyword.arg} is not False")
+        elif isinstance(node, ast.ImportFrom) and node.module in ("pickle", "cloudpickle", "dill"):
+            found.append(f"{path}:{node.lineno}: {node.module}")
+    for statement in tree.body:
+        if isinstance(statement, ast.Expr) and not isinstance(statement.value, ast.Constant):
+            found.append(f"{path}:{statement.lineno}: work at import")
+        if isinstance(statement, ast.For | ast.While | ast.With | ast.Try):
+            found.append(f"{path}:{statement.lineno}: work at import")
+    return found
+
+
+def sources() -> list[Path]:
+    found = [*(ROOT / "e2p_ray").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]
+    return sorted(path.relative_to(ROOT) for path in found)
+
+
+def test_imports_point_down_only() -> None:
+    problems = [p for path in sources() for p in layer_problems(path, (ROOT / path).read_text(encoding="utf-8"))]
+    assert len(sources()) > 30
+    assert not problems, "\n".join(problems)
+
+
+def test_nothing_dangerous_and_no_work_at_import() -> None:
+    problems = [p for path in sources() for p in danger_problems(path, (ROOT / path).read_text(encoding="utf-8"))]
+    assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("e2p_ray/errors.py", "import e2p_ray.config"),
+        ("e2p_ray/schema.py", "from e2p_ray.storage import Storage"),
+        ("e2p_ray/check.py", "from e2p_ray import plan"),
+        ("e2p_ray/plan.py", "from e2p_ray.commit.run import Run"),
+        ("e2p_ray/commit/run.py", "from e2p_ray.generate import Generator"),
+        ("e2p_ray/batch/__init__.py", "from e2p_ray.train import train"),
+        ("e2p_ray/generate.py", "def f():\n    import e2p_ray.batch"),
+        ("e2p_ray/generate.py", "import jobs.cli"),
+        ("e2p_ray/commit/run.py", "import ray.data"),
+        ("e2p_ray/downstream/report.py", "from torch import nn"),
+        ("e2p_ray/engine/fake.py", "import torch"),
+        ("e2p_ray/engine/decode.py", "import ray"),
+        ("e2p_ray/__init__.py", "from e2p_ray.config import JobConfig"),
+        ("e2p_ray/registry.py", "import os"),
+        ("jobs/plan.py", "import torch"),
+    ],
+)
+def test_control_a_wrong_import_is_found(path: str, source: str) -> None:
+    assert layer_problems(Path(path), source)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle\nx = pickle.load(open('x', 'rb'))",
+        "from pickle import load",
+        "def f(p):\n    return torch.load(p)",
+        "def f(p):\n    return yaml.load(p)",
+        "def f(p):\n    return eval(p)",
+        "def f(p):\n    exec(p)",
+        "def f(p):\n    return AutoModel.from_pretrained(p, trust_remote_code=True)",
+        "def f(p, yes):\n    return AutoModel.from_pretrained(p, trust_remote_code=yes)",
+        "print('hello')",
+        "for x in range(3):\n    pass",
+    ],
+)
+def test_control_a_dangerous_line_is_found(source: str) -> None:
+    assert danger_problems(Path("e2p_ray/check.py"), source)
+
+
+def test_control_good_lines_pass() -> None:
+    assert not layer_problems(Path("e2p_ray/generate.py"), "from e2p_ray.check import check\nimport polars")
+    assert not layer_problems(Path("jobs/plan.py"), "from e2p_ray.plan import Plan\nfrom jobs.cli import Job")
+    assert not danger_problems(Path("e2p_ray/check.py"), '"""Doc."""\nimport yaml\nX = 1\nY = yaml.safe_load("1")')
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("e2p_ray.config", ("torch", "ray", "transformers", "pyarrow", "boto3")),
+        ("e2p_ray.commit", ("torch", "ray", "transformers")),
+        ("e2p_ray.generate", ("torch", "transformers")),
+        ("e2p_ray.engine.fake", ("torch", "transformers")),
+        ("e2p_ray.engine.manifest", ("torch", "transformers")),
+        ("e2p_ray.batch", ("torch", "transformers")),
+        ("jobs.generate", ("torch", "transformers")),
+    ],
+)
+def test_a_driver_stays_light(module: str, absent: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print(sorted(set({absent}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
