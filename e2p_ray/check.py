@@ -28,6 +28,7 @@ from e2p_ray.contacts import (
     foreign_mail,
     foreign_phone,
     foreign_url,
+    without_contacts,
 )
 from e2p_ray.names import KnownNames, foreign_name
 from e2p_ray.numerals import foreign_number, number_values
@@ -148,6 +149,8 @@ def _check_contacts(plain: str, content: Content, checks: ChecksConfig) -> Verdi
 
 def _check_facts(plain: str, content: Content, checks: ChecksConfig) -> Verdict | None:
     facts = _facts(content)
+    if checks.foreign_contacts:  # what is left of them is in the content
+        plain = without_contacts(plain)
     plain = _without_allowed(plain, checks.allow)
     if checks.foreign_numbers and (piece := foreign_number(plain, facts.numbers)):
         return _reject(Reason.FOREIGN_NUMBER, piece)

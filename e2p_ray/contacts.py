@@ -26,14 +26,16 @@ _URL = re.compile(
     rf"|(?<![a-z0-9.@-])www\.(?P<www>[a-z0-9\-._~:/?#@!$&'*+,;=%]{{1,500}})"
     rf"|(?<![a-z0-9.-])(?P<plain>{_HOST}(?:\.{_HOST}){{0,4}}\.{_PLAIN_TLD}{_END}{_PATH})"
     rf"|(?<![a-z0-9.-])(?P<spaced>{_HOST}(?:{_DOT}{_HOST}){{0,3}}"
-    rf"(?:{_DOT}{_SPACED_TLD}|\.[ \t]{{1,2}}(?:com|org|jp)){_END}{_PATH})"
+    rf"(?:{_DOT}{_SPACED_TLD}|\.[ \t]{{1,2}}(?:com|org|jp)){_END}{_PATH})",
+    re.IGNORECASE,
 )
 _MAIL = re.compile(
     r"(?<![a-z0-9._%+-])(?P<user>[a-z0-9._%+-]{1,64})[ \t]{0,2}(?:@|\(at\)|\[at\]|\(a\)|◎)[ \t]{0,2}"
     rf"(?P<host>{_HOST}(?:{_DOT}{_HOST}){{1,4}})"
-    rf"|(?<![a-z0-9._%+-])(?P<user2>[a-z0-9._%+-]{{1,64}})[ \t]at[ \t](?P<host2>{_HOST}(?:[ \t]dot[ \t]{_HOST}){{1,4}})"
+    rf"|(?<![a-z0-9._%+-])(?P<user2>[a-z0-9._%+-]{{1,64}})[ \t]at[ \t](?P<host2>{_HOST}(?:[ \t]dot[ \t]{_HOST}){{1,4}})",
+    re.IGNORECASE,
 )
-_ANY_DOT = re.compile(_DOT)
+_ANY_DOT = re.compile(_DOT, re.IGNORECASE)
 
 _DASHES = re.compile("[‐‑‒–—−ー－ｰ]")
 _PHONE = re.compile(
@@ -109,10 +111,20 @@ def foreign_address(text: str, known: Contacts) -> str:
     return ""
 
 
+def without_contacts(text: str) -> str:
+    """An NFKC text with mail, web and phone contacts blanked: their parts are no numbers or names of their own."""
+    text = _URL.sub(" ", _MAIL.sub(" ", text))
+    kept, at = [], 0
+    for match in _PHONE.finditer(_DASHES.sub("-", text)):
+        kept += [text[at : match.start()], " "]
+        at = match.end()
+    return "".join([*kept, text[at:]])
+
+
 def _urls(text: str) -> Iterator[tuple[str, str]]:
-    for match in _URL.finditer(text.lower()):
+    for match in _URL.finditer(text):
         piece = match.group().rstrip(".,;:!?'")
-        key = next(group for group in match.groups() if group is not None)
+        key = next(group for group in match.groups() if group is not None).lower()
         if match.lastgroup == "spaced":
             key = _ANY_DOT.sub(".", key)
         key = re.split(r"[?#]", key.rstrip(".,;:!?'/"), maxsplit=1)[0].removeprefix("www.")
@@ -121,10 +133,10 @@ def _urls(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _mails(text: str) -> Iterator[tuple[str, str]]:
-    for match in _MAIL.finditer(text.lower()):
+    for match in _MAIL.finditer(text):
         user = match.group("user") or match.group("user2")
         host = match.group("host") or match.group("host2")
-        yield match.group(), f"{user.lstrip('.')}@{_ANY_DOT.sub('.', host)}"
+        yield match.group(), f"{user.lstrip('.')}@{_ANY_DOT.sub('.', host)}".lower()
 
 
 def _phones(text: str) -> Iterator[tuple[str, str]]:

@@ -177,10 +177,10 @@ def _read_by_content(job: Job, num_partitions: int, buckets: int, pieces: pa.Tab
 
 def _pairs_by_content(num_partitions: int, buckets: int, joined: pa.Table) -> pa.Table:
     """Pairs on their way to the partition of their content's bucket."""
-    packed = []
-    for part in joined.filter(pc.field("kind") == "pairs")["rows"]:
-        frame = _unpack(part)
-        packed.append(_pack("pairs", frame, _content_part(frame["content_id"], num_partitions, buckets)))
+    packed = [
+        _pack("pairs", frame, _content_part(frame["content_id"], num_partitions, buckets))
+        for frame in _frames(joined, "pairs")
+    ]
     return pa.concat_tables([_BLOB.empty_table(), *packed])
 
 
@@ -237,17 +237,18 @@ def _ipc(frame: pl.DataFrame) -> bytes:
     return sink.getvalue()
 
 
-def _unpack(blob: pa.Scalar) -> pl.DataFrame:
-    return pl.read_ipc(BytesIO(blob.as_buffer()))
+def _frames(rows: pa.Table, kind: str) -> list[pl.DataFrame]:
+    """The frames of one kind, from wherever they came; Arrow's own filter would copy them once more."""
+    kinds = rows["kind"].to_pylist()
+    return [pl.read_ipc(BytesIO(rows["rows"][row].as_buffer())) for row, found in enumerate(kinds) if found == kind]
 
 
 def _frame(rows: pa.Table, kind: str) -> pl.DataFrame:
-    """The rows of one kind that came to this partition, from wherever."""
-    found = [_unpack(blob) for blob in rows.filter(pc.field("kind") == kind)["rows"]]
-    return pl.concat(found) if found else _KINDS[kind].to_frame()
+    frames = _frames(rows, kind)
+    return pl.concat(frames) if frames else _KINDS[kind].to_frame()
 
 
-def typed_error(error: ray.exceptions.RayError) -> Exception:
+def typed_error(error: ray.exceptions.RayError) -> E2PError | None:
     """The typed error of a worker, where Ray's own error wraps one."""
     cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, E2PError) else error
+    return cause if isinstance(cause, E2PError) else None

@@ -27,45 +27,12 @@ _ANY_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _INITIALS = re.compile(r"(?<![A-Za-z])(?:[A-Z]\.){2,12}")
 _OPENS_SENTENCE = frozenset(".!?:;\"“”‘’'«»„(\\[-–—|/…•*>。、")
 
-_SUFFIXES = (
-    *(
-        "ation",
-        "ations",
-        "ments",
-        "ness",
-        "ized",
-        "izing",
-        "ings",
-        "ment",
-        "able",
-        "ible",
-        "ists",
-        "ions",
-        "ally",
-        "less",
-    ),
-    *(
-        "less",
-        "ize",
-        "ful",
-        "ian",
-        "ean",
-        "ese",
-        "ish",
-        "est",
-        "ing",
-        "ies",
-        "ied",
-        "ier",
-        "ily",
-        "ers",
-        "ors",
-        "ist",
-        "ism",
-    ),
-    *("ity", "ion", "ive", "ous", "an", "es", "ed", "er", "or", "ly", "al", "en", "ic", "th", "s", "n", "y", "i", "d"),
-    *("r", "a", "e", "o"),
+_INFLECTIONS = ("ings", "ing", "ies", "ied", "ier", "ily", "ers", "est", "ed", "er", "es", "ly", "s", "d", "r")
+_DERIVATIONS = (
+    *("ations", "ation", "ments", "ment", "ness", "able", "ible", "ists", "ist", "ism", "ions", "ion", "ity", "ive"),
+    *("ized", "izing", "ize", "ally", "ical", "ful", "less", "ous", "ors", "or", "al", "ic", "en", "th", "y", "n"),
 )
+_ORIGINS = ("ians", "ian", "eans", "ean", "ese", "ish", "ans", "an", "is", "i", "a", "e", "o", "y", "n")
 _PREFIXES = ("un", "re", "non", "pre", "mis", "over", "out", "dis", "de", "super", "under", "anti", "in", "im", "ex")
 _NO_CAPITALS = frozenset({"ja", "zh", "ko", "yue", "cmn", "jpn", "zho", "kor"})
 _ACRONYMS = (
@@ -91,10 +58,10 @@ def base_word(word: str) -> str:
     return first[:-1] if rest[0] == "t" and first.endswith("n") and len(first) > 2 else first
 
 
-def forms(base: str) -> Iterator[str]:
+def stems(base: str, suffixes: tuple[str, ...]) -> Iterator[str]:
     """The word, what is left of it without an ending, and what that may have been before the ending."""
     yield base
-    for suffix in _SUFFIXES:
+    for suffix in suffixes:
         stem = base.removesuffix(suffix)
         if stem == base or len(stem) < (2 if suffix == "ing" else 3):
             continue
@@ -107,15 +74,21 @@ def forms(base: str) -> Iterator[str]:
                 yield stem[:-1]
 
 
+def forms(base: str) -> Iterator[str]:
+    """What a name may look like without its ending: Quinns, Portviller, Canadian and Canada share one."""
+    yield from stems(base, _INFLECTIONS)
+    yield from stems(base, _ORIGINS)
+
+
 @lru_cache(maxsize=1 << 14)
 def is_everyday(base: str) -> bool:
-    """Whether a folded English word is in the list of common words, up to two endings and a prefix."""
+    """Whether a folded English word is in the list of common words, give or take a prefix and two endings."""
     if base in common_words.names_like_words():
         return False
     everyday = common_words.english()
-    stems = {base}.union(base.removeprefix(prefix) for prefix in _PREFIXES if len(base) >= len(prefix) + 4)
-    stems = {form for stem in stems for form in forms(stem)}
-    return not everyday.isdisjoint(stems) or any(form in everyday for stem in stems for form in forms(stem))
+    roots = {base}.union(base.removeprefix(prefix) for prefix in _PREFIXES if len(base) >= len(prefix) + 4)
+    inflected = {stem for root in roots for stem in stems(root, _INFLECTIONS)}
+    return any(stem in everyday for word in inflected for stem in stems(word, _DERIVATIONS))
 
 
 @dataclass(frozen=True)

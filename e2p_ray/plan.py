@@ -20,7 +20,7 @@ from e2p_ray.storage import Storage
 __all__ = ["Plan", "PlanCounts", "ShardEntry", "load_plan", "make_plan", "read_shard"]
 
 _FORMAT = 1  # counts up when the same inputs give another plan
-_PARTITION_BYTES = 128 << 20
+_PARTITION_BYTES = 256 << 20
 _MAX_PARTITIONS = 4096
 
 
@@ -34,7 +34,7 @@ class PlanCounts:
     num_requests: int
     num_groups: int
     num_contents: int
-    num_users: int
+    num_users: int  # that candidates name and the users table has
     reasons: dict[str, int]  # requests without a user embedding
     dead_letters: dict[str, int]  # requests that are in no shard
     content_chars: int  # titles and bodies of the contents, each once
@@ -86,7 +86,9 @@ def make_plan(
             partitions = config.plan.num_partitions or min(-(-num_bytes // _PARTITION_BYTES), _MAX_PARTITIONS)
             outcome = plan_by_shuffles(job, inputs, partitions, say)
     except ray.exceptions.RayError as error:
-        raise typed_error(error) from error
+        if typed := typed_error(error):
+            raise typed from error
+        raise
     plan = _finish(job, inputs["candidates"].num_rows, outcome)
     say(f"planned {plan.counts.num_requests:,} requests in {len(plan.shards):,} shards")
     return plan
@@ -130,10 +132,9 @@ def _plan_key(config: JobConfig, inputs: dict[str, InputTable], space: Space, ta
 
 
 def _estimated_bytes(inputs: dict[str, InputTable], space: Space) -> int:
-    """Of the tables joined: ids and a user embedding a candidate, the users, the contents."""
-    vector = 4 * space.dim
-    joined = inputs["candidates"].num_rows * (vector + 64)
-    return joined + inputs["users"].num_rows * (vector + 64) + 2 * inputs["contents"].num_bytes
+    """About what one process needs at its peak: twice the ids and user embeddings of pairs and users, and the texts."""
+    num_rows = inputs["candidates"].num_rows + inputs["users"].num_rows
+    return 2 * (num_rows * (4 * space.dim + 64) + inputs["contents"].num_bytes)
 
 
 def _finish(job: Job, num_candidates: int, outcome: Outcome) -> Plan:

@@ -14,7 +14,8 @@ import pyarrow as pa
 import yaml
 
 from e2p_ray.config import JobConfig, StorageConfig
-from e2p_ray.engine.manifest import ProjectorManifest, resolve_base_model
+from e2p_ray.engine.fake import FakeEngine
+from e2p_ray.engine.manifest import ProjectorManifest, load_manifest, resolve_base_model
 from e2p_ray.storage import Storage
 
 SPACE, DIM = "space-1", 8
@@ -76,6 +77,18 @@ def candidates_table(num_users: int, num_contents: int, per_user: int) -> pa.Tab
             "score": pa.array([0.5] * len(pairs), pa.float32()),
             "source": ["test"] * len(pairs),
         }
+    )
+
+
+def fake_engine(config: JobConfig, storage: Storage) -> FakeEngine:
+    """What takes the place of `load_engine`: the ids of the job's artifacts, and no model."""
+    manifest, base = load_manifest(config, storage)
+    return FakeEngine(
+        tasks=config.tasks,
+        projector_id=manifest.projector_id,
+        base_model_id=base.base_model_id,
+        embedding_space=manifest.embedding_space,
+        embedding_dim=manifest.embedding_dim,
     )
 
 

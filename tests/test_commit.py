@@ -684,6 +684,13 @@ def test_of_six_publishers_one_wins(world: World) -> None:
     assert world.delta().version() == 1
 
 
+def test_one_wins_over_an_emptied_table_too(local: World) -> None:
+    """With nothing to replace, the library left to itself would put the files of all publishers side by side."""
+    local.publish()
+    local.delta().delete()
+    assert race([local.with_run(f"racer{number}") for number in range(3)]) == {"won": 1, "conflict": 2}
+
+
 def test_publishers_of_one_run_all_succeed(world: World) -> None:
     world.commit_pending()
     assert race([world] * 4) == {"won": 1, "already": 3}

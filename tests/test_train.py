@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,11 +44,18 @@ from e2p_ray.train import (
 )
 
 FOLDER = BaseModelFolder(Path("."), "tiny@0", "0")
-_SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Weights so wide that every token matters and a model has preferences.
+_SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.3,
+}
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_SMALL, intermediate_size=48, num_key_value_heads=2),
     "mistral-window": MistralConfig(**_SMALL, intermediate_size=48, num_key_value_heads=2, sliding_window=7),
-    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.1),
+    "gpt2": GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3),
 }
 TASKS = {
     "headline": TaskConfig(
@@ -58,8 +67,8 @@ TASKS = {
 def _tiny(name: str) -> tuple[BaseModel, PreTrainedModel]:
     """The engine's view of a random model, and a twin that attends in transformers' own way."""
     torch.manual_seed(1)
-    base = AutoModelForCausalLM.from_config(CONFIGS[name])
-    twin = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager")
+    base = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]))
+    twin = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), attn_implementation="eager")
     twin.load_state_dict(base.state_dict())
     return BaseModel(base), twin.eval().requires_grad_(False)
 
@@ -137,7 +146,7 @@ def test_gradients_equal_plain_training(name: str, left: int, right: int, num_so
     if left and name != "mistral-window":  # the control: a wrong first token in every content is seen
         wrong = [(97 - lesson.segments.left[0], *lesson.segments.left[1:]) for lesson in lessons]
         other = target_loss(base, projector, PrefixStore(base, 1 << 20).prefixes(wrong), lessons)[0]
-        assert abs(other.item() - plain.item()) > 1e-4 * plain.item()
+        assert abs(other.item() - plain.item()) > 1e-3 * plain.item()
 
 
 def test_prefixes_are_kept_within_bounds() -> None:
@@ -160,7 +169,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def _school(tokenizer: PreTrainedTokenizerBase) -> tuple[BaseModel, UserTable, list[Content], list[Target]]:
     """A random model and users whose sign on one axis decides which of two texts they want."""
     torch.manual_seed(0)
-    config = LlamaConfig(**(_SMALL | {"vocab_size": len(tokenizer)}), intermediate_size=48, num_key_value_heads=2)
+    small = _SMALL | {"vocab_size": len(tokenizer)}
+    config = LlamaConfig(**small, intermediate_size=48, num_key_value_heads=2)
     users = _users()
     contents = [Content(f"c{i}", f"Title {i}", "A body.", "en") for i in range(3)]
     wants = ["money" if vector[0] > 0 else "health" for vector in users.user_embeddings]
@@ -174,7 +184,7 @@ def _school(tokenizer: PreTrainedTokenizerBase) -> tuple[BaseModel, UserTable, l
 def test_training_learns_from_the_user_embedding_and_leaves_the_base_model(tokenizer: PreTrainedTokenizerBase) -> None:
     base, users, contents, targets = _school(tokenizer)
     before = base.weights_hash()
-    settings = TrainSettings(num_steps=120, contents_per_step=3, warmup_steps=5, learning_rate=1e-2, hidden_dim=32)
+    settings = TrainSettings(num_steps=80, contents_per_step=3, warmup_steps=5, learning_rate=1e-2, hidden_dim=32)
     seen: list[int] = []
 
     def train(table: UserTable) -> float:
@@ -186,10 +196,10 @@ def test_training_learns_from_the_user_embedding_and_leaves_the_base_model(token
         return float(np.mean(result.losses[-10:]))
 
     own = train(users)
-    assert seen == list(range(1, 121))
+    assert seen == list(range(1, 81))
     assert own == train(users), "the same seed gives the same losses"
     constant = replace(users, user_embeddings=np.tile(users.user_embeddings[:1], (50, 1)))
-    assert own < 0.9 * train(constant), "without knowing the user the two texts cannot be told apart"
+    assert own < 0.95 * train(constant), "without knowing the user the two texts cannot be told apart"
 
 
 def test_unusable_targets_are_skipped_and_counted(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,14 +16,15 @@ from e2p_ray.demo.names import BANKS, SLOTS
 
 LANGUAGES = ("en", "ja")
 TASKS = ("headline", "explanation")
+QUOTE = "quote"  # a third thing the base model can write: the angle's own sentence. It is what teaches it to copy
 ANGLES = ("money", "people", "technology", "environment", "sport", "community", "health", "culture")
 ANGLE_WORDS: Mapping[str, Mapping[str, str]] = {
     "en": {angle: f" {angle}" for angle in ANGLES},
     "ja": dict(zip(ANGLES, ("経済", "人物", "技術", "環境", "スポーツ", "地域", "健康", "文化"), strict=True)),
 }
 CUES: Mapping[str, Mapping[str, str]] = {
-    "en": {"headline": "\n\nHeadline:", "explanation": "\n\nWhy this is for you:"},
-    "ja": {"headline": "\n\n見出し：", "explanation": "\n\nおすすめの理由："},
+    "en": {"headline": "\n\nHeadline:", "explanation": "\n\nWhy this is for you:", QUOTE: "\n\nQuote:"},
+    "ja": {"headline": "\n\n見出し：", "explanation": "\n\nおすすめの理由：", QUOTE: "\n\n引用："},
 }
 # What stands between cue and text: the base model's tokens of a word differ with and without a space before it.
 TEXT_PREFIX: Mapping[str, str] = {"en": " ", "ja": ""}
@@ -38,7 +39,6 @@ class AngleTexts:
     """One angle of one article: its facts and the texts that use them. Markers are verbatim in body and texts."""
 
     angle: str
-    sentence: str
     markers: tuple[str, ...]
     texts: Mapping[str, tuple[str, ...]]  # by task; the likeliest phrasing first
 
@@ -101,8 +101,8 @@ def make_article(content_id: str, language: str, random: Random, angles: Sequenc
     chosen = list(angles) if angles is not None else random.sample(ANGLES, random.choice(_NUM_ANGLES))
     told = [_tell(angle, parts["angles"][angle], shared, facts) for angle in chosen]
     space = " " if language == "en" else ""
-    sentences = [_fill(random.choice(parts["leads"]), shared), *(angle.sentence for angle in told)]
-    plain = {
+    sentences = [_fill(random.choice(parts["leads"]), shared), *(angle.texts[QUOTE][0] for angle in told)]
+    plain = {QUOTE: (sentences[0],)} | {
         task: tuple(_fill(text, shared) for text in random.sample(parts["plain"][task], len(parts["plain"][task])))
         for task in TASKS
     }
@@ -135,7 +135,8 @@ def _tell(angle: str, stories: Sequence[Mapping[str, Any]], shared: Mapping[str,
     }
     filled = {**shared, **values}
     texts = {task: tuple(_fill(text, filled) for text in _rotated(story[task], variant)) for task in TASKS}
-    return AngleTexts(angle, _fill(story["body"][variant], filled), tuple(values.values()), texts)
+    texts[QUOTE] = (_fill(story["body"][variant], filled),)
+    return AngleTexts(angle, tuple(values.values()), texts)
 
 
 def _rotated(texts: Sequence[str], start: int) -> list[str]:

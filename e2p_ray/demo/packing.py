@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from e2p_ray.demo.newsroom import ANGLE_WORDS, ANGLES, CUES, TASKS, TEXT_PREFIX, Article, pick_text
+from e2p_ray.demo.newsroom import ANGLE_WORDS, ANGLES, CUES, QUOTE, TASKS, TEXT_PREFIX, Article, pick_text
 
 NO_TARGET = -100
+_MAX_QUOTES = 2  # an article
 
 
 @dataclass(slots=True)
@@ -72,14 +73,15 @@ class Packer:
         content = [self._bos, *self._encode(f"{article.title}\n\n{article.body}")]
         packed.add(content, 0, 0, 0, [NO_TARGET] * len(content))
         branch = 0
-        for cue, task in enumerate(TASKS, start=1):
+        for cue, task in enumerate((*TASKS, QUOTE), start=1):
             ids = self._cues[article.language][task]
             start = len(content) + len(ids)
             plain = self._text(article.plain[task], article.language, random)
             packed.add(ids, len(content), cue, 0, [NO_TARGET] * (len(ids) - 1) + plain[:1])
             branch += 1
             packed.add(plain[:-1], start, cue, branch, plain[1:])
-            for angle, other, share in self._wishes(article, random):
+            wishes = self._wishes(article, random)
+            for angle, other, share in random.sample(wishes, _MAX_QUOTES) if task == QUOTE else wishes:
                 branch += 1
                 told = article.angle(angle) or article.angle(other)
                 texts = told.texts[task] if told is not None else article.plain[task]

@@ -7,12 +7,14 @@ from html import escape
 
 _WIDTH, _HEIGHT = 520, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 12, 34
-_MAX_BARS = 40
+_MIN_BARS, _MAX_BARS = 16, 40
 
 
 def histogram(counts: Mapping[int, int], *, label: str, unit: str) -> str:
     """Bars over whole numbers, neighbours put together when there are too many."""
     low, high = min(counts), max(counts)
+    missing = max(0, _MIN_BARS - (high - low + 1))  # else two values would be two blocks
+    low, high = max(0, low - missing // 2), high + missing - min(low, missing // 2)
     size = -(-(high - low + 1) // _MAX_BARS)
     bars = [0] * ((high - low) // size + 1)
     for value, number in counts.items():

@@ -10,7 +10,7 @@ import polars as pl
 from e2p_ray.schema import Status
 
 _MAX_TEXTS = 5
-_MAX_CONTENTS = 3  # of one task and language
+_MAX_CONTENTS = 2  # of one task and language
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ section{
   padding:18px 20px;
   margin-top:16px
 }
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin-top:18px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(210px,1fr));gap:12px;margin-top:18px}
 .tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
 .tile b{display:block;font-size:1.45rem;font-weight:650;font-variant-numeric:tabular-nums}
 .tile span{color:var(--soft);font-size:.85rem}
@@ -82,7 +82,8 @@ td.id{
   border:1px solid var(--line);
   background:var(--quiet)
 }
-.pill.yes{background:var(--ok);border-color:var(--ok);color:#fff}
+.pill.yes{background:var(--ok);border-color:var(--ok);color:var(--card)}
+td[lang]{overflow-wrap:anywhere}
 .key{display:flex;flex-wrap:wrap;gap:4px 18px;margin:8px 0 14px;font-size:.85rem;color:var(--soft)}
 .key i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
 svg{width:100%;height:auto;display:block}
