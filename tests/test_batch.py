@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from e2p_ray.batch import BatchProgress, ShardOutcome, run_batch
+from e2p_ray.batch.session import check_resources
+from e2p_ray.batch.tally import Tally
+from e2p_ray.batch.worker import ShardWorker, _said
+from e2p_ray.commit import Run, open_run, pending_shards, read_markers, verify
+from e2p_ray.config import JobConfig
+from e2p_ray.engine.fake import FakeEngine
+from e2p_ray.errors import ConfigError, IncompatibleError, IncompleteRunError, StorageError
+from e2p_ray.plan import make_plan, read_shard
+from e2p_ray.schema import Completion, Group
+from e2p_ray.storage import Storage
+from tests.small_job import DIM, SPACE, fake_engine, write_small_job
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@dataclass(frozen=True)
+class Opened:
+    config: JobConfig
+    storage: Storage
+    run: Run
+
+
+def opened(folder: Path, **changes: object) -> Opened:
+    """A planned and recorded run of some ten shards."""
+    workers = {"num_cpus": 1, "max_shard_attempts": 2, "max_stall_s": 30, **changes.pop("workers", {})}  # type: ignore[dict-item]
+    config, _ = write_small_job(folder, workers=workers, **changes)  # type: ignore[arg-type]
+    storage = Storage(config.storage)
+    plan = make_plan(config, storage, embedding_space=SPACE, embedding_dim=DIM)
+    engine = fake_engine(config, storage)
+    shard_ids = tuple(shard.shard_id for shard in plan.shards)
+    uri = f"{config.output.uri}/runs/run-1"
+    run = Run(
+        "run-1", uri, config.output.table_uri, plan.uri, SPACE, engine.projector_id, engine.base_model_id, shard_ids
+    )
+    open_run(storage, run, config.resolved())
+    assert 4 <= len(shard_ids) <= 30
+    return Opened(config, storage, run)
+
+
+def test_a_whole_run_is_committed_and_told(tmp_path: Path) -> None:
+    job = opened(tmp_path, workers={"min_size": 1, "max_size": 2})
+    told: list[BatchProgress] = []
+    summary = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine, on_progress=told.append)
+    checked = verify(job.storage, job.run)
+    markers = read_markers(job.storage, job.run)
+    assert checked.statuses["ok"] > 0
+    assert summary.num_done == len(job.run.shard_ids) == len(markers)
+    assert (summary.num_attempts, summary.num_done_before, summary.failures) == (1, 0, ())
+    assert summary.num_requests == sum(marker["num_requests"] for marker in markers)
+    assert summary.num_output_tokens == sum(marker["stats"]["num_output_tokens"] for marker in markers) > 0
+    assert summary.num_computed_tokens < summary.num_prompt_tokens
+    assert [progress.num_done for progress in told] == list(range(len(job.run.shard_ids) + 1))
+    assert told[-1].rows_per_s > 0
+
+    again = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine)
+    assert (again.num_done, again.num_done_before, again.num_attempts) == (0, len(markers), 0)
+
+
+def test_only_pending_shards_are_generated(tmp_path: Path) -> None:
+    job = opened(tmp_path)
+    run_batch(job.config, job.storage, job.run, engine_factory=fake_engine)
+    before = {marker["shard_id"]: marker for marker in read_markers(job.storage, job.run)}
+    lost = job.run.shard_ids[2]
+    job.storage.delete(job.run.marker_uri(lost))
+    summary = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine)
+    assert (summary.num_done, summary.num_done_before) == (1, len(before) - 1)
+    assert {marker["shard_id"]: marker for marker in read_markers(job.storage, job.run)} == before
+
+
+class Poisoned:
+    """An engine factory whose engine meets shards that end badly: by an exception, or by the death of its process.
+
+    A shard is known by one of its keys; each bad end leaves a file, so that tries can be counted across processes.
+    """
+
+    def __init__(self, folder: Path, *, raising: tuple[str, ...] = (), killing: tuple[str, ...] = (), times: int = 99):
+        self._folder, self._raising, self._killing, self._times = folder, raising, killing, times
+
+    def __call__(self, config: JobConfig, storage: Storage) -> FakeEngine:
+        engine = fake_engine(config, storage)
+        generate, bad = engine.generate, {*self._raising, *self._killing}
+
+        def poisoned(groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+            known = list(groups)
+            for key in {"/".join(request.key) for group in known for request in group.requests} & bad:
+                if self._num_tries_of(key) >= self._times:
+                    continue
+                (self._folder / f"{time.time_ns()}-{key.replace('/', '-')}").touch()
+                if key in self._killing:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError(f"the vector [0.25, 0.5] of {key} is bad")
+            yield from generate(known, attempt=attempt)
+
+        engine.generate = poisoned  # type: ignore[method-assign]
+        return engine
+
+    def _num_tries_of(self, key: str) -> int:
+        return len(list(self._folder.glob(f"*-{key.replace('/', '-')}")))
+
+    def num_tries(self) -> int:
+        return len(list(self._folder.iterdir()))
+
+
+def keys_of(job: Opened, *numbers: int) -> tuple[str, ...]:
+    """A key with a user embedding from each of some shards of the run."""
+    found = []
+    for number in numbers:
+        groups = read_shard(job.storage, job.run.plan_uri, job.run.shard_ids[number])
+        requests = [request for group in groups for request in group.requests if request.user_embedding is not None]
+        found.append("/".join(requests[0].key))
+    return tuple(found)
+
+
+@pytest.fixture
+def tries(tmp_path: Path) -> Path:
+    folder = tmp_path / "tries"
+    folder.mkdir()
+    return folder
+
+
+def test_a_failing_shard_fails_alone_and_is_named(tmp_path: Path, tries: Path) -> None:
+    job = opened(tmp_path)
+    poisoned = Poisoned(tries, raising=keys_of(job, 1))
+    with pytest.raises(IncompleteRunError) as caught:
+        run_batch(job.config, job.storage, job.run, engine_factory=poisoned)
+    message = str(caught.value)
+    bad = job.run.shard_ids[1]
+    assert pending_shards(job.storage, job.run) == [bad]
+    assert bad in message
+    assert "ValueError" in message
+    assert "0.25" not in message
+    assert "same command again" in message
+    assert caught.value.exit_code == 5
+    assert poisoned.num_tries() == 2
+    assert run_batch(job.config, job.storage, job.run, engine_factory=fake_engine).num_done == 1
+
+
+def test_a_passing_trouble_is_tried_again(tmp_path: Path, tries: Path) -> None:
+    job = opened(tmp_path)
+    poisoned = Poisoned(tries, raising=keys_of(job, 0, 3), times=1)
+    summary = run_batch(job.config, job.storage, job.run, engine_factory=poisoned)
+    assert not pending_shards(job.storage, job.run)
+    assert (summary.num_attempts, len(summary.failures)) == (2, 2)
+
+
+def test_shards_that_kill_their_worker_do_not_take_others_along(tmp_path: Path, tries: Path) -> None:
+    job = opened(tmp_path)
+    poisoned = Poisoned(tries, killing=keys_of(job, 0, 2))
+    with pytest.raises(IncompleteRunError, match="2 of"):
+        run_batch(job.config, job.storage, job.run, engine_factory=poisoned)
+    assert pending_shards(job.storage, job.run) == [job.run.shard_ids[0], job.run.shard_ids[2]]
+    assert poisoned.num_tries() == 4  # two shards, two attempts, and never again by Ray's own retries
+
+
+def test_a_refusal_stops_the_run_at_once(tmp_path: Path) -> None:
+    job = opened(tmp_path)
+
+    def refusing(config: JobConfig, storage: Storage) -> FakeEngine:
+        raise IncompatibleError("projector p was trained for another model")
+
+    told: list[BatchProgress] = []
+    with pytest.raises(IncompatibleError, match="another model"):
+        run_batch(job.config, job.storage, job.run, engine_factory=refusing, on_progress=told.append)
+    assert told[-1].attempt == 1
+
+
+def test_an_engine_that_does_not_load_is_tried_and_then_told(tmp_path: Path) -> None:
+    job = opened(tmp_path, workers={"max_shard_attempts": 1})
+
+    def failing(config: JobConfig, storage: Storage) -> FakeEngine:
+        raise StorageError("s3://models/base: could not be read after 8 tries")
+
+    with pytest.raises(IncompleteRunError, match="could not be read after 8 tries"):
+        run_batch(job.config, job.storage, job.run, engine_factory=failing)
+
+
+def test_a_worker_says_what_happened_in_one_row(tmp_path: Path) -> None:
+    job = opened(tmp_path)
+    worker = ShardWorker(job.config, job.storage, job.run, fake_engine)
+    row = worker(pa.table({"shard_id": [job.run.shard_ids[0]]})).to_pylist()[0]
+    assert row["error_type"] == ""
+    assert row["num_requests"] > 0
+    row = worker(pa.table({"shard_id": ["nowhere"]})).to_pylist()[0]
+    assert row["error_type"]
+    assert "nowhere" in row["message"]
+    assert not row["fatal"]
+
+
+def test_messages_of_strangers_lose_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("E2P_DEBUG", raising=False)
+    try:
+        raise ValueError("bad vector [0.125 -0.5\n 0.25] of somebody")
+    except ValueError as error:
+        said = _said(error)
+    assert "0.125" not in said
+    assert "test_batch.py" in said
+    assert _said(StorageError("s3://b/k: 503 after 8 tries")) == "s3://b/k: 503 after 8 tries"
+
+
+def test_a_worker_too_large_for_this_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config, _ = write_small_job(tmp_path, workers={"num_cpus": 64, "num_gpus": 1})
+    with pytest.raises(ConfigError, match=r"num_gpus 1 .* workers.ray_address"):
+        check_resources(config)
+
+
+def test_rates_count_from_the_first_shard() -> None:
+    tally = Tally(4, 1, None)
+    assert tally.progress().rows_per_s == 0.0
+    tally.next_attempt()
+    tally.add(ShardOutcome("a", num_requests=10, num_output_tokens=50, started_at_s=100.0, finished_at_s=102.0))
+    tally.add(ShardOutcome("b", error_type="ValueError", message="no"))
+    tally.add(ShardOutcome("b", num_requests=30, num_output_tokens=50, started_at_s=101.0, finished_at_s=104.0))
+    progress = tally.progress()
+    assert (progress.num_done, progress.num_failures, progress.rows_per_s, progress.tokens_per_s) == (3, 1, 10.0, 25.0)

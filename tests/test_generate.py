@@ -1,0 +1,441 @@
+"""Every branch from a request to its row, row conservation over messy groups, and engines that lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from e2p_ray.config import JobConfig
+from e2p_ray.engine.fake import FakeEngine
+from e2p_ray.generate import Generator, fingerprint, one_line, shared_fingerprint
+from e2p_ray.schema import (
+    DEAD_LETTERS,
+    GENERATIONS,
+    Arm,
+    Completion,
+    Content,
+    DeadLetter,
+    ErrorCode,
+    FinishReason,
+    Generation,
+    Group,
+    Reason,
+    Request,
+    RequestKey,
+    Status,
+    to_table,
+)
+
+BODY = "The city opened a bridge on Monday. It cost 40 million dollars. Cyclists welcomed the wide lanes. Rain fell."
+CONTENT = Content("c1", " Bridge opens\n", BODY, "en")
+JA = Content("c2", "橋が開通", "市は月曜日に橋を開通した。費用は四千万円だ。自転車の道も広い。", "ja")
+SHARED = RequestKey("", "c1", "headline")
+KEY = RequestKey("u1", "c1", "headline")
+BAD = "Call 555-0123 now"
+
+
+def make_config(**checks: Any) -> JobConfig:
+    return JobConfig.model_validate(
+        {
+            "inputs": {"users_uri": "u", "contents_uri": "c", "candidates_uri": "x"},
+            "output": {"uri": "out"},
+            "base_model": {"uri": "model"},
+            "projector": {"uri": "projector"},
+            "tasks": {"headline": {"prompts": {"default": {}}}, "explanation": {"prompts": {"default": {}}}},
+            "checks": checks,
+        }
+    )
+
+
+def ask(
+    user_id: str = "u1", content: Content = CONTENT, *, favourite: int = 1, reason: Reason | None = None
+) -> Request:
+    embedding = np.eye(4, dtype=np.float32)[favourite % 4] if reason is None else None
+    return Request(RequestKey(user_id, content.content_id, "headline"), embedding, reason)
+
+
+def run(
+    requests: Sequence[Request],
+    *,
+    content: Content = CONTENT,
+    texts: Mapping[RequestKey, str | Sequence[str]] | None = None,
+    errors: Mapping[RequestKey, ErrorCode] | None = None,
+    **checks: Any,
+) -> tuple[list[Generation], list[DeadLetter]]:
+    engine = FakeEngine(texts=texts, errors=errors)
+    return Generator(engine, make_config(**checks), "run-1").generate(
+        [Group(content, "headline", tuple(requests))], shard_id="shard-1"
+    )
+
+
+def only_row(rows_and_letters: tuple[list[Generation], list[DeadLetter]]) -> Generation:
+    (row,), letters = rows_and_letters
+    assert not letters
+    return row
+
+
+def labels(row: Generation) -> tuple[str, Status, Reason | None, Arm, bool]:
+    return row.text, row.status, row.reason, row.arm, row.personalized
+
+
+def test_accepted() -> None:
+    row = only_row(run([ask()]))
+    assert labels(row) == ("It cost 40 million dollars.", Status.OK, None, Arm.SOFT_TOKEN, True)
+    assert (row.finish_reason, row.mean_logprob, row.num_output_tokens > 0) == (FinishReason.END_TOKEN, -0.5, True)
+    assert (row.projector_id, row.base_model_id, row.embedding_space) == ("fake-projector", "fake-model", "fake-space")
+    assert (row.run_id, row.key) == ("run-1", KEY)
+    assert datetime.now(UTC) >= row.generated_at
+
+
+def test_accepted_at_the_second_try_says_why_there_was_one() -> None:
+    row = only_row(run([ask()], texts={KEY: [BAD, "The bridge is wide."]}))
+    assert labels(row) == ("The bridge is wide.", Status.OK, Reason.FOREIGN_PHONE, Arm.SOFT_TOKEN, True)
+
+
+def test_rejected_twice_falls_back_with_the_first_reason() -> None:
+    row = only_row(run([ask()], texts={KEY: [BAD, ""]}))
+    expected = ("The city opened a bridge on Monday.", Status.FALLBACK, Reason.FOREIGN_PHONE, Arm.NO_SOFT_TOKEN, False)
+    assert labels(row) == expected
+
+
+def test_no_retry_when_it_is_off() -> None:
+    row = only_row(run([ask()], texts={KEY: [BAD, "The bridge is wide."]}, retry=False))
+    assert (row.status, row.arm) == (Status.FALLBACK, Arm.NO_SOFT_TOKEN)
+
+
+def test_title_when_the_unpersonalised_text_is_rejected_too() -> None:
+    row = only_row(run([ask()], texts={KEY: BAD, SHARED: "Paris wins 7 medals"}))
+    assert labels(row) == ("Bridge opens", Status.FALLBACK, Reason.FOREIGN_PHONE, Arm.TITLE, False)
+    assert (row.finish_reason, row.mean_logprob, row.num_prompt_tokens, row.num_output_tokens) == (None, None, 0, 0)
+
+
+def test_a_title_is_not_checked() -> None:
+    content = replace(CONTENT, title="完売 555-0123 http://example.com")
+    row = only_row(run([ask()], content=content, texts={KEY: "", SHARED: ""}))
+    assert row.text == content.title
+
+
+def test_an_error_at_the_retry_is_a_fallback() -> None:
+    class FailsAtRetry(FakeEngine):
+        def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+            for completion in super().generate(groups, attempt=attempt):
+                yield completion if attempt == 0 else replace(completion, error_code=ErrorCode.NON_FINITE_LOGITS)
+
+    rows, letters = Generator(FailsAtRetry(texts={KEY: BAD}), make_config(), "r").generate(
+        [Group(CONTENT, "headline", (ask(),))]
+    )
+    assert not letters
+    assert (rows[0].status, rows[0].reason, rows[0].arm) == (Status.FALLBACK, Reason.FOREIGN_PHONE, Arm.NO_SOFT_TOKEN)
+
+
+@pytest.mark.parametrize("reason", [reason for reason in Reason if reason.startswith("embedding_")])
+def test_without_user_embedding(reason: Reason) -> None:
+    row = only_row(run([ask(reason=reason)]))
+    expected = ("The city opened a bridge on Monday.", Status.FALLBACK, reason, Arm.NO_SOFT_TOKEN, False)
+    assert labels(row) == expected
+    rejected = only_row(run([ask(reason=reason)], texts={SHARED: ""}))
+    assert labels(rejected) == ("Bridge opens", Status.FALLBACK, reason, Arm.TITLE, False)
+
+
+def test_no_embedding_and_no_reason_is_read_as_a_null_embedding() -> None:
+    row = only_row(run([Request(KEY, None)]))
+    assert (row.status, row.reason) == (Status.FALLBACK, Reason.EMBEDDING_NULL)
+
+
+def test_opted_out_is_suppressed_and_never_personalised() -> None:
+    row = only_row(run([ask(reason=Reason.OPTED_OUT)]))
+    assert labels(row)[1:] == (Status.SUPPRESSED, Reason.OPTED_OUT, Arm.NO_SOFT_TOKEN, False)
+    row = only_row(run([ask(reason=Reason.OPTED_OUT)], texts={SHARED: ""}))
+    assert labels(row) == ("Bridge opens", Status.SUPPRESSED, Reason.OPTED_OUT, Arm.TITLE, False)
+
+
+def test_blank_body_publishes_the_title_without_the_engine() -> None:
+    class NeverAsked(FakeEngine):
+        def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+            raise AssertionError("nothing to write")
+
+    content = replace(CONTENT, body=" \n　")
+    requests = (ask("u1"), ask("u2", reason=Reason.OPTED_OUT), ask("u3", reason=Reason.EMBEDDING_ZERO))
+    rows, letters = Generator(NeverAsked(), make_config(), "r").generate([Group(content, "headline", requests)])
+    assert not letters
+    assert [(row.status, row.reason, row.arm, row.text) for row in rows] == [
+        (Status.FALLBACK, Reason.EMPTY_BODY, Arm.TITLE, "Bridge opens"),
+        (Status.SUPPRESSED, Reason.OPTED_OUT, Arm.TITLE, "Bridge opens"),
+        (Status.FALLBACK, Reason.EMPTY_BODY, Arm.TITLE, "Bridge opens"),
+    ]
+
+
+@pytest.mark.parametrize("code", [ErrorCode.NON_FINITE_LOGITS, ErrorCode.PROMPT_TOO_LONG, ErrorCode.OUT_OF_MEMORY])
+def test_engine_error_is_a_dead_letter(code: ErrorCode) -> None:
+    rows, (letter,) = run([ask("u1"), ask("u2")], errors={KEY: code})
+    assert [row.user_id for row in rows] == ["u2"]
+    assert (letter.key, letter.error_code, letter.shard_id, letter.run_id) == (KEY, code, "shard-1", "run-1")
+    assert letter.message
+    assert "u1" not in letter.message
+
+
+def test_engine_error_in_the_shared_text_leads_to_the_title() -> None:
+    row = only_row(run([ask(reason=Reason.OPTED_OUT)], errors={SHARED: ErrorCode.NON_FINITE_LOGITS}))
+    assert (row.arm, row.text) == (Arm.TITLE, "Bridge opens")
+
+
+def test_blank_title_where_it_is_needed_is_a_dead_letter() -> None:
+    content = replace(CONTENT, title=" ")
+    _, (letter,) = run([ask()], content=content, texts={KEY: "", SHARED: ""})
+    assert letter.error_code is ErrorCode.EMPTY_CONTENT
+    assert only_row(run([ask()], content=content)).status is Status.OK
+
+
+def test_an_empty_user_id_cannot_take_the_place_of_the_shared_text() -> None:
+    rows, (letter,) = run([ask(""), ask("u2", reason=Reason.OPTED_OUT)])
+    assert (letter.error_code, letter.user_id) == (ErrorCode.NULL_KEY, "")
+    assert rows[0].arm is Arm.NO_SOFT_TOKEN
+
+
+class Recording(FakeEngine):
+    """Keeps what it was asked for."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.asked: list[tuple[int, RequestKey, bool]] = []
+
+    def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+        groups = list(groups)
+        for group in groups:
+            self.asked += [(attempt, r.key, r.user_embedding is not None) for r in group.requests]
+        return super().generate(groups, attempt=attempt)
+
+
+def test_one_shared_text_a_content_whoever_needs_it() -> None:
+    # A hot content in three groups; opted-out users and a rejected one share a text made in the first call.
+    engine = Recording(texts={KEY: BAD})
+    groups = [
+        Group(CONTENT, "headline", (ask("u1"), ask("u2"))),
+        Group(CONTENT, "headline", (ask("u3", reason=Reason.OPTED_OUT), ask("u4"))),
+        Group(CONTENT, "headline", (ask("u5", reason=Reason.EMBEDDING_NULL),)),
+    ]
+    rows, _ = Generator(engine, make_config(), "r").generate(groups)
+    assert [key for _, key, _ in engine.asked].count(SHARED) == 1
+    assert engine.asked[0] == (0, SHARED, False)
+    assert len({row.text for row in rows if row.arm is Arm.NO_SOFT_TOKEN}) == 1
+    assert [row.user_id for row in rows] == ["u1", "u2", "u3", "u4", "u5"]
+    assert len({row.generated_at for row in rows}) == 1
+
+
+def test_no_shared_text_when_nobody_needs_it_and_none_for_the_opted_out_with_a_user_embedding() -> None:
+    engine = Recording()
+    Generator(engine, make_config(), "r").generate([Group(CONTENT, "headline", (ask("u1"), ask("u2")))])
+    assert {key.user_id for _, key, _ in engine.asked} == {"u1", "u2"}
+    engine = Recording()
+    Generator(engine, make_config(), "r").generate([Group(CONTENT, "headline", (ask("u1", reason=Reason.OPTED_OUT),))])
+    assert engine.asked == [(0, SHARED, False)]
+
+
+def test_only_rejected_texts_are_tried_again() -> None:
+    engine = Recording(texts={KEY: BAD})
+    Generator(engine, make_config(), "r").generate([Group(CONTENT, "headline", (ask("u1"), ask("u2")))])
+    assert [key for attempt, key, _ in engine.asked if attempt == 1] == [KEY]
+
+
+def test_the_published_text_is_one_line() -> None:
+    row = only_row(run([ask()], texts={KEY: "  The bridge\n\t is   wide. \n"}))
+    assert row.text == "The bridge is   wide."
+    assert one_line("橋　開通\r\n費用") == "橋　開通 費用"
+
+
+class Lying(FakeEngine):
+    """Drops, repeats or invents a completion."""
+
+    def __init__(self, lie: str, attempt: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._lie, self._attempt = lie, attempt
+
+    def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+        completions = list(super().generate(groups, attempt=attempt))
+        if attempt == self._attempt:
+            match self._lie:
+                case "drop":
+                    completions.pop()
+                case "repeat":
+                    completions.append(completions[0])
+                case "invent":
+                    completions.append(replace(completions[0], key=RequestKey("nobody", "c1", "headline")))
+                case "swap":
+                    completions[0] = completions[-1]
+        return iter(completions)
+
+
+@pytest.mark.parametrize("attempt", [0, 1])
+@pytest.mark.parametrize("lie", ["drop", "repeat", "invent", "swap"])
+def test_control_an_engine_that_lies_is_caught(lie: str, attempt: int) -> None:
+    texts = {RequestKey(user, "c1", "headline"): BAD for user in ("u1", "u2")}
+    groups = [Group(CONTENT, "headline", (ask("u1"), ask("u2")))]
+    Generator(Lying("nothing", attempt, texts=texts), make_config(), "r").generate(groups)
+    with pytest.raises(AssertionError, match="headline"):
+        Generator(Lying(lie, attempt, texts=texts), make_config(), "r").generate(groups)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [Group(CONTENT, "headline", (ask("u1"), ask("u1")))],
+        [Group(CONTENT, "headline", (ask("u1"),)), Group(CONTENT, "headline", (ask("u1"),))],
+        [Group(CONTENT, "headline", (ask("u1"),)), Group(replace(CONTENT, body="x"), "headline", (ask("u2"),))],
+        [Group(CONTENT, "explanation", (ask("u1"),))],
+        [Group(JA, "headline", (ask("u1"),))],
+    ],
+)
+def test_unsound_groups_are_refused(groups: list[Group]) -> None:
+    with pytest.raises(AssertionError):
+        Generator(FakeEngine(), make_config(), "r").generate(groups)
+
+
+@st.composite
+def messy_groups(draw: st.DrawFn) -> tuple[list[Group], FakeEngine]:
+    """Contents with and without body and title, any reason, any misbehaviour of the engine, contents in pieces."""
+    texts: dict[RequestKey, list[str]] = {}
+    errors: dict[RequestKey, ErrorCode] = {}
+    groups: list[Group] = []
+    for number in range(draw(st.integers(1, 4))):
+        body = draw(st.sampled_from([BODY, JA.body, "", " \n"]))
+        title = draw(st.sampled_from(["Bridge opens", "橋", " "]))
+        content = Content(f"c{number}", title, body, draw(st.sampled_from(["en", "ja", "xx"])))
+        for task in draw(st.sampled_from([["headline"], ["headline", "explanation"]])):
+            users = draw(st.lists(st.sampled_from(["", *(f"u{n}" for n in range(12))]), unique=True, max_size=10))
+            requests = []
+            for user_id in users:
+                key = RequestKey(user_id, content.content_id, task)
+                reason = draw(st.sampled_from([None, None, Reason.OPTED_OUT, Reason.EMBEDDING_ZERO]))
+                embedding = np.eye(4, dtype=np.float32)[draw(st.integers(0, 3))] if reason is None else None
+                requests.append(Request(key, embedding, reason))
+            for key in [*(r.key for r in requests if r.key.user_id), RequestKey("", content.content_id, task)]:
+                match draw(st.sampled_from(["good", "good", "bad", "second", "error"])):
+                    case "bad":
+                        texts[key] = [draw(st.text(max_size=40))]
+                    case "second":
+                        texts[key] = [BAD, "Rain fell."]
+                    case "error":
+                        errors[key] = draw(st.sampled_from(list(ErrorCode)))
+            cut = draw(st.integers(0, len(requests)))
+            groups += [Group(content, task, tuple(requests[:cut])), Group(content, task, tuple(requests[cut:]))]
+    return groups, FakeEngine(texts=texts, errors=errors)
+
+
+@settings(max_examples=200, deadline=None)
+@given(messy_groups(), st.booleans())
+def test_rows_are_conserved_whatever_happens(made: tuple[list[Group], FakeEngine], retry: bool) -> None:
+    groups, engine = made
+    rows, letters = Generator(engine, make_config(retry=retry), "r").generate(groups, shard_id="s")
+    planned = {request.key: request for group in groups for request in group.requests}
+    keys = [row.key for row in rows] + [letter.key for letter in letters]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == set(planned)
+    for row in rows:
+        request = planned[row.key]
+        assert row.text == one_line(row.text) != ""
+        assert row.personalized == (row.arm is Arm.SOFT_TOKEN) == (row.status is Status.OK)
+        assert (row.status is Status.SUPPRESSED) == (request.reason is Reason.OPTED_OUT)
+        assert not row.personalized or request.user_embedding is not None
+        assert row.status is Status.OK or row.reason is not None
+        assert (row.finish_reason is None) == (row.arm is Arm.TITLE)
+    assert to_table(rows, GENERATIONS).schema == GENERATIONS
+    assert to_table(letters, DEAD_LETTERS).schema == DEAD_LETTERS
+
+
+def test_empty_call() -> None:
+    assert Generator(FakeEngine(), make_config(), "r").generate([]) == ([], [])
+    assert Generator(FakeEngine(), make_config(), "r").generate([Group(CONTENT, "headline", ())]) == ([], [])
+
+
+def test_order_and_company_do_not_change_a_row() -> None:
+    requests = [ask(f"u{n}", favourite=n) for n in range(6)] + [ask("u9", reason=Reason.OPTED_OUT)]
+    engine, config = FakeEngine(texts={KEY: BAD}), make_config()
+    together, _ = Generator(engine, config, "r").generate([Group(CONTENT, "headline", tuple(requests))])
+    moment = together[0].generated_at
+    for row, request in zip(together, requests, strict=True):
+        (alone,), _ = Generator(engine, config, "r").generate([Group(CONTENT, "headline", (request,))])
+        assert replace(alone, generated_at=moment) == row
+
+
+IDS = {"prompt_id": "p", "projector_id": "q", "base_model_id": "m"}
+
+
+def print_of(request: Request, content: Content = CONTENT, config: JobConfig | None = None, **changed: str) -> str:
+    return fingerprint(request, content, shared_fingerprint(config or make_config(), "headline", **(IDS | changed)))
+
+
+def test_fingerprint_changes_with_all_that_determines_the_text_and_nothing_else() -> None:
+    base = print_of(ask())
+    assert base == print_of(ask())
+    assert len(base) == 32
+    changed = [
+        print_of(ask("u2")),
+        print_of(ask(favourite=2)),
+        print_of(ask(reason=Reason.OPTED_OUT)),
+        print_of(ask(reason=Reason.EMBEDDING_NULL)),
+        print_of(ask(), replace(CONTENT, title="x")),
+        print_of(ask(), replace(CONTENT, body="x")),
+        print_of(ask(), replace(CONTENT, language="ja")),
+        print_of(ask(), replace(CONTENT, title=CONTENT.title + "a", body="b")),
+        print_of(ask(), replace(CONTENT, title=CONTENT.title, body="ab")),
+        print_of(ask(), prompt_id="other"),
+        print_of(ask(), projector_id="other"),
+        print_of(ask(), base_model_id="other"),
+        print_of(ask(), config=make_config(deny=("x",))),
+        print_of(ask(), config=change(make_config(), "base_model", dtype="bfloat16")),
+        print_of(ask(), config=change_task(make_config(), "sampling", seed=1)),
+        print_of(ask(), config=change_task(make_config(), "limits", max_chars=99)),
+    ]
+    assert len({base, *changed}) == len(changed) + 1
+    same = [
+        print_of(ask(), config=change(make_config(), "workers", max_size=9)),
+        print_of(ask(), config=change(make_config(), "plan", requests_per_shard=1)),
+        print_of(ask(), config=change_task(make_config(), "prompts", xx={"head": "another language"})),
+    ]
+    assert set(same) == {base}
+
+
+def change(config: JobConfig, section: str, **values: Any) -> JobConfig:
+    data = config.model_dump(mode="json")
+    data[section] = data[section] | values
+    return JobConfig.model_validate(data)
+
+
+def change_task(config: JobConfig, section: str, **values: Any) -> JobConfig:
+    data = config.model_dump(mode="json")
+    data["tasks"]["headline"][section] |= values
+    return JobConfig.model_validate(data)
+
+
+def test_rows_carry_the_fingerprint_that_can_be_computed_without_generating() -> None:
+    engine = FakeEngine()
+    row = only_row(run([ask()]))
+    assert row.fingerprint == print_of(
+        ask(),
+        prompt_id=engine.prompt_id("headline", "en"),
+        projector_id=engine.projector_id,
+        base_model_id=engine.base_model_id,
+    )
+
+
+def test_fingerprint_does_not_depend_on_how_the_user_embedding_lies_in_memory() -> None:
+    strided = np.arange(8, dtype=np.float32)[::2]
+    table = pa.array([strided.tolist()], pa.list_(pa.float32(), 4))
+    assert print_of(Request(KEY, strided)) == print_of(Request(KEY, table.values.to_numpy()))
+
+
+def test_nothing_about_the_user_embedding_leaves() -> None:
+    secret = np.array([0.125, 7.5, -3.25, 9.0625], dtype=np.float32)
+    rows, letters = run(
+        [Request(KEY, secret), ask("u2")], errors={RequestKey("u2", "c1", "headline"): ErrorCode.OUT_OF_MEMORY}
+    )
+    printed = repr(rows) + repr(letters)
+    assert not any(str(value) in printed for value in (7.5, -3.25, 9.0625))
