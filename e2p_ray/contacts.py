@@ -32,7 +32,8 @@ _URL = re.compile(
 _MAIL = re.compile(
     r"(?<![a-z0-9._%+-])(?P<user>[a-z0-9._%+-]{1,64})[ \t]{0,2}(?:@|\(at\)|\[at\]|\(a\)|◎)[ \t]{0,2}"
     rf"(?P<host>{_HOST}(?:{_DOT}{_HOST}){{1,4}})"
-    rf"|(?<![a-z0-9._%+-])(?P<user2>[a-z0-9._%+-]{{1,64}})[ \t]at[ \t](?P<host2>{_HOST}(?:[ \t]dot[ \t]{_HOST}){{1,4}})",
+    r"|(?<![a-z0-9._%+-])(?P<user2>[a-z0-9._%+-]{1,64})[ \t]at[ \t]"
+    rf"(?P<host2>{_HOST}(?:[ \t]dot[ \t]{_HOST}){{1,4}})",
     re.IGNORECASE,
 )
 _ANY_DOT = re.compile(_DOT, re.IGNORECASE)

@@ -27,7 +27,25 @@ _ANY_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _INITIALS = re.compile(r"(?<![A-Za-z])(?:[A-Z]\.){2,12}")
 _OPENS_SENTENCE = frozenset(".!?:;\"“”‘’'«»„(\\[-–—|/…•*>。、")
 
-_INFLECTIONS = ("ings", "ing", "ies", "ied", "ier", "ily", "ers", "est", "ed", "er", "es", "ly", "s", "d", "r")
+_INFLECTIONS = (
+    "edly",
+    "ingly",
+    "ings",
+    "ing",
+    "ies",
+    "ied",
+    "ier",
+    "ily",
+    "ers",
+    "est",
+    "ed",
+    "er",
+    "es",
+    "ly",
+    "s",
+    "d",
+    "r",
+)
 _DERIVATIONS = (
     *("ations", "ation", "ments", "ment", "ness", "able", "ible", "ists", "ist", "ism", "ions", "ion", "ity", "ive"),
     *("ized", "izing", "ize", "ally", "ical", "ful", "less", "ous", "ors", "or", "al", "ic", "en", "th", "y", "n"),
@@ -61,12 +79,14 @@ def base_word(word: str) -> str:
 def stems(base: str, suffixes: tuple[str, ...]) -> Iterator[str]:
     """The word, what is left of it without an ending, and what that may have been before the ending."""
     yield base
+    if base.endswith("bly"):
+        yield base[:-1] + "e"
     for suffix in suffixes:
         stem = base.removesuffix(suffix)
-        if stem == base or len(stem) < (2 if suffix == "ing" else 3):
+        if stem == base or len(stem) < (2 if suffix in ("ing", "ies", "ied") else 3):
             continue
         yield stem
-        if suffix in ("ies", "ied", "ier", "ily"):
+        if suffix in ("iest", "ies", "ied", "ier", "ily", "iness"):
             yield stem + "y"
         elif len(suffix) > 1:
             yield stem + "e"
@@ -101,7 +121,8 @@ class KnownNames:
     def words(self) -> frozenset[str]:
         """Folded words."""
         found = set()
-        for word in _ANY_WORD.findall(_join_initials(self.text)):
+        text = _join_initials(self.text)
+        for word in [*_ANY_WORD.findall(text), *_WORD.findall(text)]:  # the latter for Latin words beside kanji
             found.add(base_word(word))
             found.update(fold(part) for part in re.split("['’]", word))
         return frozenset(found)

@@ -161,8 +161,8 @@ _MIN_DISTINCT_SHARE = 0.6  # texts that people wrote keep above 0.6 in 99.99 % o
 def repetition_problem(text: str) -> str:
     """The piece that a text repeats in a loop, else empty; works without spaces between words.
 
-    A loop is 1 character 8 times in a row, 2 characters 5 times, 3 characters 4 times, 4 to 11 characters 3 times, 12 or
-    more twice (digits never); or, from 24 characters on, less than 60 % of the character n-grams being distinct.
+    A loop is 1 character 8 times in a row, 2 characters 5 times, 3 characters 4 times, 4 to 11 characters 3 times,
+    12 or more twice (digits never); or, from 24 characters on, less than 60 % of the character n-grams being distinct.
     """
     text += " "  # so that the last word ends as the others do
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)

@@ -445,6 +445,95 @@ NUMBERS = [
     Case("図書館に七つの魅力", True),
 ]
 
+# Written after the word lists, for contents of their own, and never used to mend them.
+EN_UNSEEN = Content(
+    "en2",
+    "Ferry line to Grey Island saved",
+    "The Northwind ferry will keep sailing to Grey Island, after fishermen led by Tomas Lindqvist bought two used boats "
+    "from a Danish company. The county had cancelled the route in October because fuel became too dear. About 800 "
+    "islanders depend on it for school, the doctor and the shop. Lindqvist, 61, said the first crossing in April would "
+    "be free. Biologists of Lund University hope that the electric engines disturb seals less.",
+    "en",
+)
+EN_NAMES_UNSEEN = [
+    Case("Islanders Rescue Their Own Lifeline", False),
+    Case("Fishermen Buy Boats to Keep Grey Island Afloat", False),
+    Case("Quieter Engines Could Spell Relief for Seals", False),
+    Case("Schoolchildren Won't Be Stranded After All", False),
+    Case("How One Stubborn Skipper Outmaneuvered the County", False),
+    Case("Lindqvist's Gamble Pays Off", False),
+    Case("From Denmark With Love: Secondhand Boats Save the Day", False),
+    Case("Soaring Fuel Bills Nearly Sank the Northwind", False),
+    Case("Free rides in April: islanders celebrate", False),
+    Case("Sick of Waiting, a Village Bought Itself a Ferry", False),
+    Case("The Unlikely Heroes Behind a Remote Community's Survival", False),
+    Case("Electric ferries promise calmer seas for wildlife, say Lund researchers", False),
+    Case("Danes sell, islanders sail", False),
+    Case("Cheaper Groceries, Healthier Seals and a Happier Island", False),
+    Case("Commuters Breathe Easier as Cancelled Route Returns", False),
+    Case("Sailing on: Seafarers Defy Bureaucrats", False),
+    Case("Zero-Emission Voyage Begins", False),
+    Case("Grandmother's Clinic Visits No Longer in Jeopardy", False),
+    Case("Blue Island Ferry Saved", True),
+    Case("Lundgren Saves the Ferry", True),
+    Case("Ferry to Stockholm saved", True),
+    Case("Norwegian company sells boats to islanders", True),
+    Case("Oxford biologists hope for seals", True),
+    Case("Free Crossing in June", True),
+    Case("Tesla Engines Power Grey Island Ferry", True),
+    Case("Greta Thunberg praises the ferry", True),
+    Case("Lindqvist and Eriksson buy two boats", True),
+    Case("Grey Island joins the EU", True),
+    Case("The Titanic of Grey Island sails again", True),
+    Case("Peter Parker Buys a Ferry", True),
+    Case("UNESCO Backs Grey Island's Seals", True),
+    Case("Ferry Saved, Says Governor Newsom", True),
+    Case("Grey Island beats Manhattan", True),
+    Case("Grace Hill Saves the Ferry", True),
+]
+JA_UNSEEN = Content(
+    "ja2",
+    "灰島への渡船、存続へ",
+    "漁師の林大輔さんらが中古船2隻をデンマークの会社から買い、灰島への渡船が存続することになった。県は昨年10月、燃料の高騰を理由に"
+    "航路の廃止を決めていた。島民およそ800人が通学や通院、買い物に使う。林さんは「4月の初便は無料にする」と話す。九州大学の研究者は、"
+    "電動のエンジンならアザラシへの影響が減ると期待する。",
+    "ja",
+)
+JA_NAMES_UNSEEN = [
+    Case("島民の足を守れ、漁師たちの決断", False),
+    Case("中古船で航路復活、灰島に春", False),
+    Case("静かなエンジンがアザラシを救う", False),
+    Case("通学路は海の上、子供たちに笑顔", False),
+    Case("燃料高に負けない島の底力", False),
+    Case("デンマーク生まれの船、第二の人生", False),
+    Case("初便は無料、林さんの心意気", False),
+    Case("廃止寸前からの逆転劇", False),
+    Case("電動化で環境負荷も軽減", False),
+    Case("離島の医療アクセスを維持", False),
+    Case("県の方針に待った、住民パワー", False),
+    Case("エコな渡船が島の未来を開く", False),
+    Case("海のバス、800人の暮らし支える", False),
+    Case("研究者も注目、静かな船旅", False),
+    Case("コスト高騰を乗り越えた島のチームワーク", False),
+    Case("買い物難民を防ぐ小さな船", False),
+    Case("佐渡への渡船、存続へ", True),
+    Case("漁師の鈴木さんが船を購入", True),
+    Case("ノルウェーの会社から中古船", True),
+    Case("東京大学の研究者が期待", True),
+    Case("ヤマハのエンジンで静かな航海", True),
+    Case("長崎県が航路を廃止", True),
+    Case("テスラ製の電動渡船", True),
+    Case("櫻井翔さんも乗船", True),
+    Case("Amazonが島に配送", True),
+    Case("碧南市への渡船", True),
+    Case("マグロ漁師トムの挑戦", True),
+    Case("三菱重工が船を建造", True),
+    Case("アメリカの会社が船を売却", True),
+    Case("渡辺知事が航路を廃止", True),
+    Case("韓国からの観光客に期待", True),
+    Case("楢崎氏が反対を表明", True),
+]
+
 
 def score(cases: list[Case], found: Callable[[str], str]) -> tuple[float, float, list[str]]:
     """Precision and recall of `found`, and the texts that it got wrong."""
@@ -459,18 +548,16 @@ def plain_text(content: Content) -> str:
     return normalize(f"{content.title}\n{content.body}")
 
 
-def test_precision_and_recall_of_english_names() -> None:
-    known = KnownNames(plain_text(EN))
-    precision, recall, wrong = score(EN_NAMES, lambda text: foreign_name(text, "en", known))
-    assert precision >= 0.9, (precision, recall, wrong)
-    assert recall >= 0.85, (precision, recall, wrong)
-
-
-def test_precision_and_recall_of_japanese_names() -> None:
-    known = KnownNames(plain_text(JA))
-    precision, recall, wrong = score(JA_NAMES, lambda text: foreign_name(text, "ja", known))
-    assert precision >= 0.9, (precision, recall, wrong)
-    assert recall >= 0.85, (precision, recall, wrong)
+@pytest.mark.parametrize(
+    ("cases", "content", "floor"),
+    [(EN_NAMES, EN, 0.95), (JA_NAMES, JA, 0.95), (EN_NAMES_UNSEEN, EN_UNSEEN, 0.8), (JA_NAMES_UNSEEN, JA_UNSEEN, 0.8)],
+    ids=["en", "ja", "en-unseen", "ja-unseen"],
+)
+def test_precision_and_recall_of_names(cases: list[Case], content: Content, floor: float) -> None:
+    known = KnownNames(plain_text(content))
+    precision, recall, wrong = score(cases, lambda text: foreign_name(text, content.language, known))
+    assert precision >= floor, (precision, recall, wrong)
+    assert recall >= floor - 0.1, (precision, recall, wrong)
 
 
 def test_precision_and_recall_of_numbers() -> None:
@@ -480,7 +567,7 @@ def test_precision_and_recall_of_numbers() -> None:
 
 
 def test_control_checks_that_accept_or_reject_everything_score_badly() -> None:
-    for cases in (EN_NAMES, JA_NAMES, NUMBERS):
+    for cases in (EN_NAMES, JA_NAMES, EN_NAMES_UNSEEN, JA_NAMES_UNSEEN, NUMBERS):
         assert score(cases, lambda text: "")[1] == 0
         assert score(cases, lambda text: text)[0] < 0.6
 
