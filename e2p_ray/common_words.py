@@ -429,22 +429,32 @@ usb valley vice vip web week west western world year
 
 # Frequent names that the stripping of endings would take for everyday words.
 _NAMES_LIKE_WORDS = """
-abbott adams anders anderson austin baker banks barry becker benny bernie betty billie billy blakely bobby booker
-brady brandy britain brooks burns butler carly carson carter casey chandler charles charlie clinton cody cole collins
-connor cooper crosby daley dallas danny dawson decker denver diana dixon donny edison ellie eric fisher fletcher
-foster fowler francis frankie franklin freddie fuller gardner garland gates giles gina hailey harper harrison harry
-hastings hawkins hayes helen henry hilary holden holly hooper hopkins india ireland jackie jackson jamie jenner jenny
-jerry jimmy jones joyce keller kelly kenny kerry kitty landon larry lester lily lincoln london lynch manning marino
-markle marley marlon martin mason mercer miller milner molly morris moses mueller murphy nelson newton nolan oliver
-owens pacers packers parker parsons paterson perry peters pitt porter potter proctor reese regan richards richie ricky
-riley robby robert roberts robin roger rogers romney ronan rosie ross rover sally sanders sandy saunders sawyer
-scotland shelby shelton simon skinner slater snyder spears spencer springer staley stanley sterling stewart sydney
-tanner taylor timothy tina tom tony townsend tracy trent tucker turner tyler wagner walker waller wallis walter
-walters warner warren washington waters watson weaver webb weber webster wendy wesley wheeler whitney wilder willie
-willis wilson winston woods wyatt
+aaron abbott adams adele airbus alabama alaska alfred alibaba alice allen america amy anders anderson andrea angela
+angeles anna arabia argentina arizona armstrong asia athens atlanta auckland austin avon baker bally banks barack
+barclays barnes barry becker beijing benny bernie betty beyonce biles billie billy blackberry blackrock blackwell
+blakely bloomberg bluetooth bobby boeing bollywood booker brady brandy britain broadway brooklyn brooks browning burns
+butler cambridge canon carly carroll carson carter casey chandler charles charlie chernobyl chevrolet chongqing
+clinton cody cole collins connor conrail cooper corning crosby cummings daley dallas danny dawson decker denver diana
+dixon donald donny downing edison edmund ellie eric facebook fisher fleming fletcher foster fowler francaise francis
+frankie franklin freddie frederick freeman fujitsu fuller gardner garland gates giles gina goldberg goldman goodyear
+greenland greenpeace guinness hailey halliburton harding harper harrison harry hastings hawkins hayes helen henry
+hilary hillary hitachi holden holly hollywood honda hooper hopkins huawei hyundai iceland india ireland irving jackie
+jackson jamie jardine jared jenner jennings jenny jerry jimmy jones jordan joyce kardashian keller kelly kenny kerry
+kidder kitty landon larry lebron lester lily lincoln lockheed london lotus lynch manning marino markle marley marlon
+martens martin mary mason mastercard mazda mcdonald mcgregor melamed mercer messi miller milner mohammed molly moody
+morris moscow moses mueller muhammad murphy nanjing naomi nelson netflix netherlands newcastle newman newton nikon
+nintendo nissan nolan norfolk northampton northwestern oakland oliver olympus osaka owen owens pacers packers
+panasonic parker parsons paterson perry peter peters pickens pickering pitt playstation porter portland potter proctor
+rawlings raymond redmond reese reeves regan reilly richards richie ricky riley robby robert roberts robin rockefeller
+roger rogers romney ronaldo ronan rosie ross rover sally samsung sanders sandy saunders sawyer scotland sealy sega
+serena shelby shelton simon simone skinner slater snapchat snyder sony southampton spears spencer spielberg springer
+springfield staley stanley starbucks steinbeck sterling stewart stirling subaru sydney tanner taylor tencent timothy
+tina tom tony toshiba townsend toyota tracy trent trowbridge tucker turner tyler venus wagner walgreens walker waller
+wallis walter walters warner warren washington waters watson weaver webb webber weber webster wendy wesley wheeler
+whitehall whitney wilder wilfred willie willis wilson windows winifred winston woodbridge woods wordpress wyatt xiaomi
 """
 
-# Words for people and things of a country: text word, then what in the content makes it known.
+# Words for the people and things of a country, and the country: either makes the other known.
 _DEMONYMS = """
 afghan:afghanistan america:us,usa,american american:us,usa,america,washington argentine:argentina austrian:austria
 belgian:belgium brazilian:brazil britain:uk,british british:uk,britain,england,london canadian:canada
@@ -477,6 +487,11 @@ def names_like_words() -> frozenset[str]:
 
 @cache
 def demonyms() -> dict[str, frozenset[str]]:
-    """What in a content makes a word for a country's people known: `swiss` -> {`switzerland`}."""
-    pairs = (entry.split(":") for entry in _DEMONYMS.split())
-    return {word: frozenset(places.split(",")) for word, places in pairs}
+    """What in a content makes a word for a country or its people known: `swiss` -> {`switzerland`}, and back."""
+    known: dict[str, set[str]] = {}
+    for entry in _DEMONYMS.split():
+        word, _, places = entry.partition(":")
+        for place in places.split(","):
+            known.setdefault(word, set()).add(place)
+            known.setdefault(place, set()).add(word)
+    return {word: frozenset(others) for word, others in known.items()}

@@ -51,13 +51,54 @@ _DERIVATIONS = (
     *("ized", "izing", "ize", "ally", "ical", "ful", "less", "ous", "ors", "or", "al", "ic", "en", "th", "y", "n"),
 )
 _ORIGINS = ("ians", "ian", "eans", "ean", "ese", "ish", "ans", "an", "is", "i", "a", "e", "o", "y", "n")
-_PREFIXES = ("un", "re", "non", "pre", "mis", "over", "out", "dis", "de", "super", "under", "anti", "in", "im", "ex")
+_PREFIXES = (
+    "un",
+    "re",
+    "non",
+    "pre",
+    "mis",
+    "over",
+    "out",
+    "dis",
+    "de",
+    "super",
+    "under",
+    "anti",
+    "in",
+    "im",
+    "ex",
+    "a",
+)
+# What is left of a word this long in front of these endings is hardly ever a name; Mohammed and Beijing are listed.
+_WORD_ENDINGS = re.compile(
+    "(?:.{4}(?:tions?|tional|tive|ously|fully|ness|less|ingly|edly|ical|ically|ology|ability|ibility|atory"
+    "|i[sz]ed?|i[sz]es|i[sz]ing)|.{5}(?:ing|ed))$"
+)
+# Second halves of English surnames and places, no sign of an everyday compound.
+_NAME_ENDINGS = (
+    "man",
+    "land",
+    "field",
+    "ton",
+    "well",
+    "hill",
+    "wood",
+    "ford",
+    "son",
+    "stone",
+    "worth",
+    "town",
+    "castle",
+)
 _NO_CAPITALS = frozenset({"ja", "zh", "ko", "yue", "cmn", "jpn", "zho", "kor"})
 _ACRONYMS = (
     "sns ng dx ev it pr url npo ngo cm gw vr ar pc ok ai tv cd dvd qr atm id pdf usb led ceo cfo gdp ipo vs no km kg "
     "lgbt lgbtq sdgs pk mvp jr btoc btob faq pos iot api gps am pm the of and"
 )
 _ACRONYMS_IN_JAPANESE = frozenset(_ACRONYMS.split())
+
+
+_NEGATED = {"won": "will", "can": "can", "shan": "shall", "ain": "is"}
 
 
 def fold(word: str) -> str:
@@ -73,7 +114,9 @@ def base_word(word: str) -> str:
         return first
     if len(first) <= 2 and len(rest[0]) > 2:
         return first + rest[0]
-    return first[:-1] if rest[0] == "t" and first.endswith("n") and len(first) > 2 else first
+    if rest[0] == "t" and first.endswith("n") and len(first) > 2:
+        return _NEGATED.get(first, first[:-1])
+    return first
 
 
 def stems(base: str, suffixes: tuple[str, ...]) -> Iterator[str]:
@@ -102,13 +145,26 @@ def forms(base: str) -> Iterator[str]:
 
 @lru_cache(maxsize=1 << 14)
 def is_everyday(base: str) -> bool:
-    """Whether a folded English word is in the list of common words, give or take a prefix and two endings."""
+    """Whether a folded English word is no name: listed, formed from listed words, or formed as names are not."""
     if base in common_words.names_like_words():
         return False
+    return bool(_is_listed(base) or _WORD_ENDINGS.search(base) or _is_compound(base))
+
+
+def _is_listed(base: str) -> bool:
+    """In the list of common words, give or take a prefix and two endings."""
     everyday = common_words.english()
     roots = {base}.union(base.removeprefix(prefix) for prefix in _PREFIXES if len(base) >= len(prefix) + 4)
     inflected = {stem for root in roots for stem in stems(root, _INFLECTIONS)}
     return any(stem in everyday for word in inflected for stem in stems(word, _DERIVATIONS))
+
+
+def _is_compound(base: str) -> bool:
+    """Two listed words in one: schoolchildren, but not Springfield."""
+    if len(base) < 7 or base.endswith(_NAME_ENDINGS):
+        return False
+    everyday = common_words.english()
+    return any(base[:cut] in everyday and _is_listed(base[cut:]) for cut in range(3, len(base) - 3))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass
 
@@ -53,16 +54,32 @@ def plan(config: JobConfig, options: argparse.Namespace) -> None:
         "sharing ratio": f"{tokens.sharing_ratio:,.1f}",
         "output tokens": f"at most {tokens.max_output:,}",
     }
-    if options.rows_per_s:
-        left_s = counts.num_requests / options.rows_per_s
-        pairs["estimated time"] = f"{duration_text(left_s)} at {options.rows_per_s:g} rows/s"
-    else:
-        pairs["estimated time"] = "unknown; give --rows-per-s with an earlier run's figure (its report has it)"
+    rows_per_s, where = options.rows_per_s, "given"
+    if rows_per_s is None:
+        rows_per_s, where = last_rows_per_s(config, setup)
+    pairs["estimated time"] = (
+        f"{duration_text(counts.num_requests / rows_per_s)} at {rows_per_s:,.1f} rows/s ({where})"
+        if rows_per_s
+        else "unknown: no run has been reported yet; give --rows-per-s"
+    )
     print_pairs(pairs)
     rows = [("fallback: " + reason, f"{number:,}") for reason, number in sorted(counts.reasons.items())]
     rows += [("dead letter: " + code, f"{number:,}") for code, number in sorted(counts.dead_letters.items())]
     if rows:
         print_table(("not personalised", "requests"), rows)
+
+
+def last_rows_per_s(config: JobConfig, setup: Setup) -> tuple[float | None, str]:
+    """The speed of the run that was reported last under this output, and its name."""
+    found: list[tuple[str, float, str]] = []
+    for info in setup.storage.list_objects(f"{config.output.uri}/runs"):
+        if info.uri.endswith("/report.json"):
+            report = json.loads(setup.storage.read_bytes(info.uri))
+            found.append((report["finished_at"], report["rows_per_s"], f"as run {report['run_id']}"))
+    if not found:
+        return None, ""
+    _, rows_per_s, where = max(found)
+    return rows_per_s, where
 
 
 def estimate_tokens(config: JobConfig, setup: Setup, plan: Plan) -> TokenEstimate:
@@ -84,7 +101,7 @@ def _per_char(config: JobConfig, setup: Setup, plan: Plan) -> tuple[float, float
     """Tokens of the shared part a character of the content, and tokens after the soft token a request."""
     try:
         tokenizer = load_tokenizer(setup.base.path)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - a plan does not need the tokenizer, and what it raises has no type
         say(f"no tokenizer ({type(error).__name__}): tokens are guessed from characters")
         return 1 / _CHARS_PER_TOKEN, 0.0, f"guessed, {_CHARS_PER_TOKEN:g} characters a token"
     layout = PromptLayout(

@@ -39,7 +39,7 @@ def latest_complete(storage: Storage, config: JobConfig) -> Run:
     complete = [run for run in runs if not pending_shards(storage, run)]
     if not complete:
         raise IncompleteRunError(f"{runs_uri}: none of {len(runs)} run(s) is complete. Run jobs.generate to resume")
-    return max(complete, key=lambda run: _finished_at(storage, run))
+    return complete[0] if len(complete) == 1 else max(complete, key=lambda run: _finished_at(storage, run))
 
 
 def _finished_at(storage: Storage, run: Run) -> str:

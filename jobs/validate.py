@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from e2p_ray.config import JobConfig
-from e2p_ray.inputs import scan_inputs
+from e2p_ray.plan.inputs import scan_inputs
 from jobs.cli import Job, run_job
 from jobs.steps import set_up
 from jobs.tables import bytes_text, print_pairs, print_table

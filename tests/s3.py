@@ -9,9 +9,9 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -106,14 +106,16 @@ def s3_server(request: pytest.FixtureRequest) -> Iterator[S3Server]:
 
 @contextmanager
 def _moto() -> Iterator[S3Server]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
+    # In a process of its own: deltalake holds the interpreter's lock in some calls, and a server here would wait for it.
+    port = _free_port()
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        yield S3Server("moto", "http://{}:{}".format(*server.get_host_and_port()))
+        _wait_until(lambda: _answers(port), 60, "moto's server")
+        yield S3Server("moto", f"http://127.0.0.1:{port}")
     finally:
-        server.stop()
+        server.kill()
+        server.wait()
 
 
 @contextmanager
@@ -155,7 +157,7 @@ class _Ceph:
         self._ceph("osd", "crush", "add", "osd.0", "1.0", "root=default", "host=localhost")
         self._daemon("ceph-osd", "-i", "0")
         self._daemon("radosgw", "-n", "client.rgw.a")
-        _wait_until(self._answers, 120, "the S3 gateway")
+        _wait_until(lambda: _answers(self.rgw_port), 120, "the S3 gateway")
         keys = (f"--access-key={_KEY_ID}", f"--secret={_SECRET}")
         self._run("radosgw-admin", "user", "create", "--uid=test", "--display-name=test", *keys)
 
@@ -163,13 +165,6 @@ class _Ceph:
         for daemon in reversed(self._daemons):
             daemon.kill()
             daemon.wait()
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.rgw_port}/", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
 
     def _daemon(self, program: str, *words: str) -> None:
         # setpriv: the daemon dies with the test process, also when that is killed.
@@ -187,6 +182,14 @@ class _Ceph:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def _wait_until(ready: Callable[[], bool], longest_s: float, what: str) -> None:

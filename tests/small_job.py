@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from e2p_ray.config import JobConfig, StorageConfig
 from e2p_ray.engine.fake import FakeEngine
@@ -96,7 +99,9 @@ def write_base_model(folder: Path) -> Path:
     """What names a base model, without anything that could be loaded."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-    (folder / "tokenizer.json").write_text("{}", encoding="utf-8")
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "the": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 

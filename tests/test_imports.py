@@ -15,10 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Files of one room lie in one folder or, at the top, are named here.
 ROOM_OF_FILE = {
     "options": "config",
-    "inputs": "plan",
-    "pairs": "plan",
-    "shards": "plan",
-    "dataflow": "plan",
     "contacts": "check",
     "names": "check",
     "numerals": "check",

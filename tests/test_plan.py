@@ -18,8 +18,8 @@ import ray
 
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import IncompatibleError, InputError, ShardError
-from e2p_ray.inputs import stable_hash
 from e2p_ray.plan import Plan, load_plan, make_plan, read_shard
+from e2p_ray.plan.inputs import stable_hash
 from e2p_ray.schema import DEAD_LETTERS, Group, Reason, planned_schema
 from e2p_ray.storage import Storage
 from tests.plan_world import (

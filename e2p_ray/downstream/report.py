@@ -21,6 +21,7 @@ from e2p_ray.storage import Storage
 __all__ = ["Report", "Sample", "SampleText", "build_report", "render_html", "render_terminal", "write_report"]
 
 _MAX_BINS = 48
+_PAUSE_S = 30.0  # no worker was at any shard for this long: the job was not running
 _TEXT_COLUMNS = ["user_id", "content_id", "task", "text", "status"]
 
 
@@ -64,7 +65,7 @@ class Report:
     num_workers: int
     started_at: str
     finished_at: str
-    generating_s: float  # seconds in which some worker was at a shard
+    generating_s: float  # seconds at work, without pauses between an interrupted call and its resumption
     rates: tuple[Rate, ...]
     samples: tuple[Sample, ...]
     config: dict[str, Any]
@@ -186,10 +187,10 @@ def _seconds(marker: Mapping[str, Any], name: str) -> float:
 
 
 def _covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Seconds that lie in at least one of the spans, which are sorted."""
-    covered, end = 0.0, float("-inf")
+    """Seconds from the first start to the last end of sorted spans, without the pauses between two calls of a job."""
+    covered, end = 0.0, spans[0][0] if spans else 0.0
     for start, stop in spans:
-        covered += max(0.0, stop - max(start, end))
+        covered += max(0.0, stop - (start if start - end > _PAUSE_S else end))
         end = max(end, stop)
     return covered
 

@@ -12,12 +12,10 @@ from typing import Any
 import ray
 
 from e2p_ray.config import JobConfig
-from e2p_ray.dataflow import Job, Outcome, plan_by_shuffles, plan_on_one_node, typed_error
-from e2p_ray.inputs import InputTable, Space, scan_inputs
-from e2p_ray.shards import ShardEntry, read_shard, shard_uri
+from e2p_ray.plan.dataflow import Job, Outcome, plan_by_shuffles, plan_on_one_node, typed_error
+from e2p_ray.plan.inputs import InputTable, Space, scan_inputs
+from e2p_ray.plan.shards import ShardEntry, shard_uri
 from e2p_ray.storage import Storage
-
-__all__ = ["Plan", "PlanCounts", "ShardEntry", "load_plan", "make_plan", "read_shard"]
 
 _FORMAT = 1  # counts up when the same inputs give another plan
 _PARTITION_BYTES = 256 << 20

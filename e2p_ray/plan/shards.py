@@ -16,7 +16,7 @@ import polars as pl
 import pyarrow as pa
 
 from e2p_ray.errors import ShardError
-from e2p_ray.pairs import ContentJoin, bucket_of
+from e2p_ray.plan.pairs import ContentJoin, bucket_of
 from e2p_ray.schema import Content, Group, Reason, Request, RequestKey, planned_schema
 from e2p_ray.storage import Storage, parquet_bytes
 

@@ -18,8 +18,8 @@ import ray
 import ray.data
 
 from e2p_ray.errors import E2PError
-from e2p_ray.inputs import FRAMES, InputTable, Piece, Space, read_pieces, stable_hash
-from e2p_ray.pairs import (
+from e2p_ray.plan.inputs import FRAMES, InputTable, Piece, Space, read_pieces, stable_hash
+from e2p_ray.plan.pairs import (
     PAIRS,
     ContentJoin,
     bucket_of,
@@ -29,7 +29,7 @@ from e2p_ray.pairs import (
     num_buckets,
     write_dead_letters,
 )
-from e2p_ray.shards import Cutting, ShardEntry, count_requests, write_shards
+from e2p_ray.plan.shards import Cutting, ShardEntry, count_requests, write_shards
 from e2p_ray.storage import ObjectInfo, Storage
 
 _BLOB = pa.schema([("part", pa.int64()), ("kind", pa.string()), ("rows", pa.large_binary())])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import polars as pl
 
 from e2p_ray.errors import IncompatibleError
-from e2p_ray.inputs import latest, stable_hash
+from e2p_ray.plan.inputs import latest, stable_hash
 from e2p_ray.schema import DEAD_LETTERS, ErrorCode
 from e2p_ray.storage import Storage
 
