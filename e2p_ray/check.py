@@ -56,11 +56,16 @@ class ContentFacts:
 
     @cached_property
     def numbers(self) -> frozenset[str]:
-        return number_values(self.text)
+        return number_values(self._both)
 
     @cached_property
     def names(self) -> KnownNames:
-        return KnownNames(self.text)
+        return KnownNames(self._both)
+
+    @cached_property
+    def _both(self) -> str:
+        """The text with its contacts and without, because texts are read either way."""
+        return f"{self.text}\n{without_contacts(self.text)}"
 
 
 # A memo of a pure function: one content has many texts, and they are checked one after the other.

@@ -2,11 +2,12 @@
 
 The rules prefer to miss an invented name over rejecting an everyday word; `tests/test_check.py` measures both.
 
-A word with a capital is known when it, or a form of it (plural, possessive, tense, `Canadian` for
-`Canada`), occurs in the content, or when its letters are the initials of a name there. In English it is known as well
-when it is an everyday word and its capital says nothing, because it opens a sentence or the text is in Title Case; in
-the middle of a sentence the capital makes it a name. In other alphabetic languages only words in the middle of a
-sentence count, and none in German, which writes every noun so. In Japanese, Chinese and Korean every such word counts.
+A word with a capital is known when it, or a form of it (plural, possessive, `Canadian` for `Canada`), occurs in the
+content, or when its letters are the initials of a name there. In English it is known as well when it is an everyday
+word (listed, formed of listed words, or with an ending that names do not have) and its capital says nothing, because it
+opens a sentence or the text is in Title Case; in the middle of a sentence the capital makes it a name. In other
+alphabetic languages only words in the middle of a sentence count, and none in German, which writes every noun so. In
+Japanese, Chinese and Korean every such word counts.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def plan(config: JobConfig, options: argparse.Namespace) -> None:
         else "unknown: no run has been reported yet; give --rows-per-s"
     )
     print_pairs(pairs)
-    rows = [("fallback: " + reason, f"{number:,}") for reason, number in sorted(counts.reasons.items())]
+    rows = [("no soft token: " + reason, f"{number:,}") for reason, number in sorted(counts.reasons.items())]
     rows += [("dead letter: " + code, f"{number:,}") for code, number in sorted(counts.dead_letters.items())]
     if rows:
         print_table(("not personalised", "requests"), rows)

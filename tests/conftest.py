@@ -16,10 +16,7 @@ from collections.abc import Iterator
 
 import pytest
 
-try:
-    from tests.s3 import s3_server
-except ImportError:  # while the file is not written yet
-    s3_server = None
+from tests.s3 import s3_server
 
 __all__ = ["ray_cluster", "s3_server"]
 

@@ -106,7 +106,7 @@ def s3_server(request: pytest.FixtureRequest) -> Iterator[S3Server]:
 
 @contextmanager
 def _moto() -> Iterator[S3Server]:
-    # In a process of its own: deltalake holds the interpreter's lock in some calls, and a server here would wait for it.
+    # A process of its own: deltalake holds the interpreter's lock in some calls, and a server here would wait for it.
     port = _free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -451,8 +451,8 @@ EN_SECOND = Content(
     "Ferry line to Grey Island saved",
     "The Northwind ferry will keep sailing to Grey Island, after fishermen led by Tomas Lindqvist bought two used "
     "boats from a Danish company. The county had cancelled the route in October because fuel became too dear. About "
-    "800 islanders depend on it for school, the doctor and the shop. Lindqvist, 61, said the first crossing in April would "
-    "be free. Biologists of Lund University hope that the electric engines disturb seals less.",
+    "800 islanders depend on it for school, the doctor and the shop. Lindqvist, 61, said the first crossing in April "
+    "would be free. Biologists of Lund University hope that the electric engines disturb seals less.",
     "en",
 )
 EN_NAMES_SECOND = [

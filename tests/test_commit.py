@@ -680,7 +680,7 @@ def test_of_six_publishers_one_wins(world: World) -> None:
     assert race(worlds) == {"won": 1, "conflict": 5}
     winner = world.published()["run_id"][0].as_py()
     losers = [racer for racer in worlds if racer.run.run_id != winner]
-    assert race(losers) == {"won": 1, "conflict": 4}
+    assert race(losers[:3]) == {"won": 1, "conflict": 2}
     assert world.delta().version() == 1
 
 
@@ -719,7 +719,7 @@ def test_killed_at_every_step_of_publishing(world: World) -> None:
     world.publish()
     second = world.with_run("run2")
     second.write_users(users_table(refusing={"u5"}))
-    for step in ("write 1", "write 2", "write 4", "before commit", "after commit"):
+    for step in ("write 1", "write 3", "before commit", "after commit"):
         assert in_child(publish_and_die, second, step) == -9
         run_ids = set(second.published()["run_id"].to_pylist())
         assert run_ids == ({"run2"} if step == "after commit" else {"run1"})

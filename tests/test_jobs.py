@@ -1,0 +1,358 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import yaml
+from deltalake import DeltaTable
+
+from e2p_ray.batch import BatchProgress
+from e2p_ray.config import JobConfig
+from e2p_ray.errors import E2PError, IncompleteRunError, PublishConflictError, StorageError
+from e2p_ray.storage import Storage
+from jobs import generate, plan, publish, validate
+from jobs.cli import Job, guarded, run_job
+from jobs.progress import ProgressLine, duration_text, progress_text
+from jobs.tables import bytes_text
+from tests.s3 import S3Server
+from tests.small_job import (
+    NUM_BAD_CANDIDATES,
+    candidates_table,
+    contents_table,
+    fake_engine,
+    users_table,
+    write_small_job,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+Key = tuple[str, str, str]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("E2P_") and not name.startswith("E2P_TEST_"):
+            monkeypatch.delenv(name)
+
+
+def expected_keys(num_users: int = 60, num_contents: int = 6, per_user: int = 3) -> Counter[Key]:
+    """What has to be published, from the inputs alone."""
+    users = set(users_table(num_users)["user_id"].to_pylist())
+    contents = set(contents_table(num_contents)["content_id"].to_pylist())
+    table = candidates_table(num_users, num_contents, per_user)
+    pairs = set(zip(table["user_id"].to_pylist(), table["content_id"].to_pylist(), strict=True))
+    assert len(pairs) == num_users * per_user + NUM_BAD_CANDIDATES - 1
+    return Counter(
+        (user, content, task)
+        for user, content in pairs
+        if user in users and content in contents
+        for task in ("headline", "explanation")
+    )
+
+
+def published(config: JobConfig) -> pa.Table:
+    storage = Storage(config.storage)
+    return DeltaTable(
+        config.output.table_uri, storage_options=storage.delta_options(config.output.table_uri)
+    ).to_pyarrow_table()
+
+
+def keys_of(table: pa.Table) -> Counter[Key]:
+    columns = (table[name].to_pylist() for name in ("user_id", "content_id", "task"))
+    return Counter(zip(*columns, strict=True))
+
+
+def texts_of(table: pa.Table) -> dict[Key, tuple[str, str]]:
+    keys = zip(*(table[name].to_pylist() for name in ("user_id", "content_id", "task")), strict=True)
+    return dict(zip(keys, zip(table["text"].to_pylist(), table["status"].to_pylist(), strict=True), strict=True))
+
+
+def test_the_whole_way_on_a_real_s3_server(
+    s3_server: S3Server, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, path = write_small_job(tmp_path, place=s3_server.new_bucket(), storage=s3_server.config)
+    job_file = ["--config", str(path)]
+    assert run_job(validate.JOB, job_file) == 0
+    assert "183" in capsys.readouterr().out
+    assert run_job(plan.JOB, job_file) == 0
+    shown = capsys.readouterr().out
+    assert "missing_content" in shown
+    assert "unknown: no run" in shown
+    report = generate.generate_run(config, engine_factory=fake_engine, publish_it=False)
+    assert report.version is None
+    assert run_job(publish.JOB, job_file) == 0
+    assert f"run      {report.run_id}" in capsys.readouterr().out
+    table = published(config)
+    assert keys_of(table) == expected_keys()
+    assert set(table["run_id"].to_pylist()) == {report.run_id}
+    again = generate.generate_run(config, engine_factory=fake_engine)
+    assert again.version is not None
+    assert again.version.already_published
+    assert (
+        "published as version 0"
+        in Storage(config.storage).read_bytes(f"{config.output.uri}/runs/{report.run_id}/report.html").decode()
+    )
+    assert run_job(plan.JOB, job_file) == 0
+    assert f"rows/s (as run {report.run_id})" in capsys.readouterr().out
+    assert "hunter" not in json.dumps(again.config)
+    secret = config.storage.secret_access_key
+    assert secret is not None
+    assert secret.get_secret_value() not in again.to_json()
+
+
+def test_token_estimate_matches_what_the_engine_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, path = write_small_job(tmp_path)
+    assert run_job(plan.JOB, ["--config", str(path), "--rows-per-s", "36"]) == 0
+    shown = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "10 s at 36.0 rows/s" in shown["estimated time"]
+    assert "from 12 sampled groups" in shown["prompt tokens"] or "sampled" in shown["prompt tokens"]
+    ratio = float(shown["sharing ratio"].split()[-1])
+    assert 10 < ratio < 31  # 360 requests in 12 groups, each with a token of its own
+
+
+def test_gates_close_after_the_report_is_written(
+    tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, path = write_small_job(tmp_path, gates={"max_fallback_share": 0.01})
+    job = replace(generate.JOB, call=lambda c, _: print(generate.generate_run(c, engine_factory=fake_engine)))
+    assert run_job(job, ["--config", str(path)]) == 4
+    said = capsys.readouterr().err
+    assert "max_fallback_share" in said
+    place = said.split("The report: ")[1].strip()
+    assert "not published" in Path(place).read_text(encoding="utf-8")
+    assert not Path(config.output.table_uri, "_delta_log").exists()
+    assert run_job(publish.JOB, ["--config", str(path)]) == 4
+    assert run_job(publish.JOB, ["--config", str(path), "--gates.max_fallback_share", "1"]) == 0
+    assert keys_of(published(config)) == expected_keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        ({"engine": {"max_row": 3}}, 2, "engine.max_row: unknown key; did you mean max_rows?"),
+        ({"projector": {"uri": "nowhere"}}, 2, "no projector artifact here"),
+        ({"base_model": {"uri": "other"}}, 3, "was trained for base model"),
+        ({"inputs": {"users_uri": "nowhere.parquet"}}, 3, "nowhere.parquet: no Parquet file here"),
+        ({"inputs": {"users_uri": "contents"}}, 3, "column 'user_id'"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_exit_code(
+    change: dict[str, dict[str, object]], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = write_small_job(tmp_path)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, keys in change.items():
+        values.setdefault(section, {}).update(keys)
+    if values["inputs"]["users_uri"] == "contents":
+        values["inputs"]["users_uri"] = values["inputs"]["contents_uri"]
+    if values["base_model"]["uri"] == "other":
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "config.json").write_text("{}", encoding="utf-8")
+        values["base_model"]["uri"] = str(other)
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert run_job(validate.JOB, ["--config", str(path)]) == code
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert "Traceback" not in shown.err
+    assert not shown.out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "run the same command again"),
+        (StorageError("s3 is away"), 5, "jobs.x: s3 is away"),
+        (IncompleteRunError("3 left"), 5, "3 left"),
+        (PublishConflictError("another"), 4, "another"),
+        (E2PError("something"), 1, "something"),
+        (ZeroDivisionError("division"), 1, "unexpected ZeroDivisionError: division\nSet E2P_DEBUG=1"),
+    ],
+)
+def test_every_error_has_one_message_and_its_exit_code(
+    error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call() -> None:
+        raise error
+
+    assert guarded(call, "jobs.x") == code
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
+    monkeypatch.setenv("E2P_DEBUG", "1")
+    guarded(call, "jobs.x")
+    assert isinstance(error, KeyboardInterrupt) or "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", [validate.JOB, plan.JOB, generate.JOB, publish.JOB])
+def test_help_says_what_a_job_does(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_job(job, ["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"python -m {job.prog} --config FILE" in shown
+    assert job.description in shown
+    assert "--workers.max_size" in shown
+    options = {"jobs.plan": "--rows-per-s", "jobs.generate": "--no-publish", "jobs.publish": "--run RUN_ID"}
+    assert options.get(job.prog, "") in shown
+
+
+def test_publish_without_a_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, path = write_small_job(tmp_path)
+    assert run_job(publish.JOB, ["--config", str(path)]) == 2
+    assert "there is no run" in capsys.readouterr().err
+    assert run_job(publish.JOB, ["--config", str(path), "--run", "nope"]) == 2
+
+
+# -- killed at any point, started again
+
+
+def _start(path: Path, ray_address: str | None, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.fake_generate", "--config", str(path)]
+    if ray_address:
+        command += ["--workers.ray_address", ray_address]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with log.open("ab") as stream:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+
+
+def _num_objects(config: JobConfig, storage: Storage) -> int:
+    return sum(1 for _ in storage.list_objects(config.output.uri))
+
+
+def _kill_at(process: subprocess.Popen[bytes], num_objects: int, config: JobConfig, storage: Storage) -> bool:
+    """SIGKILL once the output holds so many objects; False when the job ended before that."""
+    while process.poll() is None:
+        if _num_objects(config, storage) >= num_objects:
+            process.kill()
+            process.wait()
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def _kill_and_resume(
+    config: JobConfig, path: Path, log: Path, num_kills: int, seed: int, ray_address: str | None
+) -> pa.Table:
+    """Kill the job at random points of its progress, each later than the last, then let it finish."""
+    storage = Storage(config.storage)
+    # Plan, run, shards (a planned file, a data file and a marker each), report, table.
+    points = sorted(random.Random(seed).sample(range(1, 32), num_kills))
+    killed = [_kill_at(_start(path, ray_address, log), point, config, storage) for point in points]
+    assert any(killed), log.read_text(encoding="utf-8")
+    process = _start(path, ray_address, log)
+    assert process.wait(timeout=240) == 0, log.read_text(encoding="utf-8")[-4000:]
+    return published(config)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> dict[Key, tuple[str, str]]:
+    config, _ = write_small_job(tmp_path_factory.mktemp("whole"))
+    generate.generate_run(config, engine_factory=fake_engine)
+    return texts_of(published(config))
+
+
+@pytest.mark.timeout(600)
+def test_killed_at_random_points_on_a_shared_cluster(
+    tmp_path: Path, ray_cluster: None, uninterrupted: dict[Key, tuple[str, str]]
+) -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    config, path = write_small_job(tmp_path)
+    table = _kill_and_resume(config, path, tmp_path / "log", num_kills=4, seed=1, ray_address=address)
+    assert keys_of(table) == expected_keys()
+    assert texts_of(table) == uninterrupted
+    assert DeltaTable(config.output.table_uri).version() == 0
+
+
+@pytest.mark.timeout(600)
+def test_killed_with_its_own_ray_on_a_real_s3_server(
+    s3_server: S3Server, tmp_path: Path, uninterrupted: dict[Key, tuple[str, str]]
+) -> None:
+    config, path = write_small_job(tmp_path, place=s3_server.new_bucket(), storage=s3_server.config)
+    table = _kill_and_resume(config, path, tmp_path / "log", num_kills=2, seed=2, ray_address=None)
+    assert keys_of(table) == expected_keys()
+    assert texts_of(table) == uninterrupted
+
+
+def test_control_a_lost_shard_is_not_published(
+    tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, path = write_small_job(tmp_path)
+    report = generate.generate_run(config, engine_factory=fake_engine, publish_it=False)
+    victim = sorted(Path(config.output.table_uri, "data", report.run_id).iterdir())[0]
+    victim.unlink()
+    assert run_job(publish.JOB, ["--config", str(path)]) == 4
+    assert victim.stem in capsys.readouterr().err
+
+
+@pytest.mark.timeout(300)
+def test_interrupt_stops_cleanly_and_says_how_to_resume(tmp_path: Path, ray_cluster: None) -> None:
+    import ray
+
+    config, path = write_small_job(tmp_path)
+    storage, log = Storage(config.storage), tmp_path / "log"
+    process = _start(path, ray.get_runtime_context().gcs_address, log)
+    while process.poll() is None and not list(storage.list_objects(f"{config.output.uri}/runs")):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    said = process.wait(timeout=120), log.read_text(encoding="utf-8")
+    assert said[0] == 130, said[1]
+    assert "run the same command again" in said[1]
+    assert "Traceback" not in said[1]
+
+
+# -- words on the terminal
+
+
+def _progress(**changes: object) -> BatchProgress:
+    values = BatchProgress(
+        num_shards=10,
+        num_done=5,
+        num_done_here=4,
+        num_requests=400,
+        num_output_tokens=8_000,
+        num_failures=0,
+        attempt=1,
+        generating_s=8.0,
+    )
+    return replace(values, **changes)  # type: ignore[arg-type]
+
+
+def test_progress_says_what_is_left() -> None:
+    text = progress_text(_progress(), 15.0)
+    assert text == ("[##########..........] 5/10 shards, 400 rows, 50.0 rows/s, 1,000 tokens/s, 10 s left, 15 s so far")
+    assert "starting" in progress_text(_progress(num_done=0, num_done_here=0, num_requests=0), 3.0)
+    assert "2 failed tries, attempt 2" in progress_text(_progress(num_failures=2, attempt=2), 3.0)
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_line_rewrites_itself_on_a_terminal_only(terminal: bool) -> None:
+    stream = _Terminal() if terminal else io.StringIO()
+    with ProgressLine(stream) as line:
+        line(_progress())
+    assert ("\r" in stream.getvalue()) is terminal
+    assert stream.getvalue().endswith("so far\n")
+
+
+def test_figures_are_readable() -> None:
+    assert [duration_text(s) for s in (3.4, 75, 3_720)] == ["3 s", "1 min 15 s", "1 h 02 min"]
+    assert [bytes_text(n) for n in (12, 2048, 3 << 30)] == ["12 B", "2.0 KiB", "3.0 GiB"]
