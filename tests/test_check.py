@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,6 +20,7 @@ from e2p_ray.contacts import (
     foreign_phone,
     foreign_url,
 )
+from e2p_ray.demo.newsroom import make_articles
 from e2p_ray.names import KnownNames, foreign_name
 from e2p_ray.numerals import find_numerals, foreign_number, number_values
 from e2p_ray.schema import Completion, Content, FinishReason, Reason, RequestKey, Verdict
@@ -661,6 +663,19 @@ def test_precision_and_recall_of_numbers() -> None:
     known = number_values(plain_text(EN)) | number_values(plain_text(JA))
     precision, recall, wrong = score(NUMBERS, lambda text: foreign_number(text, known))
     assert (precision, recall) == (1.0, 1.0), wrong
+
+
+def test_the_newsroom_s_own_texts_pass_and_another_article_s_fail() -> None:
+    articles = make_articles("a", 20, seed=3)
+    contents = [Content(a.content_id, a.title, a.body, a.language) for a in articles]
+    texts = [[text for angle in a.angles for some in angle.texts.values() for text in some] for a in articles]
+    for language in ("en", "ja"):
+        own = [number for number, content in enumerate(contents) if content.language == language]
+        assert len(own) > 5
+        for number, other in pairwise(own):
+            assert all(verdict(text, contents[number]).accepted for text in texts[number])
+            accepted = sum(verdict(text, contents[number]).accepted for text in texts[other])
+            assert accepted < 0.2 * len(texts[other])
 
 
 def test_control_checks_that_accept_or_reject_everything_score_badly() -> None:
