@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e2p_ray.check import check
-from e2p_ray.config import ChecksConfig, LimitsConfig
-from e2p_ray.contacts import (
+from e2p_ray.check.contacts import (
     find_contacts,
     foreign_address,
     foreign_mail,
     foreign_phone,
     foreign_url,
 )
+from e2p_ray.check.names import KnownNames, foreign_name
+from e2p_ray.check.numerals import find_numerals, foreign_number, number_values
+from e2p_ray.check.script import count_scripts, language_problem, normalize, repetition_problem
+from e2p_ray.config import ChecksConfig, LimitsConfig
 from e2p_ray.demo.newsroom import make_articles
-from e2p_ray.names import KnownNames, foreign_name
-from e2p_ray.numerals import find_numerals, foreign_number, number_values
 from e2p_ray.schema import Completion, Content, FinishReason, Reason, RequestKey, Verdict
-from e2p_ray.script import count_scripts, language_problem, normalize, repetition_problem
 
 EN = Content(
     "en",

@@ -15,13 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Files of one room lie in one folder or, at the top, are named here.
 ROOM_OF_FILE = {
     "options": "config",
-    "contacts": "check",
-    "names": "check",
-    "numerals": "check",
-    "script": "check",
-    "common_words": "check",
-    "japanese_words": "check",
-    "japanese_names": "check",
 }
 _BASE = {"errors", "config", "schema", "storage"}
 _MIDDLE = _BASE | {"plan", "check", "commit", "engine"}

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from e2p_ray import common_words
-from e2p_ray.japanese_names import foreign_kanji, foreign_katakana, kanji_pieces, katakana_edges
-from e2p_ray.script import primary_subtag
+from e2p_ray.check import common_words
+from e2p_ray.check.japanese_names import foreign_kanji, foreign_katakana, kanji_pieces, katakana_edges
+from e2p_ray.check.script import primary_subtag
 
 _LATIN = "A-Za-zÀ-ÖØ-öø-ɏḀ-ỿ"
 _WORD = re.compile(rf"[{_LATIN}]+(?:['’][{_LATIN}]+)*")

@@ -20,8 +20,7 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
-from e2p_ray.config import ChecksConfig, LimitsConfig
-from e2p_ray.contacts import (
+from e2p_ray.check.contacts import (
     Contacts,
     find_contacts,
     foreign_address,
@@ -30,10 +29,11 @@ from e2p_ray.contacts import (
     foreign_url,
     without_contacts,
 )
-from e2p_ray.names import KnownNames, foreign_name
-from e2p_ray.numerals import foreign_number, number_values
+from e2p_ray.check.names import KnownNames, foreign_name
+from e2p_ray.check.numerals import foreign_number, number_values
+from e2p_ray.check.script import language_problem, normalize, repetition_problem
+from e2p_ray.config import ChecksConfig, LimitsConfig
 from e2p_ray.schema import Completion, Content, FinishReason, Reason, Verdict
-from e2p_ray.script import language_problem, normalize, repetition_problem
 
 _MAX_DETAIL_CHARS = 80
 _BIDI_CONTROLS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")

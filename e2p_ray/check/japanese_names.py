@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from e2p_ray import japanese_words
+from e2p_ray.check import japanese_words
 
 _KATAKANA_RUN = re.compile(r"[ァ-ヺー]{3,}")
 _KANJI_RUN = re.compile(r"[\u4e00-\u9fff々ヶ]{2,}")
