@@ -105,7 +105,16 @@ def _print_accuracy(table: pa.Table, truth: Truth) -> None:
     for task in sorted(set(table["task"].to_pylist())):
         for language, accuracy in angle_accuracy(table, truth, task=task).items():
             right, shuffled = f"{accuracy.right:.1%}", f"{accuracy.shuffled:.1%}"
-            rows.append((task, language, f"{accuracy.num_texts:,}", right, shuffled, f"{accuracy.ratio:.1f}x"))
+            rows.append(
+                (
+                    task,
+                    language,
+                    f"{accuracy.num_texts:,}",
+                    right,
+                    shuffled,
+                    f"{accuracy.ratio:.1f}x" if accuracy.right else "-",
+                )
+            )
     print("texts that show the angle their reader likes best:")
     print_table(("task", "language", "texts", "right reader", "shuffled readers", "ratio"), rows)
 

@@ -1,4 +1,4 @@
-"""`python -m tests.fake_generate --config FILE`: jobs.generate to the letter, with a slow engine that needs no model."""
+"""`python -m tests.fake_generate --config FILE`: jobs.generate with a slow engine that needs no model."""
 
 from __future__ import annotations
 

@@ -69,6 +69,34 @@ def test_a_whole_run_is_committed_and_told(tmp_path: Path) -> None:
     assert (again.num_done, again.num_done_before, again.num_attempts) == (0, len(markers), 0)
 
 
+class Waiting:
+    """An engine factory whose engines write nothing until a second worker has its engine, too."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, config: JobConfig, storage: Storage) -> FakeEngine:
+        (self._folder / str(os.getpid())).touch()
+        engine = fake_engine(config, storage)
+        generate = engine.generate
+
+        def waiting(groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+            for _ in range(1200):
+                if len(list(self._folder.iterdir())) > 1:
+                    break
+                time.sleep(0.05)
+            return generate(groups, attempt=attempt)
+
+        engine.generate = waiting  # type: ignore[method-assign]
+        return engine
+
+
+def test_the_pool_grows_to_its_largest_size(tmp_path: Path, tries: Path) -> None:
+    job = opened(tmp_path, workers={"min_size": 1, "max_size": 2})
+    run_batch(job.config, job.storage, job.run, engine_factory=Waiting(tries))
+    assert len({marker["stats"]["worker"] for marker in read_markers(job.storage, job.run)}) == 2
+
+
 def test_only_pending_shards_are_generated(tmp_path: Path) -> None:
     job = opened(tmp_path)
     run_batch(job.config, job.storage, job.run, engine_factory=fake_engine)

@@ -116,7 +116,7 @@ def test_token_estimate_matches_what_the_engine_counts(tmp_path: Path, capsys: p
     assert run_job(plan.JOB, ["--config", str(path), "--rows-per-s", "36"]) == 0
     shown = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "10 s at 36.0 rows/s" in shown["estimated time"]
-    assert "from 12 sampled groups" in shown["prompt tokens"] or "sampled" in shown["prompt tokens"]
+    assert "sampled groups" in shown["prompt tokens"]
     ratio = float(shown["sharing ratio"].split()[-1])
     assert 10 < ratio < 31  # 360 requests in 12 groups, each with a token of its own
 
@@ -250,7 +250,7 @@ def _kill_and_resume(
     # Plan, run, shards (a planned file, a data file and a marker each), report, table.
     points = sorted(random.Random(seed).sample(range(1, 32), num_kills))
     killed = [_kill_at(_start(path, ray_address, log), point, config, storage) for point in points]
-    assert any(killed), log.read_text(encoding="utf-8")
+    assert sum(killed) >= num_kills - 1, log.read_text(encoding="utf-8")
     process = _start(path, ray_address, log)
     assert process.wait(timeout=240) == 0, log.read_text(encoding="utf-8")[-4000:]
     return published(config)

@@ -91,6 +91,8 @@ def _configured(context: DataContext, config: JobConfig) -> DataContext:
     context.actor_init_retry_on_errors = True
     context.actor_init_max_retries = 1
     context.max_consecutive_actor_init_deaths = _MAX_INIT_FAILURES
+    # With one shard at an actor at a time, a pool is never more than busy: the default threshold would not let it grow.
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
     # When the restarts below are used up, Ray Data waits on a pool without actors: this ends the pass.
     context.execution_no_progress_timeout_s = config.workers.max_stall_s
     return context

@@ -48,7 +48,7 @@ def check_resources(config: JobConfig) -> None:
 @contextmanager
 def quiet_ray_data() -> Iterator[None]:
     """Ray Data's log goes to its file only: the outcomes say what is worth saying."""
-    handlers = [h for h in logging.getLogger("ray.data").handlers if not hasattr(h, "baseFilename")]
+    handlers = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
     levels = [handler.level for handler in handlers]
     if not os.environ.get("E2P_DEBUG"):
         for handler in handlers:
