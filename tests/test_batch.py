@@ -35,7 +35,7 @@ class Opened:
 
 def opened(folder: Path, **changes: object) -> Opened:
     """A planned and recorded run of some ten shards."""
-    workers = {"num_cpus": 1, "max_shard_attempts": 2, "max_stall_s": 30, **changes.pop("workers", {})}  # type: ignore[dict-item]
+    workers = {"num_cpus": 1, "max_shard_attempts": 2, "max_stall_s": 120, **changes.pop("workers", {})}  # type: ignore[dict-item]
     config, _ = write_small_job(folder, workers=workers, **changes)  # type: ignore[arg-type]
     storage = Storage(config.storage)
     plan = make_plan(config, storage, embedding_space=SPACE, embedding_dim=DIM)
@@ -184,13 +184,13 @@ def test_a_passing_trouble_is_tried_again(tmp_path: Path, tries: Path) -> None:
     assert (summary.num_attempts, len(summary.failures)) == (2, 2)
 
 
-def test_shards_that_kill_their_worker_do_not_take_others_along(tmp_path: Path, tries: Path) -> None:
+def test_a_shard_that_kills_its_worker_takes_no_other_along(tmp_path: Path, tries: Path) -> None:
     job = opened(tmp_path)
-    poisoned = Poisoned(tries, killing=keys_of(job, 0, 2))
-    with pytest.raises(IncompleteRunError, match="2 of"):
+    poisoned = Poisoned(tries, killing=keys_of(job, 1))
+    with pytest.raises(IncompleteRunError, match=r"1 of .*\n.*worker died"):
         run_batch(job.config, job.storage, job.run, engine_factory=poisoned)
-    assert pending_shards(job.storage, job.run) == [job.run.shard_ids[0], job.run.shard_ids[2]]
-    assert poisoned.num_tries() == 4  # two shards, two attempts, and never again by Ray's own retries
+    assert pending_shards(job.storage, job.run) == [job.run.shard_ids[1]]
+    assert poisoned.num_tries() == 2  # one an attempt: Ray's own retries would go on for ever
 
 
 def test_a_refusal_stops_the_run_at_once(tmp_path: Path) -> None:

@@ -92,3 +92,41 @@ def test_rows_without_finite_logits_are_reported() -> None:
         chosen = choose(logits, rows(sampling, 5), np.zeros((5, 1), np.int64), np.zeros(5, np.int64))
         assert chosen.finite.tolist() == [True, False, False, False, True]
         assert chosen.tokens[4] == 7
+
+
+def plain_cut(logits: np.ndarray, temperature: float, top_k: int, top_p: float, draw: float) -> int:
+    """Top-k, top-p and inversion as they are defined, one row in plain numpy."""
+    scaled = logits.astype(np.float64) / temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    kept = order[: top_k or len(order)]
+    mass = p[kept] / (p[kept].sum() if top_k else 1.0)
+    before = np.cumsum(mass) - mass
+    kept = kept[(before < top_p) | (np.arange(len(kept)) == 0)]
+    if not top_k and top_p >= 1:
+        kept = np.arange(len(p))
+    cumulative = np.cumsum(p[kept])
+    return int(kept[min(np.searchsorted(cumulative, draw * cumulative[-1], side="right"), len(kept) - 1)])
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.9), (40, 0.7), (3000, 0.99), (0, 0.999)])
+def test_a_large_vocabulary_is_cut_as_defined(top_k: int, top_p: float) -> None:
+    """3,000 tokens, flat enough that the likeliest thousand do not always suffice, and with many equal logits."""
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(200, 3000, generator=generator) * 2).bfloat16().float()
+    sampling = SamplingConfig(temperature=1.1, top_k=top_k, top_p=top_p)
+    chosen = choose(logits, rows(sampling, 200), np.zeros((200, 1), np.int64), np.zeros(200, np.int64)).tokens
+    draws = uniforms(rows(sampling, 200).streams, np.zeros(200, np.int64))
+    expected = [plain_cut(logits[n].numpy(), 1.1, top_k, top_p, draws[n]) for n in range(200)]
+    assert chosen.tolist() == expected
+    one_by_one = [
+        choose(
+            logits[n : n + 1],
+            rows(sampling, 200).take(np.array([n])),
+            np.zeros((1, 1), np.int64),
+            np.zeros(1, np.int64),
+        )
+        for n in range(0, 200, 20)
+    ]
+    assert [int(item.tokens[0]) for item in one_by_one] == expected[::20]

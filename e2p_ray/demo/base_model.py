@@ -29,9 +29,9 @@ class Recipe:
     """Everything that determines the weights, but for the machine's arithmetic."""
 
     seed: int = 20511
-    num_steps: int = 3600
-    batch_tokens: int = 2400
-    easy_share: float = 0.25  # of the steps, on articles of two or three angles: copying is learned sooner there
+    num_steps: int = 4500
+    batch_tokens: int = 1200
+    easy_share: float = 0.35  # of the steps, on articles of two or three angles: copying is learned sooner there
     vocab_size: int = 4096
     d_model: int = 256
     num_layers: int = 4
@@ -39,8 +39,8 @@ class Recipe:
     num_kv_heads: int = 2
     d_ff: int = 640
     muon_lr: float = 0.02
-    adam_lr: float = 3e-3
-    warmup_steps: int = 100
+    adam_lr: float = 1e-2
+    warmup_steps: int = 50
     noise: float = 0.3  # on the angle word, in units of the token embeddings' root mean square
     num_tokenizer_articles: int = 3000
 
