@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,7 +122,9 @@ class TaskConfig(_Section):
     max_content_tokens: int = Field(512, ge=1, description="longer contents keep their head")
 
     def prompt_for(self, language: str) -> PromptTemplate | None:
-        return self.prompts.get(language) or self.prompts.get("default")
+        """The language's own template, its base language's ('en' for 'en-US'), the default's, or None."""
+        base = re.split(r"[-_]", language, maxsplit=1)[0]
+        return self.prompts.get(language) or self.prompts.get(base) or self.prompts.get("default")
 
 
 class ChecksConfig(_Section):

@@ -48,6 +48,7 @@ UNPERSONALIZED_USER_ID = ""  # stands for all users in the key of a content's un
 _MESSAGES = {
     ErrorCode.NULL_KEY: "the user id is empty",
     ErrorCode.EMPTY_CONTENT: "no text was accepted and the content has no title to publish instead",
+    ErrorCode.NO_PROMPT: "the task has no prompt for the content's language; add tasks.<task>.prompts.<language>",
     ErrorCode.PROMPT_TOO_LONG: (
         "the prompt leaves no room in the model's window; shorten the template or lower max_content_tokens"
     ),

@@ -66,6 +66,7 @@ class ErrorCode(StrEnum):
     UNKNOWN_USER = "unknown_user"
     MISSING_CONTENT = "missing_content"
     EMPTY_CONTENT = "empty_content"
+    NO_PROMPT = "no_prompt"
     PROMPT_TOO_LONG = "prompt_too_long"
     NON_FINITE_LOGITS = "non_finite_logits"
     OUT_OF_MEMORY = "out_of_memory"
@@ -336,7 +337,10 @@ def validate_schema(table: str, schema: pa.Schema, uri: str) -> None:
         actual = schema.field(column.name).type
         if not _fits(column.kind, actual):
             raise InputError(
-                f"expected {column.kind}, found {actual}", uri=uri, column=column.name, remedy=_REMEDY[column.kind] + "."
+                f"expected {column.kind}, found {actual}",
+                uri=uri,
+                column=column.name,
+                remedy=_REMEDY[column.kind] + ".",
             )
 
 

@@ -273,12 +273,21 @@ class TestTrouble:
         codes = {key.task: item.error_code for key, item in found.items()}
         assert codes == {"long": ErrorCode.PROMPT_TOO_LONG, "headline": None}
 
-    def test_a_language_without_template_is_a_clear_error(self) -> None:
+    def test_a_language_without_template_is_an_error_of_its_rows(self) -> None:
         from e2p_ray.config import PromptTemplate
 
-        only_ja = TaskConfig(prompts={"ja": PromptTemplate()})
-        with pytest.raises(ConfigError, match=r"tasks\.headline\.prompts.*'en'"):
-            run(engine_of(LLAMA, tasks={"headline": only_ja}), messy_groups(1))
+        engine = engine_of(
+            LLAMA, tasks={"headline": TaskConfig(prompts={"ja": PromptTemplate(), "fr": PromptTemplate()})}
+        )
+        found = run(engine, messy_groups())
+        language_of = {content.content_id: content.language for content in tiny_models.contents(10, seed=3)}
+        for key, completion in found.items():
+            expected = ErrorCode.NO_PROMPT if language_of[key.content_id] == "en" else None
+            assert completion.error_code is expected
+        assert engine.prompt_id("headline", "fr-CA") == engine.prompt_id("headline", "fr")
+        assert engine.prompt_id("headline", "en") != engine.prompt_id("headline", "ja")
+        with pytest.raises(ConfigError, match="'recipe'"):
+            engine.layout.segments(tiny_models.contents(1)[0], "recipe")
 
     def test_a_long_body_keeps_its_head(self) -> None:
         content = Content("c0", "Bridge", "橋" * 5000, "ja")

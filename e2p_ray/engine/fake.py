@@ -92,6 +92,8 @@ class FakeEngine:
         failed = Completion(request.key, "", FinishReason.ERROR, num_prompt, 0, 0.0)
         if request.key in self._errors:
             return replace(failed, error_code=self._errors[request.key])
+        if request.key.task in self._tasks and self._tasks[request.key.task].prompt_for(content.language) is None:
+            return replace(failed, error_code=ErrorCode.NO_PROMPT)
         if request.user_embedding is not None:
             assert request.user_embedding.shape == (self._embedding_dim,), "the plan lets no other size pass"
             if not np.isfinite(request.user_embedding).all():

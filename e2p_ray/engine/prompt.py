@@ -64,26 +64,28 @@ class PromptLayout:
         self._start = tuple(_start_tokens(tokenizer))
 
     def template(self, task: str, language: str) -> PromptTemplate:
-        """The task's template for a language: its own, its base language's ('en' for 'en-US'), or the default's."""
+        """The task's template for a language. Raises ConfigError for an unknown task, RowError without a template."""
         if task not in self._tasks:
             raise ConfigError(f"task {task!r} is not in the configuration; it has {sorted(self._tasks)}")
         config = self._tasks[task]
-        found = config.prompt_for(language) or config.prompt_for(re.split(r"[-_]", language, maxsplit=1)[0])
+        found = config.prompt_for(language)
         if found is None:
-            raise ConfigError(
+            raise RowError(
+                ErrorCode.NO_PROMPT,
                 f"tasks.{task}.prompts has no template for language {language!r} and no 'default'; it has "
-                f"{sorted(config.prompts)}. Add one"
+                f"{sorted(config.prompts)}. Add one",
             )
         return found
 
     def prompt_id(self, task: str, language: str) -> str:
-        """Stable hash of everything about a prompt but the content and the user."""
-        template = self.template(task, language).model_dump()
+        """Stable hash of everything about a prompt but the content and the user, also of there being none."""
+        found = self._tasks[task].prompt_for(language)
+        template = None if found is None else found.model_dump()
         parts = [self._layout, self._num_soft_tokens, self._tasks[task].max_content_tokens, template]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
     def segments(self, content: Content, task: str) -> Segments:
-        """The token ids for one content and task. Raises RowError when not even the cues fit the model's window."""
+        """The token ids for one content and task. Raises RowError without a template, or without room for it."""
         template = self.template(task, content.language)
         config = self._tasks[task]
         head = [*self._start, *self._encode(template.head)]
