@@ -294,6 +294,7 @@ class TestTrouble:
         engine = engine_of(LLAMA)
         [completion] = run(engine, [group(content, [1])]).values()
         assert completion.truncated
+        assert engine.stats.num_truncated == 1
         assert completion.num_prompt_tokens + 8 <= LLAMA.max_position_embeddings
         left = engine.layout.segments(content, "headline").left
         decoded = tiny_models.byte_tokenizer().decode(left, skip_special_tokens=True)

@@ -7,7 +7,7 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -16,11 +16,10 @@ import pyarrow as pa
 from e2p_ray.batch.tally import OUTCOME, ShardOutcome
 from e2p_ray.commit import Run, ShardStats, commit_shard
 from e2p_ray.config import JobConfig
-from e2p_ray.engine.contract import EngineStats, TextEngine
+from e2p_ray.engine.contract import TextEngine
 from e2p_ray.errors import E2PError, RunError
 from e2p_ray.generate import Generator
 from e2p_ray.plan import read_shard
-from e2p_ray.schema import Completion, Group
 from e2p_ray.storage import Storage
 
 EngineFactory = Callable[[JobConfig, Storage], TextEngine]
@@ -36,7 +35,7 @@ class ShardWorker:
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
         self._refusal: RunError | None = None
         try:
-            self._engine = _Watched((engine_factory or _load_engine)(config, storage))
+            self._engine = (engine_factory or _load_engine)(config, storage)
             self._generator = Generator(self._engine, config, run.run_id)
         except RunError as error:  # the same on every node: said once instead of tried again
             self._refusal = error
@@ -55,7 +54,6 @@ class ShardWorker:
     def _write(self, shard_id: str, started_at: datetime) -> ShardOutcome:
         groups = read_shard(self._storage, self._run.plan_uri, shard_id)
         before, clock = self._engine.stats, time.perf_counter()
-        self._engine.num_truncated = 0
         generations, dead_letters = self._generator.generate(groups, shard_id=shard_id)
         work = self._engine.stats - before
         finished_at = datetime.now(UTC)
@@ -64,7 +62,7 @@ class ShardWorker:
             num_prompt_tokens=work.num_prompt_tokens,
             num_computed_tokens=work.num_computed_tokens,
             num_output_tokens=work.num_output_tokens,
-            num_truncated=self._engine.num_truncated,
+            num_truncated=work.num_truncated,
             seconds_s=time.perf_counter() - clock,
             started_at=started_at,
             finished_at=finished_at,
@@ -81,42 +79,6 @@ class ShardWorker:
             started_at_s=started_at.timestamp(),
             finished_at_s=finished_at.timestamp(),
         )
-
-
-class _Watched:
-    """An engine that counts the requests whose content was cut: no row of the table says it."""
-
-    def __init__(self, engine: TextEngine) -> None:
-        self._engine = engine
-        self.num_truncated = 0
-
-    @property
-    def projector_id(self) -> str:
-        return self._engine.projector_id
-
-    @property
-    def base_model_id(self) -> str:
-        return self._engine.base_model_id
-
-    @property
-    def embedding_space(self) -> str:
-        return self._engine.embedding_space
-
-    @property
-    def embedding_dim(self) -> int:
-        return self._engine.embedding_dim
-
-    @property
-    def stats(self) -> EngineStats:
-        return self._engine.stats
-
-    def prompt_id(self, task: str, language: str) -> str:
-        return self._engine.prompt_id(task, language)
-
-    def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
-        for completion in self._engine.generate(groups, attempt=attempt):
-            self.num_truncated += completion.truncated and attempt == 0
-            yield completion
 
 
 def _load_engine(config: JobConfig, storage: Storage) -> TextEngine:

@@ -19,6 +19,7 @@ class EngineStats:
     num_steps: int = 0  # decode steps, each for all rows of a wave
     num_prefix_tokens: int = 0  # tokens of shared prefixes, each counted once per prefill
     num_waves: int = 0
+    num_truncated: int = 0  # completions whose content had lost its tail
 
     def __sub__(self, earlier: EngineStats) -> EngineStats:
         return EngineStats(
@@ -28,6 +29,7 @@ class EngineStats:
             num_steps=self.num_steps - earlier.num_steps,
             num_prefix_tokens=self.num_prefix_tokens - earlier.num_prefix_tokens,
             num_waves=self.num_waves - earlier.num_waves,
+            num_truncated=self.num_truncated - earlier.num_truncated,
         )
 
 

@@ -189,6 +189,8 @@ class Decoder:
         for _ in rows:  # only now: memory may have run out before
             self._pending.popleft()
         self._count(rows=sum(num_own), prompt=sum(map(self._num_prompt_tokens, rows)))
+        num_truncated = sum(row.segments.truncated for row in rows)
+        self.stats = replace(self.stats, num_truncated=self.stats.num_truncated + num_truncated)
         self._choose(wave, logits, first)
 
     def _suffix_embeds(self, rows: list[Row], num_own: list[int]) -> Tensor:
