@@ -11,14 +11,15 @@ from e2p_ray.demo.newsroom import ANGLE_WORDS, CUES, TASKS, Article
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
-# Scripts never share a token, so a Japanese name has the same tokens whatever particle follows it; numbers up to 999
-# are one token each, so that copying one takes one step.
-_PIECES = r"\p{N}{1,3}| ?[\p{Han}々]+| ?\p{Hiragana}+| ?[\p{Katakana}ー]+| ?\p{L}+| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
+# Scripts never share a token, so a Japanese name has the same tokens whatever particle follows it; numbers up to 99
+# are one token each, with and without a space before them, so that copying one takes one step.
+_PIECES = r" ?\p{N}{1,2}| ?[\p{Han}々]+| ?\p{Hiragana}+| ?[\p{Katakana}ー]+| ?\p{L}+| ?[^\s\p{L}\p{N}]|\s+(?!\S)|\s+"
+_NUMBERS = [space + str(number) for number in range(100) for space in ("", " ")]
 _REPEATS = 2000  # puts a piece above every other pair in the count of merges
 
 
 def train_tokenizer(articles: Sequence[Article], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer in which every angle word and every number from 0 to 999 is one token."""
+    """A tokenizer in which every angle word and every number from 0 to 99 is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -36,15 +37,14 @@ def train_tokenizer(articles: Sequence[Article], vocab_size: int) -> PreTrainedT
     tokenizer.train_from_iterator(_corpus(articles), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
     words = [word for by_angle in ANGLE_WORDS.values() for word in by_angle.values()]
-    for piece in (*words, *map(str, range(1000))):
+    for piece in (*words, *_NUMBERS):
         assert len(fast.encode(piece, add_special_tokens=False)) == 1, f"{piece!r} must be one token"
     return fast
 
 
 def _corpus(articles: Sequence[Article]) -> Iterator[str]:
-    numbers = " ".join(str(number) for number in range(1000))
     for _ in range(_REPEATS):
-        yield numbers
+        yield from _NUMBERS
         for by_angle in ANGLE_WORDS.values():
             yield from by_angle.values()
         for by_task in CUES.values():
