@@ -672,10 +672,13 @@ def test_the_newsroom_s_own_texts_pass_and_another_article_s_fail() -> None:
     for language in ("en", "ja"):
         own = [number for number, content in enumerate(contents) if content.language == language]
         assert len(own) > 5
+        num_foreign = num_accepted = 0
         for number, other in pairwise(own):
             assert all(verdict(text, contents[number]).accepted for text in texts[number])
-            accepted = sum(verdict(text, contents[number]).accepted for text in texts[other])
-            assert accepted < 0.2 * len(texts[other])
+            num_accepted += sum(verdict(text, contents[number]).accepted for text in texts[other])
+            num_foreign += len(texts[other])
+        # Of all, not of each article: two of 20 may happen to tell of the same street.
+        assert num_accepted < 0.1 * num_foreign
 
 
 def test_control_checks_that_accept_or_reject_everything_score_badly() -> None:
