@@ -11,7 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from random import Random
 
@@ -130,10 +130,14 @@ class Optimizers:
 
 
 def train(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, folder: Path, log_every: int = 50, save_every: int = 500
-) -> tuple[LlamaForCausalLM, float]:
-    """The trained model in fp32 and the mean loss of the last steps; what it is like so far is saved on the way."""
-    model = make_model(recipe, tokenizer)
+    model: LlamaForCausalLM,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    log_every: int = 50,
+    save_every: int = 500,
+) -> float:
+    """Train in place and return the mean loss of the last steps; what the model is like so far is saved on the way."""
     generator = torch.Generator().manual_seed(recipe.seed)
     optimizers = Optimizers(model, recipe)
     recent: list[float] = []
@@ -148,7 +152,7 @@ def train(
             print(f"step {step + 1}/{recipe.num_steps} loss {mean:.4f} {time.monotonic() - started:.0f} s", flush=True)
         if (step + 1) % save_every == 0:
             save(copy.deepcopy(model), tokenizer, folder)
-    return model.eval(), sum(recent) / len(recent)
+    return sum(recent) / len(recent)
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -163,15 +167,23 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo's base model and tokenizer.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=Recipe().num_steps)
+    parser.add_argument("--start", type=Path, help="go on from this folder's weights and tokenizer")
     parser.add_argument("--threads", type=int, default=1)
+    for item in fields(Recipe):
+        kind = type(item.default)
+        parser.add_argument(f"--{item.name.replace('_', '-')}", type=kind, default=item.default, metavar=kind.__name__)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    recipe = Recipe(num_steps=options.steps)
+    recipe = Recipe(**{item.name: getattr(options, item.name) for item in fields(Recipe)})
     started = time.monotonic()
-    articles = make_articles("tokenizer", recipe.num_tokenizer_articles, recipe.seed)
-    tokenizer = train_tokenizer(articles, recipe.vocab_size)
-    model, loss = train(recipe, tokenizer, options.out)
+    if options.start is None:
+        articles = make_articles("tokenizer", recipe.num_tokenizer_articles, recipe.seed)
+        tokenizer = train_tokenizer(articles, recipe.vocab_size)
+        model = make_model(recipe, tokenizer)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start)
+        model = LlamaForCausalLM.from_pretrained(options.start, dtype=torch.float32, attn_implementation="sdpa")
+    loss = train(model, recipe, tokenizer, options.out)
     save(model, tokenizer, options.out)
     print(f"{asdict(recipe)}\nloss {loss:.4f}, {time.monotonic() - started:.0f} s, {options.threads} thread(s)")
 

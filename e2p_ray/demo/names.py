@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
+NUM_SHARES = 8  # one an angle
 SLOTS = ("person", "company", "team", "street", "robot", "bird")
 
 
@@ -22,9 +23,15 @@ class Bank:
     month: tuple[tuple[str, ...], ...]
     day: tuple[tuple[str, ...], ...]
 
-    def draw(self, slot: str, random: Random) -> str:
+    def draw(self, slot: str, random: Random, share: int | None = None) -> str:
+        """A name; `share` (0 to NUM_SHARES - 1) keeps to that share of every part, which no other share draws from."""
         parts: tuple[tuple[str, ...], ...] = getattr(self, slot)
-        return "".join(random.choice(part) for part in parts)
+        return "".join(random.choice(part if share is None else _share_of(part, share)) for part in parts)
+
+
+def _share_of(part: tuple[str, ...], share: int) -> tuple[str, ...]:
+    num_shares = min(len(part), NUM_SHARES)
+    return part[share % num_shares :: num_shares]
 
 
 def _words(text: str) -> tuple[str, ...]:

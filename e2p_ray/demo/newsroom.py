@@ -26,6 +26,7 @@ CUES: Mapping[str, Mapping[str, str]] = {
     "en": {"headline": "\n\nHeadline:", "explanation": "\n\nWhy this is for you:", QUOTE: "\n\nQuote:"},
     "ja": {"headline": "\n\n見出し：", "explanation": "\n\nおすすめの理由：", QUOTE: "\n\n引用："},
 }
+NUMBER_SLOTS = ("a", "b")
 # What stands between cue and text: the base model's tokens of a word differ with and without a space before it.
 TEXT_PREFIX: Mapping[str, str] = {"en": " ", "ja": ""}
 
@@ -60,26 +61,32 @@ class Article:
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What an article has used so far: no fact may belong to two angles."""
+    """What an article has used so far: no fact may belong to two angles.
+
+    Each angle draws from values of its own. A model of a few million parameters learns in minutes to find "the number
+    that money stories have" in an article; to find whichever number stands behind the same words took it hours.
+    """
 
     random: Random
     language: str
     used: set[str]
 
-    def name(self, slot: str) -> str:
+    def name(self, slot: str, angle: str | None = None) -> str:
+        share = None if angle is None else ANGLES.index(angle)
         while True:
-            name = BANKS[self.language].draw(slot, self.random)
+            name = BANKS[self.language].draw(slot, self.random, share)
             if not any(name in other or other in name for other in self.used):
                 self.used.add(name)
                 return name
 
-    def number(self, bounds: str) -> str:
+    def number(self, bounds: str, slot: str, angle: str) -> str:
+        """A number of this slot's own residue class: no other slot of any angle draws from it."""
         low, high = (int(bound) for bound in bounds.split("-"))
-        while True:
-            number = str(self.random.randint(low, high))
-            if number not in self.used:
-                self.used.add(number)
-                return number
+        residue = ANGLES.index(angle) * len(NUMBER_SLOTS) + NUMBER_SLOTS.index(slot)
+        step = len(ANGLES) * len(NUMBER_SLOTS)
+        number = str(self.random.choice([number for number in range(low, high + 1) if number % step == residue]))
+        self.used.add(number)
+        return number
 
 
 @cache
@@ -131,7 +138,8 @@ def _tell(angle: str, stories: Sequence[Mapping[str, Any]], shared: Mapping[str,
     variant = facts.random.randrange(len(story["body"]))
     found = {slot for slot in _SLOT.findall(story["body"][variant]) if slot not in shared}
     values = {
-        slot: facts.name(slot) if slot in SLOTS else facts.number(story["ranges"][slot]) for slot in sorted(found)
+        slot: facts.name(slot, angle) if slot in SLOTS else facts.number(story["ranges"][slot], slot, angle)
+        for slot in sorted(found)
     }
     filled = {**shared, **values}
     texts = {task: tuple(_fill(text, filled) for text in _rotated(story[task], variant)) for task in TASKS}

@@ -24,7 +24,9 @@ from e2p_ray.storage import Storage
 from e2p_ray.train import Target, TrainResult, TrainSettings, UserTable, train_projector
 
 BASE_MODEL = Path(__file__).parent / "base_model"
-SETTINGS = TrainSettings(target_prefix=TEXT_PREFIX)
+# 64 rows a step. After 90 steps 0.37 of the English headlines show the true angle, after 180 0.77 (measured while the
+# base model was in the making).
+SETTINGS = TrainSettings(num_steps=180, contents_per_step=4, users_per_content=16, target_prefix=TEXT_PREFIX)
 
 
 def _job_text() -> str:
@@ -47,7 +49,7 @@ def write_job(path: Path, *, world: Path, output: Path, projector: Path, base_mo
 def read_users(world: Path) -> UserTable:
     """The user embeddings of a world's users table."""
     users = pl.read_parquet(world / "users.parquet")
-    vectors = np.ascontiguousarray(users["embedding"].to_numpy(), np.float32)
+    vectors = np.array(users["embedding"].to_numpy(), np.float32)  # a copy that torch may own
     return UserTable(users["user_id"].to_list(), vectors, users["embedding_space"][0])
 
 
