@@ -103,7 +103,7 @@ def train(mind: Mind, storage: Storage, uri: str, *, num_steps: int) -> TrainRes
     folder = resolve_base_model(BaseModelConfig(uri=str(BASE_MODEL)), storage)
     users = UserTable(
         mind.users["user_id"].to_list(),
-        np.ascontiguousarray(mind.users["embedding"].to_numpy(), np.float32),
+        np.array(mind.users["embedding"].to_numpy(), np.float32),  # a copy that torch may own
         mind.users["embedding_space"][0],
     )
     result = train_projector(
