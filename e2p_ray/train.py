@@ -7,7 +7,6 @@ kept, and read by all its users' rows; only soft token, cue after and target run
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from e2p_ray.config import TaskConfig
 from e2p_ray.engine.manifest import BaseModelFolder, Kind, Layout, ProjectorManifest
 from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector, ReferenceStatistics
 from e2p_ray.engine.prompt import PromptLayout, Segments
-from e2p_ray.engine.shared_prefix import PrefillStep, Prefix, Shape, attention, merge
+from e2p_ray.engine.shared_prefix import Prefix, Shape, attention, merge
 from e2p_ray.errors import ConfigError, RowError, RunError
 from e2p_ray.schema import Content, UserEmbedding
 
@@ -197,40 +197,11 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-class PrefixStore:
-    """Keys and values of contents before the soft token, computed once without gradient, within `max_bytes`."""
-
-    def __init__(self, base: BaseModel, max_bytes: int) -> None:
-        self._base, self._max_bytes = base, max_bytes
-        self._kept: OrderedDict[tuple[int, ...], Prefix] = OrderedDict()
-        self._num_tokens = 0
-
-    def prefixes(self, lefts: Sequence[tuple[int, ...]]) -> list[Prefix]:
-        """The prefix of every token sequence; an empty one has length 0."""
-        return [self._prefix(left) for left in lefts]
-
-    def _prefix(self, left: tuple[int, ...]) -> Prefix:
-        if left in self._kept:
-            self._kept.move_to_end(left)
-            return self._kept[left]
-        prefix = prefill(self._base, left)
-        self._kept[left] = prefix
-        self._num_tokens += prefix.length
-        while self._num_tokens * self._base.kv_bytes_per_token > self._max_bytes and len(self._kept) > 1:
-            self._num_tokens -= self._kept.popitem(last=False)[1].length
-        return prefix
-
-
-@torch.no_grad()
-def prefill(base: BaseModel, left: tuple[int, ...]) -> Prefix:
-    """Keys and values of the tokens before the soft token."""
-    if not left:
-        empty = torch.empty(1, base.num_kv_heads, 0, base.head_dim, dtype=base.dtype, device=base.device)
-        return Prefix((empty,) * base.num_layers, (empty,) * base.num_layers, 0)
-    step = PrefillStep([len(left)], base.num_layers)
-    positions = torch.arange(len(left), device=base.device)[None]
-    base.hidden(base.embed(torch.tensor([left], device=base.device)), positions, step)
-    return step.prefixes()[0]
+def prefixes_of(store: PrefixStore, base: BaseModel, lefts: Sequence[tuple[int, ...]]) -> list[Prefix]:
+    """Keys and values of the tokens before the soft token, of length 0 where there are none."""
+    empty = torch.empty(1, base.num_kv_heads, 0, base.head_dim, dtype=base.dtype, device=base.device)
+    nothing = Prefix((empty,) * base.num_layers, (empty,) * base.num_layers, 0)
+    return [prefix or nothing for prefix in store.get(lefts)]
 
 
 class TeachingStep:
@@ -333,7 +304,7 @@ def _fit(
     for step, chosen in enumerate(_draws(lessons, settings)):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * _schedule(step, settings)
-        prefixes = store.prefixes([lesson.segments.left for lesson in chosen])
+        prefixes = prefixes_of(store, base, [lesson.segments.left for lesson in chosen])
         loss, _ = target_loss(base, projector, prefixes, chosen)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):

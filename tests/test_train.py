@@ -25,20 +25,20 @@ from e2p_ray.config import PromptTemplate, SamplingConfig, TaskConfig
 from e2p_ray.demo.project import BASE_MODEL
 from e2p_ray.engine.manifest import BaseModelFolder
 from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.prompt import Segments, load_tokenizer
 from e2p_ray.errors import ConfigError, RunError
 from e2p_ray.schema import Content
 from e2p_ray.train import (
     Lesson,
-    PrefixStore,
     Row,
     Target,
     TrainSettings,
     UserTable,
     make_lessons,
     new_projector,
-    prefill,
+    prefixes_of,
     target_loss,
     train_projector,
 )
@@ -133,7 +133,7 @@ def _gradients(projector: Projector, loss: Tensor) -> dict[str, Tensor]:
 def test_gradients_equal_plain_training(name: str, left: int, right: int, num_soft: int) -> None:
     base, twin = _tiny(name)
     projector, lessons = _projector(base, num_soft), _lessons(left, right)
-    prefixes = PrefixStore(base, 1 << 20).prefixes([lesson.segments.left for lesson in lessons])
+    prefixes = prefixes_of(PrefixStore(base, 1 << 20), base, [lesson.segments.left for lesson in lessons])
     loss, num_tokens = target_loss(base, projector, prefixes, lessons)
     assert num_tokens == sum(len(row.target) for lesson in lessons for row in lesson.rows)
     plain = _plain_loss(twin, projector, lessons)
@@ -145,7 +145,8 @@ def test_gradients_equal_plain_training(name: str, left: int, right: int, num_so
 
     if left and name != "mistral-window":  # the control: a wrong first token in every content is seen
         wrong = [(97 - lesson.segments.left[0], *lesson.segments.left[1:]) for lesson in lessons]
-        other = target_loss(base, projector, PrefixStore(base, 1 << 20).prefixes(wrong), lessons)[0]
+        wrong_prefixes = prefixes_of(PrefixStore(base, 1 << 20), base, wrong)
+        other = target_loss(base, projector, wrong_prefixes, lessons)[0]
         assert abs(other.item() - plain.item()) > 1e-3 * plain.item()
 
 
@@ -153,12 +154,15 @@ def test_prefixes_are_kept_within_bounds() -> None:
     base, _ = _tiny("llama")
     lefts = [tuple(range(start, start + 10)) for start in range(4)]
     store = PrefixStore(base, max_bytes=25 * base.kv_bytes_per_token)
-    first = store.prefixes(lefts[:2])
-    assert store.prefixes(lefts[:2])[0] is first[0], "a kept prefix is not computed again"
-    store.prefixes(lefts[2:])
-    again = store.prefixes(lefts[:1])[0]
-    assert again is not first[0], "the least recently used ones were dropped"
-    torch.testing.assert_close(again.keys[1], prefill(base, lefts[0]).keys[1])
+    first = store.get(lefts[:2])[0]
+    assert store.get(lefts[:2])[0] is first, "a kept prefix is not computed again"
+    store.get(lefts[2:])
+    again = store.get(lefts[:1])[0]
+    assert again is not first, "the least recently used ones were dropped"
+    assert first is not None
+    assert again is not None
+    torch.testing.assert_close(again.keys[1], first.keys[1])
+    assert store.num_bytes <= store.max_bytes
 
 
 @pytest.fixture(scope="module")
