@@ -10,7 +10,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,7 +164,7 @@ def main() -> None:
     print(render_terminal(report))
     published = pl.scan_delta(config.output.table_uri, storage_options=storage.delta_options())
     num_rows = published.select(pl.len()).collect().item()
-    print(f"{num_rows:,} rows read back from {Path(config.output.table_uri)} in {time.perf_counter() - start:.0f} s")
+    print(f"{num_rows:,} rows read back from {config.output.table_uri} in {time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":
