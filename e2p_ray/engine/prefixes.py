@@ -32,9 +32,6 @@ class PrefixStore:
         self._num_kept_tokens = 0
         self.num_computed_tokens = 0
 
-    def __contains__(self, left: TokenIds) -> bool:
-        return left in self._kept
-
     @property
     def num_bytes(self) -> int:
         """Bytes of what is kept."""

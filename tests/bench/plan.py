@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -135,11 +134,6 @@ def _own_process(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
-def _hardware() -> str:
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores {platform.machine()}, {memory_gib:.0f} GiB"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.plan", description=__doc__)
     parser.add_argument("--candidates", type=int, default=5_000_000)
@@ -161,6 +155,8 @@ def main() -> None:
 
 
 def _bench(folder: Path, num_candidates: int, num_users: int, num_contents: int, dim: int) -> None:
+    from tests.bench.harness import hardware  # not in the measured processes: it brings torch, and torch is memory
+
     results = []
     columns = ("wall_s", "driver_before_mb", "driver_peak_mb", "requests", "shards", "plan_mb")
     print(f"{'case':>28} {'system':>7} " + " ".join(f"{column:>16}" for column in columns), flush=True)
@@ -176,7 +172,7 @@ def _bench(folder: Path, num_candidates: int, num_users: int, num_contents: int,
             print(f"{case:>28} {system:>7} " + " ".join(f"{figures[column]:>16,}" for column in columns), flush=True)
             results.append({"case": case, "system": system, **figures})
         assert len(plan_ids) == 1, "both ways must make the same plan"
-    print(json.dumps({"bench": "plan", "hardware": _hardware(), "results": results}))
+    print(json.dumps({"bench": "plan", "hardware": hardware(), "results": results}))
 
 
 if __name__ == "__main__":
