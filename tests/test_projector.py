@@ -55,7 +55,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Storage, str]
 
 class TestModule:
     def test_shapes_for_every_kind_and_number_of_soft_tokens(self) -> None:
-        for kind in ("mlp", "linear"):
+        for kind in ("residual", "mlp", "linear", "constant"):
             for k in (1, 2, 4):
                 soft = perturbed(kind=kind, num_soft_tokens=k)(torch.randn(5, 12))
                 assert soft.shape == (5, k, 48)
@@ -68,8 +68,23 @@ class TestModule:
         z = (x.double().numpy() - projector.mean.double().numpy()) / projector.std.double().numpy()
         h = z @ w["hidden.weight"].T + w["hidden.bias"]
         h = h / (1 + np.exp(-h))
-        expected = (z @ w["residual.weight"].T + w["residual.bias"] + h @ w["output.weight"].T) * 0.25
+        expected = (z @ w["linear.weight"].T + w["bias"] + h @ w["output.weight"].T) * 0.25
         assert np.abs(projector(x)[:, 0].detach().numpy() - expected).max() < 1e-5
+
+    def test_a_kind_is_what_its_name_says(self) -> None:
+        x = torch.randn(2, 12)
+        assert torch.equal(*perturbed(kind="constant")(x)), "one soft token for everybody"
+        linear = perturbed(kind="linear")
+        with torch.no_grad():
+            linear.mean.zero_()
+            torch.testing.assert_close(linear(x.sum(0, True)), linear(x).sum(0, True) - linear(x[:1] * 0))
+        assert perturbed(kind="mlp").linear is None
+
+    def test_it_starts_where_it_is_told_to(self) -> None:
+        projector = make(num_soft_tokens=2)
+        token = torch.randn(48)
+        projector.start_at(token)
+        torch.testing.assert_close(projector(torch.randn(3, 12)).detach(), token.expand(3, 2, 48))
 
     def test_untrained_it_is_the_same_token_sized_vector_for_everyone(self) -> None:
         soft = make(d_model=4096)(torch.randn(6, 12)).detach()
@@ -109,7 +124,7 @@ class TestArtifact:
         first = perturbed()
         ids = {first.save_pretrained(STORAGE, str(tmp_path / "a")).projector_id}
         with torch.no_grad():
-            first.residual.bias[0] += 1e-3
+            first.bias[0] += 1e-3
         ids.add(first.save_pretrained(STORAGE, str(tmp_path / "b")).projector_id)
         first.manifest = replace(first.manifest, embedding_space="space-2")
         ids.add(first.save_pretrained(STORAGE, str(tmp_path / "c")).projector_id)
@@ -142,7 +157,7 @@ class TestArtifact:
     def test_weights_that_are_not_finite_are_refused(self, tmp_path: Path) -> None:
         broken = perturbed()
         with torch.no_grad():
-            broken.residual.weight[0, 0] = float("nan")
+            broken.bias[0] = float("nan")
         broken.save_pretrained(STORAGE, str(tmp_path / "p"))
         with pytest.raises(IncompatibleError, match="NaN"):
             Projector.from_pretrained(STORAGE, str(tmp_path / "p"))

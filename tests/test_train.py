@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +28,12 @@ from e2p_ray.engine.manifest import BaseModelFolder
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
-from e2p_ray.engine.prompt import Segments, load_tokenizer
+from e2p_ray.engine.prompt import load_tokenizer
+from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.errors import ConfigError, RunError
 from e2p_ray.schema import Content
 from e2p_ray.train import (
+    Batch,
     Lesson,
     Row,
     Target,
@@ -82,12 +85,12 @@ def _lessons(left: int, right: int) -> list[Lesson]:
 
     lessons = []
     for extra, num_rows in ((0, 3), (4, 1), (9, 2)):
-        segments = Segments(ids(left + extra) if left else (), ids(right + (0 if left else extra)), False)
+        before, after = ids(left + extra) if left else (), ids(right + (0 if left else extra))
         rows = [
-            Row(random.normal(size=6).astype(np.float32), ids(3 + row), 0.5 if row == 1 else 1.0)
+            Row(random.normal(size=6).astype(np.float32), after, ids(3 + row), 0.5 if row == 1 else 1.0)
             for row in range(num_rows)
         ]
-        lessons.append(Lesson(segments, tuple(rows)))
+        lessons.append(Lesson(before, tuple(rows)))
     return lessons
 
 
@@ -110,14 +113,19 @@ def _plain_loss(model: PreTrainedModel, projector: Projector, lessons: list[Less
     total, weight = torch.zeros(()), 0.0
     for lesson in lessons:
         for row in lesson.rows:
-            left = table(torch.tensor(lesson.segments.left, dtype=torch.long))
-            right = table(torch.tensor((*lesson.segments.right, *row.target[:-1]), dtype=torch.long))
+            left = table(torch.tensor(lesson.left, dtype=torch.long))
+            right = table(torch.tensor((*row.right, *row.target[:-1]), dtype=torch.long))
             soft = projector(torch.from_numpy(row.user_embedding)[None])[0]
             logits = model(inputs_embeds=torch.cat([left, soft, right])[None]).logits[0, -len(row.target) :]
             losses = nn.functional.cross_entropy(logits, torch.tensor(row.target), reduction="sum")
             total = total + row.weight * losses
             weight += row.weight * len(row.target)
     return total / weight
+
+
+def mean_loss(base: BaseModel, projector: Projector, prefixes: Sequence[Prefix], batch: Batch) -> Tensor:
+    loss, weight = target_loss(base, projector, prefixes, batch)
+    return loss / weight
 
 
 def _gradients(projector: Projector, loss: Tensor) -> dict[str, Tensor]:
@@ -133,9 +141,10 @@ def _gradients(projector: Projector, loss: Tensor) -> dict[str, Tensor]:
 def test_gradients_equal_plain_training(name: str, left: int, right: int, num_soft: int) -> None:
     base, twin = _tiny(name)
     projector, lessons = _projector(base, num_soft), _lessons(left, right)
-    prefixes = prefixes_of(PrefixStore(base, 1 << 20), base, [lesson.segments.left for lesson in lessons])
-    loss, num_tokens = target_loss(base, projector, prefixes, lessons)
-    assert num_tokens == sum(len(row.target) for lesson in lessons for row in lesson.rows)
+    prefixes = prefixes_of(PrefixStore(base, 1 << 20), base, [lesson.left for lesson in lessons])
+    batch = Batch.of(lessons, num_soft, base.device)
+    assert int(batch.num_tokens.sum()) == sum(len(row.target) for lesson in lessons for row in lesson.rows)
+    loss = mean_loss(base, projector, prefixes, batch)
     plain = _plain_loss(twin, projector, lessons)
     assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
     found, wanted = _gradients(projector, loss), _gradients(projector, plain)
@@ -144,9 +153,9 @@ def test_gradients_equal_plain_training(name: str, left: int, right: int, num_so
         torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
 
     if left and name != "mistral-window":  # the control: a wrong first token in every content is seen
-        wrong = [(97 - lesson.segments.left[0], *lesson.segments.left[1:]) for lesson in lessons]
+        wrong = [(97 - lesson.left[0], *lesson.left[1:]) for lesson in lessons]
         wrong_prefixes = prefixes_of(PrefixStore(base, 1 << 20), base, wrong)
-        other = target_loss(base, projector, wrong_prefixes, lessons)[0]
+        other = mean_loss(base, projector, wrong_prefixes, batch)
         assert abs(other.item() - plain.item()) > 1e-3 * plain.item()
 
 
@@ -216,7 +225,7 @@ def test_unusable_targets_are_skipped_and_counted(tokenizer: PreTrainedTokenizer
     settings = TrainSettings()
     lessons, skipped = make_lessons(tokenizer, TASKS, users, contents, targets + bad, settings, base.max_positions)
     assert skipped == {"unknown_user": 1, "missing_content": 1, "empty_text": 1, "prompt_too_long": 0}
-    assert sum(len(lesson.rows) for lesson in lessons) == len(targets)
+    assert lessons.num_rows == len(targets) == len(lessons.source)
     with pytest.raises(ConfigError, match="none of the 3 targets"):
         make_lessons(tokenizer, TASKS, users, contents, bad, settings, base.max_positions)
 

@@ -15,7 +15,7 @@ from e2p_ray.errors import ConfigError, IncompatibleError, ObjectNotFoundError
 from e2p_ray.storage import Storage
 
 SCHEMA_VERSION = 1
-Kind = Literal["mlp", "linear"]
+Kind = Literal["residual", "mlp", "linear", "constant"]
 Layout = Literal["content_first", "soft_first"]
 
 CONFIG_FILE = "config.json"
@@ -41,7 +41,7 @@ class ProjectorManifest:
     base_model_id: str
     tokenizer_hash: str
     output_rms: float
-    kind: Kind = "mlp"
+    kind: Kind = "residual"
     layout: Layout = "content_first"
     hidden_dim: int = 256
     num_soft_tokens: int = 1

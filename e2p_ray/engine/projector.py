@@ -58,10 +58,11 @@ class ReferenceStatistics:
 
 
 class Projector(nn.Module):
-    """E2P's projector (arXiv 2505.17051): an MLP with a linear residual, or linear alone.
+    """E2P's projector (arXiv 2505.17051). Kinds: residual (an MLP beside a linear layer), mlp, linear, constant.
 
     Input user embeddings (n, d), normalised with the reference statistics; output soft tokens (n, k, d_model) in fp32,
-    scaled to the root mean square of the base model's token embeddings.
+    scaled to the root mean square of the base model's token embeddings. A constant one gives everybody the same soft
+    token (prompt tuning, arXiv 2104.08691): the control that separates learning the task from knowing the user.
     """
 
     mean: Tensor
@@ -74,10 +75,13 @@ class Projector(nn.Module):
         width = manifest.num_soft_tokens * manifest.d_model
         self.register_buffer("mean", reference.mean.clone(), persistent=False)
         self.register_buffer("std", reference.std.clone(), persistent=False)
-        self.residual = nn.Linear(manifest.embedding_dim, width)
+        self.bias = nn.Parameter(torch.empty(width))
+        self.linear: nn.Linear | None = None
         self.hidden: nn.Linear | None = None
         self.output: nn.Linear | None = None
-        if manifest.kind == "mlp":
+        if manifest.kind in ("residual", "linear"):
+            self.linear = nn.Linear(manifest.embedding_dim, width, bias=False)
+        if manifest.kind in ("residual", "mlp"):
             self.hidden = nn.Linear(manifest.embedding_dim, manifest.hidden_dim)
             self.output = nn.Linear(manifest.hidden_dim, width, bias=False)
         self.dropout = nn.Dropout(manifest.dropout)
@@ -85,14 +89,22 @@ class Projector(nn.Module):
 
     def _start(self) -> None:
         """Every user starts at the same point, as large as a token: untrained, it adds no noise per user."""
-        nn.init.zeros_(self.residual.weight)
-        nn.init.normal_(self.residual.bias)
-        if self.output is not None:
-            nn.init.zeros_(self.output.weight)
+        nn.init.normal_(self.bias)
+        for layer in (self.linear, self.output):
+            if layer is not None:
+                nn.init.zeros_(layer.weight)
+
+    @torch.no_grad()
+    def start_at(self, token_embedding: Tensor) -> None:
+        """Begin as this token (d_model,): a base model takes a token it knows more calmly than a random vector."""
+        unit = token_embedding.float() / self.manifest.output_rms
+        self.bias.copy_(unit.repeat(self.manifest.num_soft_tokens))
 
     def forward(self, user_embeddings: Tensor) -> Tensor:
         x = (user_embeddings.float() - self.mean) / self.std
-        y: Tensor = self.residual(x)
+        y = self.bias.expand(len(x), -1)
+        if self.linear is not None:
+            y = y + self.linear(x)
         if self.hidden is not None and self.output is not None:
             y = y + self.output(self.dropout(nn.functional.silu(self.hidden(x))))
         y = y * self.manifest.output_rms

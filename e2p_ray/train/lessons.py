@@ -1,0 +1,197 @@
+"""Lessons: targets as tokens, all of one content and task together, in flat arrays that processes can share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from transformers import PreTrainedTokenizerBase
+
+from e2p_ray.config import TaskConfig
+from e2p_ray.engine.prompt import PromptLayout
+from e2p_ray.errors import ConfigError, RowError
+from e2p_ray.schema import Content, UserEmbedding
+from e2p_ray.train.settings import TrainSettings
+
+SKIPPED = ("unknown_user", "missing_content", "empty_text", "prompt_too_long")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One text that was right for a user and a content."""
+
+    user_id: str
+    content_id: str
+    task: str
+    text: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UserTable:
+    """User embeddings (n, d), finite, of one embedding space; they are what the projector normalises by."""
+
+    user_ids: Sequence[str]
+    user_embeddings: npt.NDArray[np.float32]
+    embedding_space: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One target: its user's embedding (None: no soft token), its own tokens before the text, the text's tokens."""
+
+    user_embedding: UserEmbedding | None
+    right: Sequence[int]
+    target: Sequence[int]
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lesson:
+    """Some rows of one content and task: they share the tokens before the soft token."""
+
+    left: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged:
+    """Sequences of token ids in one flat array; `starts` (n + 1,)."""
+
+    ids: npt.NDArray[np.int32]
+    starts: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, sequences: Iterable[Sequence[int]]) -> Ragged:
+        parts = [np.asarray(sequence, np.int32) for sequence in sequences]
+        starts = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        return cls(np.concatenate([*parts, np.zeros(0, np.int32)]), starts)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, at: int) -> npt.NDArray[np.int32]:
+        return self.ids[self.starts[at] : self.starts[at + 1]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LessonTable:
+    """All lessons of a training set.
+
+    Lesson i has the tokens `lefts[i]` before the soft token and the rows first_row[i] .. first_row[i + 1]. Row r has
+    its user's row in `user_embeddings` (n, d), the tokens `rights[r]` between soft token and text, the text's tokens
+    `targets[r]`, its weight, and `source[r]`: which of the given targets it was made from.
+    """
+
+    lefts: Ragged
+    first_row: npt.NDArray[np.int64]
+    user: npt.NDArray[np.int32]
+    rights: Ragged
+    targets: Ragged
+    weight: npt.NDArray[np.float32]
+    source: npt.NDArray[np.int64]
+    user_embeddings: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.lefts)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.user)
+
+    def rows_of(self, lesson: int) -> range:
+        """The rows of one lesson."""
+        return range(int(self.first_row[lesson]), int(self.first_row[lesson + 1]))
+
+    def lesson(self, at: int, rows: Sequence[int], *, soft: bool = True) -> Lesson:
+        """Some rows of one lesson; without `soft` they get no soft token, and their content's last token instead."""
+        left = tuple(self.lefts[at].tolist())
+        left, moved = (left, ()) if soft else (left[:-1], left[-1:])
+        chosen = (
+            Row(
+                self.user_embeddings[self.user[row]] if soft else None,
+                [*moved, *self.rights[row].tolist()],
+                self.targets[row].tolist(),
+                float(self.weight[row]),
+            )
+            for row in rows
+        )
+        return Lesson(left, tuple(chosen))
+
+
+def make_lessons(
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, TaskConfig],
+    users: UserTable,
+    contents: Sequence[Content],
+    targets: Sequence[Target],
+    settings: TrainSettings,
+    max_positions: int,
+) -> tuple[LessonTable, dict[str, int]]:
+    """Targets grouped by content and task, in the order of their keys, and how many were skipped for what.
+
+    Raises ConfigError when none is left, or for a tokenizer without an end token.
+    """
+    row_of = {user_id: row for row, user_id in enumerate(users.user_ids)}
+    content_of = {content.content_id: content for content in contents}
+    skipped = dict.fromkeys(SKIPPED, 0)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, target in enumerate(targets):
+        if target.user_id not in row_of:
+            skipped["unknown_user"] += 1
+        elif target.content_id not in content_of:
+            skipped["missing_content"] += 1
+        elif not target.text.strip():
+            skipped["empty_text"] += 1
+        else:
+            groups.setdefault((target.content_id, target.task), []).append(place)
+    layout = PromptLayout(
+        tokenizer, settings.layout, tasks, num_soft_tokens=settings.num_soft_tokens, max_positions=max_positions
+    )
+    lefts, rights, sources, sizes = [], list[tuple[int, ...]](), list[int](), [0]
+    for (content_id, task), places in sorted(groups.items()):
+        try:
+            segments = layout.segments(content_of[content_id], task)
+        except RowError:
+            skipped["prompt_too_long"] += len(places)
+            continue
+        lefts.append(segments.left)
+        rights += [segments.right] * len(places)
+        sources += places
+        sizes.append(len(places))
+    if not sources:
+        raise ConfigError(
+            f"none of the {len(targets)} targets can be used (skipped: {skipped}). Give targets whose user_id is in "
+            "the users table with a user embedding and whose content_id is in the contents table"
+        )
+    end = _end_token(tokenizer)
+    table = LessonTable(
+        lefts=Ragged.of(lefts),
+        first_row=np.cumsum(sizes, dtype=np.int64),
+        user=np.array([row_of[targets[place].user_id] for place in sources], np.int32),
+        rights=Ragged.of(rights),
+        targets=Ragged.of(
+            (*_target_ids(tokenizer, targets[place], content_of[targets[place].content_id], settings), end)
+            for place in sources
+        ),
+        weight=np.array([targets[place].weight for place in sources], np.float32),
+        source=np.array(sources, np.int64),
+        user_embeddings=users.user_embeddings,
+    )
+    return table, skipped
+
+
+def _target_ids(
+    tokenizer: PreTrainedTokenizerBase, target: Target, content: Content, settings: TrainSettings
+) -> list[int]:
+    text = settings.target_prefix.get(content.language, "") + target.text
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)[: settings.max_target_tokens - 1]
+    return ids
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the base model's tokenizer has no end token: a projector could not learn where a text ends")
+    return int(tokenizer.eos_token_id)

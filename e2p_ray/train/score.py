@@ -1,0 +1,64 @@
+"""Likelihood of given texts for given users, on the same shared prefixes that training reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.prefixes import PrefixStore
+from e2p_ray.engine.projector import Projector
+from e2p_ray.train.lessons import Lesson, LessonTable
+from e2p_ray.train.loss import Batch, prefixes_of, row_losses
+
+# Rows of one forward pass: matrix products stop gaining beyond a few hundred rows (see engine/prefixes.py).
+MAX_ROWS = 128
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowScores:
+    """Of every row of a table: cross-entropy of its target (nats, summed) and the number of its tokens."""
+
+    nll: npt.NDArray[np.float64]
+    num_tokens: npt.NDArray[np.int64]
+
+    @property
+    def mean_nll(self) -> float:
+        """Nats per token over all rows."""
+        return float(self.nll.sum() / self.num_tokens.sum())
+
+
+@torch.no_grad()
+def score(base: BaseModel, projector: Projector | None, table: LessonTable, store: PrefixStore) -> RowScores:
+    """Score every target of a table; without a projector there is no soft token. Weights do not count here."""
+    nll = np.zeros(table.num_rows)
+    num_soft = 0 if projector is None else projector.manifest.num_soft_tokens
+    for places, lessons in _passes(table, soft=projector is not None):
+        batch = Batch.of(lessons, num_soft, base.device)
+        users = batch.user_embeddings
+        soft = projector(users) if projector is not None and users is not None else None
+        prefixes = prefixes_of(store, base, [lesson.left for lesson in lessons])
+        losses = row_losses(base, soft, prefixes, batch).double().cpu().numpy()
+        filled = losses.reshape(len(lessons), batch.rows_per_content)
+        for found, rows in zip(filled, places, strict=True):
+            nll[rows] = found[: len(rows)]
+    return RowScores(nll, np.diff(table.targets.starts))
+
+
+def _passes(table: LessonTable, *, soft: bool) -> Iterator[tuple[list[Sequence[int]], list[Lesson]]]:
+    """Rows of several lessons for one forward pass each; lessons of about as many rows go together."""
+    pieces = [
+        (lesson, rows[start : start + MAX_ROWS])
+        for lesson in range(len(table))
+        for rows in [table.rows_of(lesson)]
+        for start in range(0, len(rows), MAX_ROWS)
+    ]
+    pieces.sort(key=lambda piece: -len(piece[1]))
+    while pieces:
+        count = max(1, MAX_ROWS // len(pieces[0][1]))
+        chosen, pieces = pieces[:count], pieces[count:]
+        yield [rows for _, rows in chosen], [table.lesson(at, rows, soft=soft) for at, rows in chosen]
