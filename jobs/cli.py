@@ -8,9 +8,12 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from e2p_ray.config import JobConfig, load_config
+from e2p_ray.config import Config, load_config
 from e2p_ray.errors import E2PError
+
+C = TypeVar("C", bound=Config)
 
 _INTERRUPTED = 130
 _UNEXPECTED = 1
@@ -18,16 +21,17 @@ _RESUME = "interrupted. What is committed stays; run the same command again and 
 
 
 @dataclass(frozen=True)
-class Job:
-    """A verb: its name, what --help says of it, its own options, and the call."""
+class Job(Generic[C]):
+    """A verb: its name, what --help says of it, its configuration, its own options, and the call."""
 
     prog: str
     description: str
-    call: Callable[[JobConfig, argparse.Namespace], None]
+    config: type[C]
+    call: Callable[[C, argparse.Namespace], None]
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
 
 
-def run_job(job: Job, argv: Sequence[str] | None = None) -> int:
+def run_job(job: Job[C], argv: Sequence[str] | None = None) -> int:
     """Parse the options and make the call; the exit code is the error's (130 for Ctrl-C)."""
     return guarded(lambda: _call(job, argv), job.prog)
 
@@ -57,11 +61,12 @@ def _say(prog: str, message: str) -> None:
     print(f"{prog}: {message}", file=sys.stderr)
 
 
-def _call(job: Job, argv: Sequence[str] | None) -> None:
+def _call(job: Job[C], argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(prog=job.prog, usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
     options_help = ""
     if job.add_options is not None:
         job.add_options(parser)
         options_help = parser.format_help()
     options, rest = parser.parse_known_args(argv)
-    job.call(load_config(rest, prog=job.prog, description=job.description, options_help=options_help), options)
+    config = load_config(job.config, rest, prog=job.prog, description=job.description, options_help=options_help)
+    job.call(config, options)

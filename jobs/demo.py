@@ -37,7 +37,7 @@ def demo(folder: Path, rest: Sequence[str]) -> None:
     """Make what is missing, generate, publish, and print what came out. `rest` are configuration options."""
     started_s = time.monotonic()
     job_file = _job_file(folder)
-    config = load_config(["--config", str(job_file), *rest], prog=PROG, description=DESCRIPTION)
+    config = load_config(JobConfig, ["--config", str(job_file), *rest], prog=PROG, description=DESCRIPTION)
     say(f"[3/4] the main job; the same as: python -m jobs.generate --config {job_file}")
     report = generate_run(config)
     say("[4/4] what came out\n")

@@ -55,6 +55,7 @@ JOB = Job(
     description="Plan, generate, publish and report in one go. Interrupted at any point, the same command resumes:\n"
     "only shards that are not committed yet are generated. Exit code 4: complete but not published (a gate);\n"
     "5: shards are left.",
+    config=JobConfig,
     call=generate,
     add_options=_options,
 )

@@ -135,6 +135,7 @@ JOB = Job(
     prog="jobs.plan",
     description="Write the plan of a run under output.uri and say what the run would do: requests, groups, shards,\n"
     "tokens with and without sharing, bytes, and what cannot be personalised. Nothing is generated.",
+    config=JobConfig,
     call=plan,
     add_options=_options,
 )

@@ -59,6 +59,7 @@ JOB = Job(
     prog="jobs.publish",
     description="Publish a complete run in one Delta Lake commit: row conservation, the gates and the users' consent\n"
     "as it is now are checked first. Publishing what is there already changes nothing. Exit code 4: refused.",
+    config=JobConfig,
     call=publish_run,
     add_options=_options,
 )

@@ -43,6 +43,7 @@ JOB = Job(
         "Check the schemas of the input tables, the projector, that it belongs to the base model, and the "
         "configuration.\nNothing is written. Exit code 0: a run can start; 2: configuration; 3: inputs or artifacts."
     ),
+    config=JobConfig,
     call=validate,
 )
 

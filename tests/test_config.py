@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from e2p_ray.config import JobConfig, load_config
+from e2p_ray.config.options import describe, keys
 from e2p_ray.errors import ConfigError
-from e2p_ray.options import describe, keys
 
 BASE: dict[str, Any] = {
     "inputs": {"users_uri": "in/users/", "contents_uri": "in/contents", "candidates_uri": "in/candidates"},
@@ -41,7 +41,7 @@ def job_yaml(tmp_path: Path) -> Path:
 
 
 def load(*arguments: object) -> JobConfig:
-    return load_config([str(argument) for argument in arguments], prog="jobs.test", description="A test.")
+    return load_config(JobConfig, [str(argument) for argument in arguments], prog="jobs.test", description="A test.")
 
 
 def refused(*arguments: object) -> str:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from e2p_ray.config import load_config
+from e2p_ray.config import JobConfig, load_config
 from e2p_ray.demo.angles import Truth, angle_accuracy, load_truth, shown_angle
 from e2p_ray.demo.newsroom import (
     ANGLE_WORDS,
@@ -246,7 +246,7 @@ def test_a_projector_trained_on_the_world_is_saved_with_its_space(world: World, 
 
 def test_the_job_file_is_a_valid_configuration(world: World, tmp_path: Path) -> None:
     path = write_job(tmp_path / "job.yaml", world=world.folder, output=tmp_path / "out", projector=tmp_path / "p")
-    config = load_config(["--config", str(path)], prog="test", description="")
+    config = load_config(JobConfig, ["--config", str(path)], prog="test", description="")
     assert config.inputs.users_uri == world.uri("users")
     for task in TASKS:
         for language in LANGUAGES:

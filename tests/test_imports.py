@@ -13,9 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # Files of one room lie in one folder or, at the top, are named here.
-ROOM_OF_FILE = {
-    "options": "config",
-}
+ROOM_OF_FILE: dict[str, str] = {}
 _BASE = {"errors", "config", "schema", "storage"}
 _MIDDLE = _BASE | {"plan", "check", "commit", "engine"}
 _UPPER = _MIDDLE | {"generate"}
@@ -34,6 +32,7 @@ MAY_SEE: dict[str, set[str]] = {
     "train": _UPPER,
     "upstream": _UPPER,
     "downstream": _UPPER,
+    "evaluate": _UPPER | {"train", "downstream"},  # it trains the controls and hands their scores to the measures
     "demo": _UPPER | {"train", "upstream"},  # it makes its world with the real pieces
 }
 MAY_USE = {

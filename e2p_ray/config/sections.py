@@ -1,30 +1,16 @@
-"""The configuration of every job: YAML, then environment (E2P_...), then command line; unknown keys are errors."""
+"""The sections that configurations are made of."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    YamlConfigSettingsSource,
-)
-
-from e2p_ray import options
-from e2p_ray.errors import ConfigError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a configuration: unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -35,7 +21,7 @@ def _no_trailing_slash(uri: str) -> str:
 Uri = Annotated[str, Field(min_length=1), AfterValidator(_no_trailing_slash)]
 
 
-class InputsConfig(_Section):
+class InputsConfig(Section):
     """Where the input tables are: a Parquet file or a folder of Parquet files each."""
 
     users_uri: Uri
@@ -43,7 +29,7 @@ class InputsConfig(_Section):
     candidates_uri: Uri
 
 
-class OutputConfig(_Section):
+class OutputConfig(Section):
     """Where the published table, the runs and the plans are written."""
 
     uri: Uri
@@ -54,7 +40,7 @@ class OutputConfig(_Section):
         return f"{self.uri}/generations"
 
 
-class StorageConfig(_Section):
+class StorageConfig(Section):
     """How s3:// is reached; credentials come from the usual AWS chain unless given here."""
 
     endpoint_url: str | None = None
@@ -66,7 +52,7 @@ class StorageConfig(_Section):
     read_timeout_s: float = Field(60.0, gt=0)
 
 
-class BaseModelConfig(_Section):
+class BaseModelConfig(Section):
     """The frozen LLM: a local folder, an s3:// folder or a hub id with a revision."""
 
     uri: str = Field(min_length=1)
@@ -75,13 +61,13 @@ class BaseModelConfig(_Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
 
-class ProjectorConfig(_Section):
+class ProjectorConfig(Section):
     """The projector artifact: a local or s3:// folder."""
 
     uri: Uri
 
 
-class PromptTemplate(_Section):
+class PromptTemplate(Section):
     """The text around the soft token in one language; {title} and {body} stand for the content's."""
 
     head: str = ""
@@ -90,7 +76,7 @@ class PromptTemplate(_Section):
     cue_after: str = ""
 
 
-class SamplingConfig(_Section):
+class SamplingConfig(Section):
     """How tokens are chosen; temperature 0 is greedy."""
 
     temperature: float = Field(0.0, ge=0)
@@ -104,7 +90,7 @@ class SamplingConfig(_Section):
     seed: int = 0
 
 
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     """The bounds a task's text has to keep."""
 
     min_chars: int = Field(1, ge=1)
@@ -113,7 +99,7 @@ class LimitsConfig(_Section):
     must_finish: bool = Field(True, description="reject a text that was cut by max_new_tokens or max_chars")
 
 
-class TaskConfig(_Section):
+class TaskConfig(Section):
     """One kind of text: its prompt in every language, how it is sampled, what bounds it keeps."""
 
     prompts: dict[str, PromptTemplate] = Field(min_length=1, description="by language; 'default' serves the others")
@@ -127,7 +113,7 @@ class TaskConfig(_Section):
         return self.prompts.get(language) or self.prompts.get(base) or self.prompts.get("default")
 
 
-class ChecksConfig(_Section):
+class ChecksConfig(Section):
     """What a text is checked for before it may be published."""
 
     language: bool = True
@@ -141,7 +127,7 @@ class ChecksConfig(_Section):
     retry_temperature: float = Field(0.7, gt=0)
 
 
-class PlanConfig(_Section):
+class PlanConfig(Section):
     """How candidates become groups and shards."""
 
     requests_per_shard: int = Field(2048, ge=1, description="aimed at; a shard never holds more than twice this")
@@ -152,7 +138,7 @@ class PlanConfig(_Section):
     num_partitions: int | None = Field(None, ge=1, description="shuffle partitions; null: by size")
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """Bounds of the token loop."""
 
     max_rows: int = Field(256, ge=1, description="rows decoded together; 128-256 on CPU, 1,000-4,000 on a large GPU")
@@ -160,7 +146,7 @@ class EngineConfig(_Section):
     num_threads: int | None = Field(None, ge=1, description="CPU threads of one engine; null: the actor's num_cpus")
 
 
-class WorkersConfig(_Section):
+class WorkersConfig(Section):
     """The pool of generator actors."""
 
     num_cpus: float = Field(1.0, ge=0)
@@ -172,7 +158,7 @@ class WorkersConfig(_Section):
     ray_address: str | None = Field(None, description="null: the cluster of this process, else a local one")
 
 
-class GatesConfig(_Section):
+class GatesConfig(Section):
     """Shares above which a complete run is not published."""
 
     max_fallback_share: float = Field(0.5, ge=0, le=1)
@@ -180,106 +166,3 @@ class GatesConfig(_Section):
     max_same_text_share: float = Field(
         0.5, ge=0, le=1, description="share of all texts of one task and language that may be one and the same text"
     )
-
-
-class JobConfig(BaseSettings):
-    """Everything that determines a run."""
-
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix="E2P_", env_nested_delimiter="__")
-
-    inputs: InputsConfig
-    output: OutputConfig
-    base_model: BaseModelConfig
-    projector: ProjectorConfig
-    tasks: dict[str, TaskConfig] = Field(min_length=1)
-    storage: StorageConfig = StorageConfig()
-    plan: PlanConfig = PlanConfig()
-    engine: EngineConfig = EngineConfig()
-    workers: WorkersConfig = WorkersConfig()
-    checks: ChecksConfig = ChecksConfig()
-    gates: GatesConfig = GatesConfig()
-
-    def resolved(self) -> dict[str, Any]:
-        """The whole configuration as plain JSON, secrets masked: what is stored with a run."""
-        return self.model_dump(mode="json")
-
-    def text_hash(self) -> str:
-        """Hash of the parts that determine the texts of given requests: tasks, checks, dtype."""
-        parts = {
-            "tasks": {name: task.model_dump(mode="json") for name, task in self.tasks.items()},
-            "checks": self.checks.model_dump(mode="json"),
-            "dtype": self.base_model.dtype,
-        }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
-
-
-_OTHER_VARIABLES = ("E2P_DEBUG", "E2P_TEST_")  # names or beginnings: ours, but no part of a job
-
-
-def load_config(argv: Sequence[str] | None = None, *, prog: str, description: str, options_help: str = "") -> JobConfig:
-    """Read `--config FILE`, the environment and `--section.key VALUE` options, the later winning.
-
-    Raises ConfigError naming the file and every wrong key; prints help (`options_help` in it) and exits for --help.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(arguments):
-        print(_help(prog, description, options_help))
-        raise SystemExit(0)
-    path, rest = _take_config_path(arguments, prog)
-    words = options.parse_words(rest, prog)
-    prefix, delimiter = "E2P_", "__"
-    options.check_environment(
-        JobConfig, prefix, delimiter, [name for name in os.environ if not name.startswith(_OTHER_VARIABLES)]
-    )
-    seen: dict[str, dict[str, Any]] = {"command line": words}
-
-    class _Sources(JobConfig):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            seen["environment"] = env_settings()
-            yaml = YamlConfigSettingsSource(settings_cls, yaml_file=path)
-            return (InitSettingsSource(settings_cls, words), env_settings, yaml)
-
-    try:
-        loaded = _Sources()
-    except ValidationError as error:
-        raise ConfigError(
-            options.explain(error, JobConfig, str(path or "configuration (no --config FILE given)"), seen)
-        ) from error
-    except Exception as error:  # the sources raise SettingsError, YAMLError and OSError alike
-        raise ConfigError(f"{path or prog}: {error}") from error
-    return JobConfig.model_construct(**{name: getattr(loaded, name) for name in JobConfig.model_fields})
-
-
-def _help(prog: str, description: str, options_help: str) -> str:
-    usage = f"usage: python -m {prog} --config FILE [options] [--section.key VALUE ...]"
-    keys = (
-        "Every key of the configuration can stand in FILE (YAML), in the environment (E2P_SECTION__KEY) or on the\n"
-        "command line (--section.key VALUE); the later wins. A LIST is JSON. NAME is a task, then a language.\n"
-    )
-    return "\n".join(
-        [usage, "", description, "", *([options_help] if options_help else []), keys, options.describe(JobConfig)]
-    )
-
-
-def _take_config_path(arguments: list[str], prog: str) -> tuple[Path | None, list[str]]:
-    rest, path = [], None
-    words = iter(arguments)
-    for word in words:
-        if word == "--config" or word.startswith("--config="):
-            value = word.partition("=")[2] or next(words, "")
-            if not value:
-                raise ConfigError(f"{prog}: --config needs a file")
-            path = Path(value)
-            if not path.is_file():
-                raise ConfigError(f"{path}: no such file. Give the job's YAML with --config FILE")
-        else:
-            rest.append(word)
-    return path, rest

@@ -1,0 +1,50 @@
+"""The configuration of every job: YAML, then environment (E2P_...), then command line; unknown keys are errors."""
+
+from e2p_ray.config.evaluate import EvaluateConfig, EvaluateInputsConfig, EvaluationConfig
+from e2p_ray.config.job import JobConfig
+from e2p_ray.config.load import Config, load_config
+from e2p_ray.config.sections import (
+    BaseModelConfig,
+    ChecksConfig,
+    EngineConfig,
+    GatesConfig,
+    InputsConfig,
+    LimitsConfig,
+    OutputConfig,
+    PlanConfig,
+    ProjectorConfig,
+    PromptTemplate,
+    SamplingConfig,
+    StorageConfig,
+    TaskConfig,
+    WorkersConfig,
+)
+from e2p_ray.config.train import ShapeConfig, TrainConfig, TrainingConfig, TrainInputsConfig, TrainWorkersConfig
+
+__all__ = [
+    "BaseModelConfig",
+    "ChecksConfig",
+    "Config",
+    "EngineConfig",
+    "EvaluateConfig",
+    "EvaluateInputsConfig",
+    "EvaluationConfig",
+    "GatesConfig",
+    "InputsConfig",
+    "JobConfig",
+    "LimitsConfig",
+    "OutputConfig",
+    "PlanConfig",
+    "ProjectorConfig",
+    "PromptTemplate",
+    "SamplingConfig",
+    "ShapeConfig",
+    "StorageConfig",
+    "TaskConfig",
+    "TrainConfig",
+    "TrainInputsConfig",
+    "TrainWorkersConfig",
+    "TrainingConfig",
+    "WorkersConfig",
+    "load_config",
+]

@@ -1,0 +1,48 @@
+"""The configuration of a run: what jobs.validate, plan, generate and publish read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from pydantic import Field
+
+from e2p_ray.config.load import Config
+from e2p_ray.config.sections import (
+    BaseModelConfig,
+    ChecksConfig,
+    EngineConfig,
+    GatesConfig,
+    InputsConfig,
+    OutputConfig,
+    PlanConfig,
+    ProjectorConfig,
+    StorageConfig,
+    TaskConfig,
+    WorkersConfig,
+)
+
+
+class JobConfig(Config):
+    """Everything that determines a run."""
+
+    inputs: InputsConfig
+    output: OutputConfig
+    base_model: BaseModelConfig
+    projector: ProjectorConfig
+    tasks: dict[str, TaskConfig] = Field(min_length=1)
+    storage: StorageConfig = StorageConfig()
+    plan: PlanConfig = PlanConfig()
+    engine: EngineConfig = EngineConfig()
+    workers: WorkersConfig = WorkersConfig()
+    checks: ChecksConfig = ChecksConfig()
+    gates: GatesConfig = GatesConfig()
+
+    def text_hash(self) -> str:
+        """Hash of the parts that determine the texts of given requests: tasks, checks, dtype."""
+        parts = {
+            "tasks": {name: task.model_dump(mode="json") for name, task in self.tasks.items()},
+            "checks": self.checks.model_dump(mode="json"),
+            "dtype": self.base_model.dtype,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
