@@ -196,7 +196,7 @@ def test_every_error_has_one_message_and_its_exit_code(
 
 
 @pytest.mark.parametrize("job", [validate.JOB, plan.JOB, generate.JOB, publish.JOB])
-def test_help_says_what_a_job_does(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_says_what_a_job_does(job: Job[Any], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_job(job, ["--help"])
     assert stopped.value.code == 0

@@ -9,7 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from e2p_ray.downstream.charts import bar_chart, histogram, stacked
-from e2p_ray.downstream.style import STYLE
+from e2p_ray.downstream.page import grid, render_page, section, tiles
 from e2p_ray.schema import Status
 
 if TYPE_CHECKING:
@@ -34,14 +34,7 @@ def render_html(report: Report) -> str:
         _throughput(report),
         _origin(report),
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>Run {escape(report.run_id)}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main></body></html>\n"
-    )
+    return render_page(f"Run {report.run_id}", sections)
 
 
 def _head(report: Report) -> str:
@@ -59,7 +52,7 @@ def _minute(moment: str) -> str:
 
 def _tiles(report: Report) -> str:
     share = report.statuses.get(str(Status.OK), 0) / max(report.num_requests, 1)
-    tiles = {
+    named = {
         "requests": f"{report.num_requests:,}",
         "personalised": f"{share:.1%}",
         "dead letters": f"{report.num_dead_letters:,}",
@@ -69,17 +62,13 @@ def _tiles(report: Report) -> str:
         "tokens a second": f"{report.tokens_per_s:,.0f}",
         "sharing ratio": f"{report.sharing_ratio:,.1f}x",
     }
-    shown = (
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for name, value in tiles.items()
-    )
-    return f'<div class="tiles">{"".join(shown)}</div>'
+    return tiles(named.items())
 
 
 def _samples(samples: Sequence[Sample]) -> str:
     if not samples:
         return ""
-    shown = "".join(_sample(sample) for sample in samples)
-    return _section("One content, different users", f'<div class="grid">{shown}</div>')
+    return section("One content, different users", grid(_sample(sample) for sample in samples))
 
 
 def _sample(sample: Sample) -> str:
@@ -110,9 +99,7 @@ def _outcome(report: Report) -> str:
         _counts_table("Where the texts come from", "arm", report.arms),
         _counts_table("Tasks", "task", report.tasks),
     )
-    return _section(
-        "What became of the requests", f'{bar}<div class="key">{keys}</div><div class="grid">{"".join(tables)}</div>'
-    )
+    return section("What became of the requests", f'{bar}<div class="key">{keys}</div>{grid(tables)}')
 
 
 def _counts_table(title: str, name: str, counts: Mapping[str, int]) -> str:
@@ -143,7 +130,7 @@ def _lengths(report: Report) -> str:
             title = f"{task}, {language}: {number:,} texts, {mean:,.0f} characters on average"
             chart = histogram(counts, label=title, unit="characters")
             charts.append(f"<div><h3>{escape(title)}</h3>{chart}</div>")
-    return _section("Lengths", f'<div class="grid">{"".join(charts)}</div>') if charts else ""
+    return section("Lengths", grid(charts)) if charts else ""
 
 
 def _throughput(report: Report) -> str:
@@ -164,7 +151,7 @@ def _throughput(report: Report) -> str:
         ("seconds at work", f"{report.generating_s:,.1f}"),
     )
     left, right = f"<div><h3>Rows a second</h3>{chart}</div>", f"<div>{_table(('work', 'number'), rows)}</div>"
-    return _section("Throughput and sharing", f'<div class="grid">{left}{right}</div>')
+    return section("Throughput and sharing", grid((left, right)))
 
 
 def _origin(report: Report) -> str:
@@ -181,8 +168,4 @@ def _origin(report: Report) -> str:
     )
     config = escape(json.dumps(report.config, ensure_ascii=False, indent=2))
     details = f"<details><summary>Configuration</summary><pre>{config}</pre></details>"
-    return _section("Where it comes from", f"<table>{rows}</table>{details}")
-
-
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+    return section("Where it comes from", f"<table>{rows}</table>{details}")

@@ -13,7 +13,13 @@ STYLE = """
   --suppressed:#7f8b99;
   --dead:#b5443c;
   --bar:#3b6ea8;
-  --quiet:#eef1f5
+  --quiet:#eef1f5;
+  --s0:#3b6ea8;
+  --s1:#c2611f;
+  --s2:#2f7d5b;
+  --s3:#8a4f9e;
+  --s4:#7a6a1d;
+  --s5:#5c6876
 }
 @media(prefers-color-scheme:dark) {
   :root{
@@ -27,7 +33,13 @@ STYLE = """
     --suppressed:#76828f;
     --dead:#d96a61;
     --bar:#6c9fd8;
-    --quiet:#222a33
+    --quiet:#222a33;
+    --s0:#6c9fd8;
+    --s1:#e68a4c;
+    --s2:#4fae84;
+    --s3:#c08ad2;
+    --s4:#c9b458;
+    --s5:#9aa6b4
   }
 }
 *{box-sizing:border-box}
@@ -95,6 +107,35 @@ svg.stacked{height:20px;border-radius:5px}
 .fallback{fill:var(--fallback);background:var(--fallback)}
 .suppressed{fill:var(--suppressed);background:var(--suppressed)}
 .dead{fill:var(--dead);background:var(--dead)}
+.wide{overflow-x:auto}
+.under{display:block;color:var(--soft);font-size:.78rem;font-weight:400}
+.note{color:var(--soft);font-size:.85rem;margin:8px 0 0}
+.verdict{font-size:1.15rem;font-weight:600;margin:0 0 10px}
+.pill.no{background:var(--dead);border-color:var(--dead);color:var(--card)}
+tr.main td{background:var(--quiet)}
+h3+table,h3+.wide{margin-bottom:14px}
+svg.plot{max-width:760px}
+.name{fill:var(--ink);font-size:12.5px}
+.name.main{font-weight:700}
+.dot{fill:var(--soft)}
+.whisker{stroke:var(--soft);stroke-width:1.6}
+.dot.main{fill:var(--bar)}
+.whisker.main{stroke:var(--bar);stroke-width:2.2}
+.zero{stroke:var(--ink);stroke-width:1.2}
+.level{stroke:var(--soft);stroke-width:1.2;stroke-dasharray:5 4}
+.gain{fill:var(--ok)}
+.loss{fill:var(--dead)}
+.curve{fill:none;stroke-width:2;stroke-linejoin:round}
+.band{opacity:.16}
+.s0{--own:var(--s0)}
+.s1{--own:var(--s1)}
+.s2{--own:var(--s2)}
+.s3{--own:var(--s3)}
+.s4{--own:var(--s4)}
+.s5{--own:var(--s5)}
+.curve{stroke:var(--own)}
+.marker,.band{fill:var(--own)}
+.key i[class^=s]{background:var(--own)}
 pre{overflow:auto;background:var(--quiet);border-radius:8px;padding:12px;margin:10px 0 0}
 summary{cursor:pointer}
 """
