@@ -288,6 +288,7 @@ INPUT_TABLES: dict[str, tuple[_Column, ...]] = {
         _Column("content_id", "string"),
         _Column("text", "string"),
         _Column("weight", "float"),
+        _Column("task", "string", required=False),
     ),
 }
 

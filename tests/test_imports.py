@@ -37,8 +37,8 @@ MAY_SEE: dict[str, set[str]] = {
 }
 MAY_USE = {
     "ray": {"plan", "batch", "serve", "train", "upstream", "jobs"},
-    "torch": {"engine", "train", "demo"},
-    "transformers": {"engine", "train", "demo"},
+    "torch": {"engine", "train", "evaluate", "demo"},
+    "transformers": {"engine", "train", "evaluate", "demo"},
 }
 TORCH_FREE = {"engine/__init__.py", "engine/contract.py", "engine/fake.py", "engine/manifest.py"}
 _FORBIDDEN = {

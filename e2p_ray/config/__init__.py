@@ -1,6 +1,6 @@
 """The configuration of every job: YAML, then environment (E2P_...), then command line; unknown keys are errors."""
 
-from e2p_ray.config.evaluate import EvaluateConfig, EvaluateInputsConfig, EvaluationConfig
+from e2p_ray.config.evaluate import EvaluateConfig, EvaluateInputsConfig, EvaluationConfig, ExtraMethod
 from e2p_ray.config.job import JobConfig
 from e2p_ray.config.load import Config, load_config
 from e2p_ray.config.sections import (
@@ -29,6 +29,7 @@ __all__ = [
     "EvaluateConfig",
     "EvaluateInputsConfig",
     "EvaluationConfig",
+    "ExtraMethod",
     "GatesConfig",
     "InputsConfig",
     "JobConfig",

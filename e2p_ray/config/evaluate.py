@@ -54,7 +54,6 @@ class EvaluationConfig(Section):
     noise: tuple[float, ...] = Field(
         (0.25, 0.5, 1.0, 2.0), description="drift: Gaussian noise in standard deviations of the reference statistics"
     )
-    num_resamples: int = Field(2000, ge=100, description="of the bootstrap over users")
     seed: int = Field(0, ge=0)
 
 

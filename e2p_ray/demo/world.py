@@ -67,10 +67,11 @@ class World:
 
 
 def write_world(folder: Path, *, seed: int = 7, num_users: int = 1000, num_contents: int = 140) -> World:
-    """Write users, contents, candidates, targets, clicks, truth and truth_contents (Parquet).
+    """Write users, contents, candidates, targets, targets_held_out, clicks, truth and truth_contents (Parquet).
 
     `num_contents` are written about, half of them in each language; the contents table also holds the training
-    articles that the targets belong to. The same seed gives the same files on the same machine.
+    articles that the targets belong to. The held-out targets are of fresh articles. The same seed gives the same files
+    on the same machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
     readers = _readers(num_users, default_rng([seed, 1]))
@@ -85,6 +86,7 @@ def write_world(folder: Path, *, seed: int = 7, num_users: int = 1000, num_conte
         "users": _users(readers, factors),
         "contents": _contents(training + fresh),
         "targets": _targets(learners, training, default_rng([seed, 4])),
+        "targets_held_out": _targets(served, fresh, default_rng([seed, 6])),
         "candidates": _candidates(served, fresh, default_rng([seed, 5])),
         "truth": _truth(readers, learners),
         "truth_contents": _truth_contents(training + fresh),
@@ -173,12 +175,12 @@ def _contents(articles: Sequence[Article]) -> pa.Table:
 _CONTENT_COLUMNS = ("content_id", "title", "body", "language")
 
 
-def _targets(learners: Sequence[Reader], training: Sequence[Article], random: Generator) -> pa.Table:
+def _targets(readers: Sequence[Reader], articles: Sequence[Article], random: Generator) -> pa.Table:
     """Texts that were right for their user. The column `task` says which prompt each answers."""
     rows = []
-    for reader in learners:
-        mine = [article for article in training if article.language == reader.language]
-        for place in random.choice(len(mine), size=_TARGETS_PER_USER, replace=False):
+    for reader in readers:
+        mine = [article for article in articles if article.language == reader.language]
+        for place in random.choice(len(mine), size=min(_TARGETS_PER_USER, len(mine)), replace=False):
             told = mine[place].angle(reader.best(mine[place]))
             assert told is not None
             for task in TASKS:

@@ -17,7 +17,7 @@ from e2p_ray.engine.projector import Projector
 from e2p_ray.errors import ConfigError, RunError
 from e2p_ray.train.lessons import Lesson, LessonTable
 from e2p_ray.train.loss import Batch, prefixes_of, target_loss
-from e2p_ray.train.score import score
+from e2p_ray.train.score import RowScores, score
 from e2p_ray.train.settings import TrainSettings
 
 
@@ -146,13 +146,20 @@ class Fit:
         if self._validation is None or (done % settings.validate_every and done < settings.num_steps):
             return None
         self.projector.eval()
-        loss = score(self._base, self.projector, self._validation, self._store).mean_nll
+        loss = self.scored(self.projector, self._validation).mean_nll
         if loss < self.best_loss:
             self.best_loss, self._num_worse = loss, 0
             self._best = {name: value.detach().clone() for name, value in self.projector.state_dict().items()}
         else:
             self._num_worse += 1
         return loss
+
+    def scored(self, projector: Projector | None, table: LessonTable) -> RowScores:
+        """The scores of a table, each worker taking a share of its lessons; every worker gets them all."""
+        own = score(self._base, projector, table, self._store, rank=self._world.rank, size=self._world.size)
+        # In float32, as they were computed: all but one worker add zeros, so that nothing is rounded.
+        summed = self._world.sum(torch.from_numpy(own.nll.astype(np.float32)).to(self._base.device))
+        return RowScores(summed.double().cpu().numpy(), own.num_tokens)
 
     def finish(self) -> Projector:
         """The projector with the best validation loss, or as it is; frozen."""

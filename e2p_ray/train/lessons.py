@@ -134,6 +134,25 @@ def make_lessons(
 
     Raises ConfigError when none is left, or for a tokenizer without an end token.
     """
+    table, skipped = lessons_of(tokenizer, tasks, users, contents, targets, settings, max_positions)
+    if not table.num_rows:
+        raise ConfigError(
+            f"none of the {len(targets)} targets can be used (skipped: {skipped}). Give targets whose user_id is in "
+            "the users table with a user embedding and whose content_id is in the contents table"
+        )
+    return table, skipped
+
+
+def lessons_of(
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, TaskConfig],
+    users: UserTable,
+    contents: Sequence[Content],
+    targets: Sequence[Target],
+    settings: TrainSettings,
+    max_positions: int,
+) -> tuple[LessonTable, dict[str, int]]:
+    """What `make_lessons` returns, also when no lesson is left. Raises ConfigError for a tokenizer without an end."""
     row_of = {user_id: row for row, user_id in enumerate(users.user_ids)}
     content_of = {content.content_id: content for content in contents}
     skipped = dict.fromkeys(SKIPPED, 0)
@@ -154,18 +173,13 @@ def make_lessons(
     for (content_id, task), places in sorted(groups.items()):
         try:
             segments = layout.segments(content_of[content_id], task)
-        except RowError:
-            skipped["prompt_too_long"] += len(places)
+        except RowError as error:
+            skipped[error.code] = skipped.get(error.code, 0) + len(places)
             continue
         lefts.append(segments.left)
         rights += [segments.right] * len(places)
         sources += places
         sizes.append(len(places))
-    if not sources:
-        raise ConfigError(
-            f"none of the {len(targets)} targets can be used (skipped: {skipped}). Give targets whose user_id is in "
-            "the users table with a user embedding and whose content_id is in the contents table"
-        )
     end = _end_token(tokenizer)
     table = LessonTable(
         lefts=Ragged.of(lefts),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -53,7 +53,9 @@ def train_projector(
     the loss is not finite or the base model changed.
     """
     lessons, skipped = make_lessons(tokenizer, tasks, users, contents, targets, settings, base.max_positions)
-    fit = fit_projector(base, new_projector(base, folder, users, settings), lessons, settings, on_progress=on_progress)
+    projector = new_projector(base, folder, users, settings)
+    start_calmly(projector, base, lessons)
+    fit = fit_projector(base, projector, lessons, settings, on_progress=on_progress)
     return TrainResult(fit.finish(), tuple(fit.records), lessons.num_rows, skipped, base.weights_hash())
 
 
@@ -76,15 +78,42 @@ def fit_projector(
     return fit
 
 
+def start_calmly(projector: Projector, base: BaseModel, lessons: LessonTable) -> None:
+    """Let an untrained projector do no harm: its soft tokens begin as the token that stands before them.
+
+    The mean of these tokens over the lessons, so that prompts may differ; where nothing stands before, the mean of all
+    token embeddings. Measured on PENS (tests/bench/LOG.md): the loss starts at that of no soft token, not 0.2 above it.
+    """
+    starts = lessons.lefts.starts
+    last = lessons.lefts.ids[starts[1:][np.diff(starts) > 0] - 1]
+    with torch.no_grad():
+        if len(last):
+            ids, counts = np.unique(last, return_counts=True)
+            known = base.embed(torch.from_numpy(ids.astype(np.int64)).to(base.device)).float()
+            weights = torch.from_numpy(counts / counts.sum()).to(known)
+            projector.start_at(weights @ known)
+        else:
+            projector.start_at(base.model.get_input_embeddings().weight.float().mean(0))
+
+
 def check_frozen(base: BaseModel, hash_before: str) -> None:
     """RunError unless the base model's weights hash to what they did before."""
     if base.weights_hash() != hash_before:
         raise RunError("the base model's weights changed while the projector was trained. This is a bug: report it")
 
 
-def new_projector(base: BaseModel, folder: BaseModelFolder, users: UserTable, settings: TrainSettings) -> Projector:
-    """An untrained projector that fits this base model and these users; its start follows from the seed."""
-    provenance: dict[str, Any] = {"settings": {**asdict(settings), "target_prefix": dict(settings.target_prefix)}}
+def new_projector(
+    base: BaseModel,
+    folder: BaseModelFolder,
+    users: UserTable,
+    settings: TrainSettings,
+    reference: ReferenceStatistics | None = None,
+) -> Projector:
+    """An untrained projector that fits this base model and these users; its start follows from the seed.
+
+    `reference` spares the users' statistics where they are known.
+    """
+    training = {**asdict(settings), "target_prefix": dict(settings.target_prefix)}
     manifest = ProjectorManifest(
         embedding_dim=users.user_embeddings.shape[1],
         embedding_space=users.embedding_space,
@@ -97,8 +126,8 @@ def new_projector(base: BaseModel, folder: BaseModelFolder, users: UserTable, se
         hidden_dim=settings.hidden_dim,
         num_soft_tokens=settings.num_soft_tokens,
         dropout=settings.dropout,
-        trained=provenance,
+        trained={"settings": {"training": training}},
     )
     torch.manual_seed(settings.seed)
-    reference = ReferenceStatistics.of(torch.from_numpy(users.user_embeddings))
+    reference = reference or ReferenceStatistics.of(torch.from_numpy(users.user_embeddings))
     return Projector(manifest, reference).to(base.device)

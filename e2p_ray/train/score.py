@@ -33,11 +33,22 @@ class RowScores:
 
 
 @torch.no_grad()
-def score(base: BaseModel, projector: Projector | None, table: LessonTable, store: PrefixStore) -> RowScores:
-    """Score every target of a table; without a projector there is no soft token. Weights do not count here."""
+def score(
+    base: BaseModel,
+    projector: Projector | None,
+    table: LessonTable,
+    store: PrefixStore,
+    *,
+    rank: int = 0,
+    size: int = 1,
+) -> RowScores:
+    """Score every target of a table; without a projector there is no soft token. Weights do not count here.
+
+    Of `size` workers, worker `rank` scores every size-th lesson; the nll of all other rows is 0, to be summed.
+    """
     nll = np.zeros(table.num_rows)
     num_soft = 0 if projector is None else projector.manifest.num_soft_tokens
-    for places, lessons in _passes(table, soft=projector is not None):
+    for places, lessons in _passes(table, range(rank, len(table), size), soft=projector is not None):
         batch = Batch.of(lessons, num_soft, base.device)
         users = batch.user_embeddings
         soft = projector(users) if projector is not None and users is not None else None
@@ -49,16 +60,16 @@ def score(base: BaseModel, projector: Projector | None, table: LessonTable, stor
     return RowScores(nll, np.diff(table.targets.starts))
 
 
-def _passes(table: LessonTable, *, soft: bool) -> Iterator[tuple[list[Sequence[int]], list[Lesson]]]:
+def _passes(table: LessonTable, chosen: range, *, soft: bool) -> Iterator[tuple[list[Sequence[int]], list[Lesson]]]:
     """Rows of several lessons for one forward pass each; lessons of about as many rows go together."""
     pieces = [
         (lesson, rows[start : start + MAX_ROWS])
-        for lesson in range(len(table))
+        for lesson in chosen
         for rows in [table.rows_of(lesson)]
         for start in range(0, len(rows), MAX_ROWS)
     ]
     pieces.sort(key=lambda piece: -len(piece[1]))
     while pieces:
         count = max(1, MAX_ROWS // len(pieces[0][1]))
-        chosen, pieces = pieces[:count], pieces[count:]
-        yield [rows for _, rows in chosen], [table.lesson(at, rows, soft=soft) for at, rows in chosen]
+        together, pieces = pieces[:count], pieces[count:]
+        yield [rows for _, rows in together], [table.lesson(at, rows, soft=soft) for at, rows in together]

@@ -1,0 +1,98 @@
+"""What an evaluation shows, in plain sentences. Words follow the intervals and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from e2p_ray.downstream.bootstrap import Interval
+from e2p_ray.downstream.likelihood import ALL, MethodScore
+from e2p_ray.downstream.methods import CONSTANT, MEAN, NO_SOFT_TOKEN, SHUFFLED
+
+_MIN_USERS = 5  # fewer and a bootstrap over users means nothing
+
+
+class Finding(StrEnum):
+    """Right against shuffled user, on all pairs."""
+
+    PERSONALISES = "personalises"
+    NOT_SHOWN = "not_shown"
+    HARMS = "harms"
+    NOT_MEASURED = "not_measured"
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """The finding on all pairs, and sentences: on all, against the other controls, by language."""
+
+    finding: Finding
+    sentences: tuple[str, ...]
+
+
+def conclude(scores: Sequence[MethodScore], languages: Sequence[str]) -> Conclusion:
+    """The main finding is whether the right user's soft token beats another user's."""
+    by_key = {(score.part, score.method): score for score in scores}
+    shuffled = by_key.get((ALL, SHUFFLED))
+    finding = _finding(shuffled)
+    sentences = [_main_sentence(shuffled, finding)]
+    if shuffled is not None and finding is not Finding.NOT_MEASURED:
+        for method, words in ((CONSTANT, _AGAINST_CONSTANT), (MEAN, _AGAINST_MEAN), (NO_SOFT_TOKEN, _AGAINST_NONE)):
+            score = by_key.get((ALL, method))
+            if score is not None and score.gain is not None:
+                sentences.append(_against(score.gain, *words))
+        if len(languages) > 1:
+            of_languages = [(name, by_key[name, SHUFFLED]) for name in languages if (name, SHUFFLED) in by_key]
+            sentences += [f"{name}: {_main_sentence(score, _finding(score))}" for name, score in of_languages]
+    return Conclusion(finding, tuple(sentences))
+
+
+def _finding(score: MethodScore | None) -> Finding:
+    if score is None or score.gain is None or score.num_users < _MIN_USERS:
+        return Finding.NOT_MEASURED
+    if score.gain.is_above_zero:
+        return Finding.PERSONALISES
+    return Finding.HARMS if score.gain.is_below_zero else Finding.NOT_SHOWN
+
+
+def _main_sentence(score: MethodScore | None, finding: Finding) -> str:
+    if score is None or score.gain is None:
+        return "Right and shuffled users were not both measured, so nothing is said about personalisation."
+    if finding is Finding.NOT_MEASURED:
+        return f"Only {score.num_users} user(s) have scored targets: too few to say whether it personalises."
+    amount = _amount(score.gain)
+    if finding is Finding.PERSONALISES:
+        return f"The right user's soft token beats a shuffled user's by {amount}: it personalises."
+    if finding is Finding.HARMS:
+        return f"The right user's soft token loses to a shuffled user's by {amount}: it does not personalise."
+    return f"Between the right user's soft token and a shuffled user's no difference is shown ({_signed(score.gain)})."
+
+
+_AGAINST_CONSTANT = (
+    "one constant learned token",
+    "the gain is more than adaptation to the task",
+    "adaptation to the task alone does better",
+    "what is gained over no soft token may be adaptation to the task alone",
+)
+_AGAINST_MEAN = ("the mean user's soft token", "", "", "")
+_AGAINST_NONE = ("no soft token at all", "", "the soft token harms", "")
+
+
+def _against(gain: Interval, rival: str, if_better: str, if_worse: str, if_equal: str) -> str:
+    if gain.is_above_zero:
+        sentence, reason = f"It beats {rival} by {_amount(gain)}", if_better
+    elif gain.is_below_zero:
+        sentence, reason = f"It loses to {rival} by {_amount(gain)}", if_worse
+    else:
+        sentence, reason = f"Against {rival} no difference is shown ({_signed(gain)})", if_equal
+    return f"{sentence}: {reason}." if reason else f"{sentence}."
+
+
+def _amount(gain: Interval) -> str:
+    """The size of a difference whose sign the sentence names."""
+    low, high = sorted((abs(gain.low), abs(gain.high)))
+    return f"{abs(gain.value):.4f} nats a token (95 % interval {low:.4f} to {high:.4f})"
+
+
+def _signed(gain: Interval) -> str:
+    return f"{gain.value:+.4f} nats a token, 95 % interval {gain.low:+.4f} to {gain.high:+.4f}"

@@ -1,0 +1,236 @@
+"""From training tables to lessons by Ray: read by Ray Data, joined, tokenised; flat arrays stay in the object store.
+
+No row passes through the driver, which holds references and counts only. The workers map the arrays where they lie.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+
+from e2p_ray.config import BaseModelConfig, TaskConfig
+from e2p_ray.engine.manifest import BaseModelFolder, resolve_base_model
+from e2p_ray.engine.projector import ReferenceStatistics
+from e2p_ray.engine.prompt import load_tokenizer
+from e2p_ray.errors import ConfigError
+from e2p_ray.plan.inputs import Piece, Space
+from e2p_ray.schema import Content
+from e2p_ray.storage import ObjectInfo, Storage
+from e2p_ray.train.fit import refuse_constant
+from e2p_ray.train.joins import Chunk, Joined, JoinSettings, concat, join
+from e2p_ray.train.lessons import LessonTable, Ragged, Target, UserTable, lessons_of
+from e2p_ray.train.settings import TrainSettings
+from e2p_ray.train.tables import SourceTable, read_contents, read_targets, read_users
+
+_SETS = ("training", "validation")
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the tasks need to know. Picklable."""
+
+    storage: Storage
+    base_model: BaseModelConfig
+    folder: BaseModelFolder
+    tasks: dict[str, TaskConfig]
+    settings: TrainSettings
+    joins: JoinSettings
+    max_positions: int
+
+
+@dataclass(frozen=True, slots=True)
+class LessonCounts:
+    """What became of the rows, by set: training, validation."""
+
+    num_targets: dict[str, int]  # given
+    num_used: dict[str, int]
+    skipped: dict[str, dict[str, int]]
+    num_contents: dict[str, int]  # lessons: contents times tasks
+    num_users: dict[str, int]
+    num_contents_without_target: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLessons:
+    """References to the lessons of both sets and to the training users' statistics; and what fits a driver."""
+
+    training: ray.ObjectRef[Any]
+    validation: ray.ObjectRef[Any] | None
+    reference: ray.ObjectRef[Any]
+    space: Space
+    counts: LessonCounts
+
+
+def folder_here(config: BaseModelConfig, folder: BaseModelFolder, storage: Storage) -> BaseModelFolder:
+    """The base model's folder on this machine: the driver's where it can be seen, else found again."""
+    return folder if folder.path.is_dir() else resolve_base_model(config, storage)
+
+
+def prepare_lessons(reading: Reading, sources: dict[str, SourceTable]) -> PreparedLessons:
+    """Read, join, tokenise. Raises ConfigError when no target can be used, InputError where a table is at fault."""
+    storage, tasks = reading.storage, reading.joins.tasks
+    targets = _gather(sources["targets"].pieces, partial(read_targets, storage, tasks=tasks))
+    held = None
+    if "validation" in sources:
+        held = _gather(sources["validation"].pieces, partial(read_targets, storage, tasks=tasks))
+    users_named, contents_named = ray.remote(_named).options(num_returns=2).remote(*targets, *(held or []))
+    users = _gather(sources["users"].pieces, partial(_read_wanted, read_users, storage, users_named))
+    contents = _gather(sources["contents"].pieces, partial(_read_wanted, read_contents, storage, contents_named))
+    places = {"targets": len(targets), "held": -1 if held is None else len(held), "users": len(users)}
+    stream = ray.remote(_join).options(num_returns="streaming")
+    found = iter(stream.remote(reading.joins, places, *targets, *(held or []), *users, *contents))
+    joined: Joined = ray.get(next(found))
+    matrix = next(found)
+    teach = ray.remote(_tokenise)
+    parts = [teach.remote(reading, chunk) for chunk in found]
+    merge = ray.remote(_merge).options(num_returns=4)
+    num_contents = sources["contents"].num_rows
+    training, validation, reference, counts = merge.remote(reading, joined, num_contents, matrix, *parts)
+    counted: LessonCounts = ray.get(counts)
+    held_out = validation if counted.num_used["validation"] else None
+    return PreparedLessons(training, held_out, reference, joined.space, counted)
+
+
+def _gather(pieces: Sequence[Piece], read: Callable[[Piece], pl.DataFrame]) -> list[ray.ObjectRef[Any]]:
+    """References to the frames of all pieces, as Arrow tables in no particular order."""
+    if not pieces:
+        return []
+    items = [{"piece": json.dumps(piece)} for piece in pieces]
+    rows = ray.data.from_items(items, override_num_blocks=len(items))
+    read_rows = rows.map_batches(partial(_read_pieces, read), batch_size=None, batch_format="pyarrow")
+    return list(read_rows.to_arrow_refs())
+
+
+def _read_pieces(read: Callable[[Piece], pl.DataFrame], pieces: pa.Table) -> pa.Table:
+    frames = []
+    for text in pieces["piece"].to_pylist():
+        table, info, row_groups = json.loads(text)
+        frames.append(read(Piece(table, ObjectInfo(*info), tuple(row_groups))))
+    return pl.concat(frames).to_arrow(compat_level=pl.CompatLevel.oldest())
+
+
+def _read_wanted(
+    read: Callable[[Storage, Piece, pl.Series], pl.DataFrame],
+    storage: Storage,
+    wanted: ray.ObjectRef[Any],
+    piece: Piece,
+) -> pl.DataFrame:
+    return read(storage, piece, ray.get(wanted))
+
+
+def _frames(tables: Sequence[pa.Table]) -> list[pl.DataFrame]:
+    return [pl.DataFrame(pl.from_arrow(table)) for table in tables]
+
+
+def _named(*targets: pa.Table) -> tuple[pl.Series, pl.Series]:
+    """The users and the contents that targets name."""
+    frame = concat(_frames(targets), "targets")
+    return frame["user_id"].unique().sort(), frame["content_id"].unique().sort()
+
+
+def _join(settings: JoinSettings, places: dict[str, int], *tables: pa.Table) -> Iterator[Any]:
+    """`Joined` without its arrays, then the user embeddings, then every chunk: each an object of its own."""
+    frames = _frames(tables)
+    targets, rest = frames[: places["targets"]], frames[places["targets"] :]
+    num_held = max(places["held"], 0)
+    held, users, contents = rest[:num_held], rest[num_held:][: places["users"]], rest[num_held + places["users"] :]
+    joined = join(
+        concat(targets, "targets"),
+        concat(held, "targets") if places["held"] >= 0 else None,
+        concat(users, "users"),
+        concat(contents, "contents"),
+        settings,
+    )
+    yield replace(joined, user_embeddings=joined.user_embeddings[:0], chunks=())
+    yield joined.user_embeddings
+    yield from (chunk for chunk in joined.chunks)  # Ray sends into its generators, and a tuple takes nothing
+
+
+def _tokenise(reading: Reading, chunk: Chunk) -> tuple[bool, LessonTable, dict[str, int]]:
+    """A chunk as lessons whose `user` are rows of all user embeddings, and what was skipped."""
+    folder = folder_here(reading.base_model, reading.folder, reading.storage)
+    rows = chunk.targets["user"].unique().sort().to_numpy()
+    users = UserTable([str(row) for row in rows], np.zeros((0, 1), np.float32), reading.joins.embedding_space or "")
+    targets = [
+        Target(str(user), content_id, task, text, weight)
+        for content_id, task, user, text, weight in chunk.targets.iter_rows()
+    ]
+    contents = [Content(*row) for row in chunk.contents.iter_rows()]
+    table, skipped = lessons_of(
+        load_tokenizer(folder.path), reading.tasks, users, contents, targets, reading.settings, reading.max_positions
+    )
+    return chunk.validation, replace(table, user=rows[table.user].astype(np.int32)), skipped
+
+
+def _merge(
+    reading: Reading,
+    joined: Joined,
+    num_contents: int,
+    user_embeddings: npt.NDArray[np.float32],
+    *parts: tuple[bool, LessonTable, dict[str, int]],
+) -> tuple[LessonTable, LessonTable | None, dict[str, npt.NDArray[Any]], LessonCounts]:
+    tables, skipped = {}, {name: Counter(joined.skipped.get(name, {})) for name in _SETS}
+    for name in _SETS:
+        chosen = [part for part in parts if part[0] == (name == "validation")]
+        tables[name] = merge_tables([table for _, table, _ in chosen], user_embeddings)
+        for _, _, found in chosen:
+            # What the validation's contents skip is told with the table they came from.
+            skipped[name if name in joined.num_targets else "training"].update(found)
+    training, validation = (tables[name] for name in _SETS)
+    if not training.num_rows:
+        raise ConfigError(_nothing_left(joined, skipped["training"]))
+    if reading.settings.kind != "constant":
+        refuse_constant(training)
+    reference = ReferenceStatistics.of(torch.from_numpy(training.user_embeddings)).tensors()
+    counts = LessonCounts(
+        num_targets=joined.num_targets,
+        num_used={name: table.num_rows for name, table in tables.items()},
+        skipped={name: {k: n for k, n in sorted(skipped[name].items()) if n} for name in joined.num_targets},
+        num_contents={name: len(table) for name, table in tables.items()},
+        num_users={name: len(table.user_embeddings) for name, table in tables.items()},
+        num_contents_without_target=num_contents - joined.num_contents,
+    )
+    return training, validation, {name: value.numpy() for name, value in reference.items()}, counts
+
+
+def merge_tables(tables: Sequence[LessonTable], user_embeddings: npt.NDArray[np.float32]) -> LessonTable:
+    """One table of all; of the user embeddings that `user` counts in, only those of its own users are kept."""
+    user = np.concatenate([np.zeros(0, np.int32), *(table.user for table in tables)])
+    used, place = np.unique(user, return_inverse=True)
+    rows = np.cumsum([0, *(table.num_rows for table in tables)])
+    firsts = [table.first_row[1:] + start for table, start in zip(tables, rows[:-1], strict=True)]
+    return LessonTable(
+        lefts=_joined([table.lefts for table in tables]),
+        first_row=np.concatenate([np.zeros(1, np.int64), *firsts]).astype(np.int64),
+        user=place.astype(np.int32).reshape(-1),
+        rights=_joined([table.rights for table in tables]),
+        targets=_joined([table.targets for table in tables]),
+        weight=np.concatenate([np.zeros(0, np.float32), *(table.weight for table in tables)]),
+        source=np.arange(len(user), dtype=np.int64),
+        user_embeddings=user_embeddings[used],
+    )
+
+
+def _joined(parts: Sequence[Ragged]) -> Ragged:
+    sizes = np.concatenate([np.zeros(1, np.int64), *(np.diff(part.starts) for part in parts)])
+    return Ragged(np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]), np.cumsum(sizes))
+
+
+def _nothing_left(joined: Joined, skipped: Counter[str]) -> str:
+    said = ", ".join(f"{name} {number:,}" for name, number in skipped.most_common() if number) or "nothing skipped"
+    return (
+        f"none of the {joined.num_targets['training']:,} targets can be used ({said}). A target needs a user with a "
+        "user embedding who is not opted out, a content, a task of the configuration and a text"
+    )
