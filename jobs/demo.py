@@ -7,40 +7,51 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import polars as pl
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from e2p_ray.config import JobConfig, load_config
+from e2p_ray.config import Config, EvaluateConfig, JobConfig, TrainConfig, load_config
 from e2p_ray.demo.angles import Truth, angle_accuracy, load_truth
-from e2p_ray.demo.project import train_demo_projector, write_job
+from e2p_ray.demo.configs import JobFiles, write_configs
 from e2p_ray.demo.world import write_world
 from e2p_ray.downstream.report import render_terminal
 from e2p_ray.schema import Status
+from e2p_ray.storage import Storage
 from jobs.cli import guarded
+from jobs.evaluate import RESULT_FILE, read_evaluation, run_evaluation
 from jobs.generate import generate_run
 from jobs.progress import duration_text
 from jobs.steps import say
 from jobs.tables import print_table
+from jobs.train import train_projector
+
+C = TypeVar("C", bound=Config)
 
 PROG = "jobs.demo"
 DESCRIPTION = """\
-Make a small newsroom in English and Japanese with readers and their clicks, user embeddings from the clicks, and a
-projector; then run the main job over them exactly as jobs.generate does, and show what different readers got.
+Make a small newsroom in English and Japanese with readers and their clicks, and user embeddings from the clicks; train
+a projector as jobs.train does, hold it against controls as jobs.evaluate does, run the main job as jobs.generate does,
+and show what different readers got.
 Everything is written to one folder. What is there already is used again: remove the folder for a fresh start."""
 _TEXTS = 4
 _SEED = 7
 
 
 def demo(folder: Path, rest: Sequence[str]) -> None:
-    """Make what is missing, generate, publish, and print what came out. `rest` are configuration options."""
+    """Make what is missing, train, evaluate, generate, publish, and print what came out. `rest` are options."""
     started_s = time.monotonic()
-    job_file = _job_file(folder)
-    config = load_config(JobConfig, ["--config", str(job_file), *rest], prog=PROG, description=DESCRIPTION)
-    say(f"[3/4] the main job; the same as: python -m jobs.generate --config {job_file}")
+    job_files = _job_files(folder)
+    config = load_config(JobConfig, ["--config", str(job_files.generate), *rest], prog=PROG, description=DESCRIPTION)
+    say(f"[2/5] trains the projector; the same as: python -m jobs.train --config {job_files.train}")
+    trained = train_projector(_read(TrainConfig, job_files.train))
+    say(f"[3/5] does it personalise? the same as: python -m jobs.evaluate --config {job_files.evaluate}")
+    _evaluate_once(_read(EvaluateConfig, job_files.evaluate), again=trained is not None)
+    say(f"[4/5] the main job; the same as: python -m jobs.generate --config {job_files.generate}")
     report = generate_run(config)
-    say("[4/4] what came out\n")
+    say("[5/5] what came out\n")
     truth, table = load_truth(folder / "world"), _published(config)
     _print_samples(table, truth, folder)
     _print_accuracy(table, truth)
@@ -48,34 +59,30 @@ def demo(folder: Path, rest: Sequence[str]) -> None:
     say(f"\ndone in {duration_text(time.monotonic() - started_s)}; the published table: {config.output.table_uri}")
 
 
-def _job_file(folder: Path) -> Path:
-    """The demo's job file; world and projector are made first when it is not there, it comes last."""
-    job_file = folder / "job.yaml"
-    if job_file.exists():
-        say(f"[1/4] [2/4] newsroom and projector are in {folder} already")
-        return job_file
+def _job_files(folder: Path) -> JobFiles:
+    """The demo's job files; the world is made first when they are not there."""
+    if (folder / "job.yaml").exists():
+        say(f"[1/5] the newsroom is in {folder} already")
+        return JobFiles(folder / "train.yaml", folder / "evaluate.yaml", folder / "job.yaml")
     world = write_world(folder / "world", seed=_SEED)
     say(
-        f"[1/4] a newsroom: {world.num_contents:,} articles, {world.num_users:,} readers, {world.num_clicks:,} clicks "
-        f"-> user embeddings of {world.embedding_dim} dimensions, {world.num_candidates:,} candidates"
+        f"[1/5] a newsroom: {world.num_contents:,} articles, {world.num_users:,} readers, {world.num_clicks:,} clicks "
+        f"-> user embeddings of {world.embedding_dim} dimensions, {world.num_candidates:,} candidates, "
+        f"{world.num_targets:,} texts to learn from"
     )
-    say(f"[2/4] training the projector on {world.num_targets:,} texts")
-    result = train_demo_projector(folder / "world", str(folder / "projector"), on_progress=_TrainingLine())
-    say(f"      projector {result.projector.manifest.projector_id}")
-    return write_job(job_file, world=folder / "world", output=folder / "output", projector=folder / "projector")
+    return write_configs(folder, world=folder / "world")
 
 
-class _TrainingLine:
-    """Says the loss now and then."""
+def _read(model: type[C], path: Path) -> C:
+    """A job file as it was written; options on the command line are the main job's."""
+    return load_config(model, ["--config", str(path)], prog=PROG, description=DESCRIPTION)
 
-    def __init__(self, every_s: float = 5.0) -> None:
-        self._every_s = every_s
-        self._said_s = time.monotonic()
 
-    def __call__(self, step: int, loss: float) -> None:
-        if time.monotonic() - self._said_s >= self._every_s:
-            self._said_s = time.monotonic()
-            say(f"      step {step:,}: {loss:.3f} nats a token")
+def _evaluate_once(config: EvaluateConfig, *, again: bool) -> None:
+    if again or not Path(config.output.uri, RESULT_FILE).exists():
+        run_evaluation(config)
+    else:
+        print(read_evaluation(Storage(), config.output.uri).lines())
 
 
 def _published(config: JobConfig) -> pa.Table:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from e2p_ray.config import JobConfig, load_config
+from e2p_ray.config import EvaluateConfig, JobConfig, TrainConfig, load_config
 from e2p_ray.demo.angles import Truth, angle_accuracy, load_truth, shown_angle
+from e2p_ray.demo.configs import BASE_MODEL, demo_tasks, write_configs
 from e2p_ray.demo.newsroom import (
     ANGLE_WORDS,
     ANGLES,
@@ -29,7 +30,6 @@ from e2p_ray.demo.newsroom import (
     templates,
 )
 from e2p_ray.demo.packing import NO_TARGET, Packer
-from e2p_ray.demo.project import BASE_MODEL, demo_tasks, read_users, train_demo_projector, write_job
 from e2p_ray.demo.world import World, write_world
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
 from e2p_ray.schema import INPUT_TABLES, Content, validate_schema
@@ -230,27 +230,18 @@ def test_the_base_model_follows_the_angle_word() -> None:
         assert shown >= 0.8 * total, f"{language}: {shown} of {total}"
 
 
-def test_a_projector_trained_on_the_world_is_saved_with_its_space(world: World, tmp_path: Path) -> None:
-    seen: list[float] = []
-    result = train_demo_projector(
-        world.folder, str(tmp_path / "projector"), num_steps=12, on_progress=lambda _, loss: seen.append(loss)
-    )
-    assert result.num_examples == world.num_targets
-    assert not any(result.num_skipped.values())
-    assert min(seen[-3:]) < seen[0]
-    manifest = result.projector.manifest
-    assert manifest.embedding_space == read_users(world.folder).embedding_space == world.embedding_space
-    assert manifest.projector_id
-    assert manifest.base_model_id.startswith("base_model@")
-
-
-def test_the_job_file_is_a_valid_configuration(world: World, tmp_path: Path) -> None:
-    path = write_job(tmp_path / "job.yaml", world=world.folder, output=tmp_path / "out", projector=tmp_path / "p")
-    config = load_config(JobConfig, ["--config", str(path)], prog="test", description="")
-    assert config.inputs.users_uri == world.uri("users")
+def test_the_job_files_are_valid_configurations(world: World, tmp_path: Path) -> None:
+    found = write_configs(tmp_path, world=world.folder)
+    job = load_config(JobConfig, ["--config", str(found.generate)], prog="test", description="")
+    train = load_config(TrainConfig, ["--config", str(found.train)], prog="test", description="")
+    evaluate = load_config(EvaluateConfig, ["--config", str(found.evaluate)], prog="test", description="")
+    assert job.inputs.users_uri == train.inputs.users_uri == evaluate.inputs.users_uri == world.uri("users")
+    assert job.projector.uri == evaluate.projector.uri == train.output.projector_uri
+    assert job.tasks == train.tasks == evaluate.tasks == demo_tasks()
     for task in TASKS:
         for language in LANGUAGES:
-            prompt = config.tasks[task].prompt_for(language)
+            prompt = job.tasks[task].prompt_for(language)
             assert prompt is not None
             assert (prompt.cue_before, prompt.cue_after) == (CUES[language][task], "")
     assert TEXT_PREFIX.keys() == set(LANGUAGES)
+    assert train.training.target_prefix == {language: text for language, text in TEXT_PREFIX.items() if text}

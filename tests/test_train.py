@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from e2p_ray.config import PromptTemplate, SamplingConfig, TaskConfig
-from e2p_ray.demo.project import BASE_MODEL
+from e2p_ray.demo.configs import BASE_MODEL
 from e2p_ray.engine.manifest import BaseModelFolder
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
