@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import yaml
 from deltalake import DeltaTable
 
-from e2p_ray.config import EvaluateConfig, TrainConfig, load_config
+from e2p_ray.config import Config, EvaluateConfig, TrainConfig, load_config
 from e2p_ray.demo import configs, world
 from e2p_ray.demo.newsroom import LANGUAGES
 from jobs import demo
@@ -19,6 +19,8 @@ from jobs.evaluate import run_evaluation
 from jobs.train import train_projector
 
 BASE_MODEL = Path(os.environ.get("E2P_TEST_BASE_MODEL", configs.BASE_MODEL))
+C = TypeVar("C", bound=Config)
+
 SMALL = ["--gates.max_fallback_share", "1", "--gates.max_same_text_share", "1", "--plan.requests_per_shard", "150"]
 QUICK = {"num_retrieval_texts": 0, "num_written": 0, "noise": []}
 needs_base_model = pytest.mark.skipif(
@@ -33,6 +35,10 @@ def _write_small(folder: Path, *, world: Path, train: dict[str, Any], evaluation
         values[section] |= changes
         path.write_text(yaml.safe_dump(values, allow_unicode=True), "utf-8")
     return found
+
+
+def _read(model: type[C], path: Path) -> C:
+    return load_config(model, ["--config", str(path)], prog="test", description="")
 
 
 @needs_base_model
@@ -74,12 +80,8 @@ def test_the_right_reader_beats_every_control_in_both_languages(tmp_path: Path, 
         train={"num_steps": 90, "validate_every": 90},
         evaluation=QUICK | {"max_targets": 500},
     )
-    assert (
-        train_projector(load_config(TrainConfig, ["--config", str(found.train)], prog="t", description="")) is not None
-    )
-    evaluation = run_evaluation(
-        load_config(EvaluateConfig, ["--config", str(found.evaluate)], prog="t", description="")
-    )
+    assert train_projector(_read(TrainConfig, found.train)) is not None
+    evaluation = run_evaluation(_read(EvaluateConfig, found.evaluate))
     assert evaluation.languages == tuple(sorted(LANGUAGES))
     for language in evaluation.languages:
         right = evaluation.score("right", language)
@@ -91,9 +93,7 @@ def test_the_right_reader_beats_every_control_in_both_languages(tmp_path: Path, 
         shuffled, mean = evaluation.score("shuffled", language), evaluation.score("mean", language)
         assert shuffled is not None
         assert mean is not None
-        assert shuffled.nll_per_token.high > mean.nll_per_token.low, (
-            "the control: another user is no better than the mean"
-        )
+        assert shuffled.nll_per_token.high > mean.nll_per_token.low, "another user is no better than the mean"
 
 
 def test_options_of_the_configuration_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
