@@ -238,8 +238,8 @@ def test_the_gain_is_measured_on_held_out_contents(finished: Finished) -> None:
         wanted = gain["losses"][name]["value"] - gain["losses"]["right"]["value"]
         assert found["value"] == pytest.approx(wanted, abs=1e-9)
         assert found["low"] <= found["value"] <= found["high"]
-    assert "another user's soft token" in finished.shown
-    assert "another user&#x27;s soft token" in finished.page
+    assert "the average user" in finished.shown
+    assert "over the average user" in finished.page
 
 
 def test_no_output_names_a_user_or_holds_their_embedding(finished: Finished) -> None:

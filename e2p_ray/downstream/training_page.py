@@ -17,8 +17,8 @@ from e2p_ray.downstream.plots import IntervalRow, Line, interval_plot, line_char
 
 CONTROLS = {
     "right": "right user",
-    "shuffled": "another user's soft token",
-    "mean": "the average user's soft token",
+    "shuffled": "another user",
+    "mean": "the average user",
     "none": "no soft token",
 }
 _SEED = 0
@@ -164,7 +164,7 @@ def _gain(gain: Gain | None) -> str:
     if gain is None:
         words = "Nothing was held out: set training.validation_share or inputs.validation_uri to see whether it does."
         return section("Does it personalise?", f"<p>{words}</p>")
-    rows = [IntervalRow(f"over {CONTROLS[name]}", interval, "main") for name, interval in gain.gains.items()]
+    rows = [IntervalRow(f"over {CONTROLS[name]}", interval) for name, interval in gain.gains.items()]
     plot = interval_plot(rows, label="gain of the right user", x_title="nats a token, more is better", from_zero=True)
     shown = [
         (escape(words), _range(gain.losses[name]), _said(gain.gains[name]) if name in gain.gains else "")
@@ -172,13 +172,12 @@ def _gain(gain: Gain | None) -> str:
     ]
     note = (
         f"{gain.num_targets:,} held-out targets of {gain.num_users:,} users, {gain.num_tokens:,} tokens; 95 % "
-        "intervals from resampling users. The best step was chosen on the same targets: jobs.evaluate on others is the proof."
+        "intervals from resampling users. The best step was chosen on the same targets: jobs.evaluate on others is "
+        "the proof."
     )
-    parts = (
-        figure("Gain of the right user", plot, note=note),
-        table(("soft token", "loss", "gain"), shown, num_texts=1),
-    )
-    return section("Does it personalise?", grid(parts))
+    head = ("soft token of", "loss, nats a token", "gain of the right user")
+    figures = grid([figure("Gain of the right user", plot, note=note)])
+    return section("Does it personalise?", figures + table(head, shown, num_texts=1))
 
 
 def _range(interval: Interval) -> str:

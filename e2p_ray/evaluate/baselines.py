@@ -59,12 +59,12 @@ def _adapter(contest: Contest, method: str, kind: AdapterKind, training: LessonT
     scores = adapter.score(table)
     seconds = time.perf_counter() - started
     lefts = np.repeat(np.diff(table.lefts.starts), np.diff(table.first_row))
-    tokens = float((lefts + np.diff(table.rights.starts)).mean())
+    rights = np.diff(table.rights.starts)
     cost = MethodCost(
         method,
         num_trainable_parameters=adapter.num_trainable_parameters,
-        num_prompt_tokens=tokens,
-        num_own_tokens=tokens,  # the base model itself is changed, and each row runs whole
+        num_prompt_tokens=float((lefts + rights).mean()) + adapter.num_virtual_tokens,
+        num_own_tokens=float(rights.mean()) + 1,  # the same for all users: their contents can be shared as well
         rows_per_s=table.num_rows / seconds,
     )
     return _in_rows_of(contest, table, Scored(method, scores, cost))
