@@ -37,7 +37,10 @@ def evaluate(config: EvaluateConfig, storage: Storage, say: Say) -> Evaluation:
     folder = resolve_base_model(config.base_model, storage)
     check_compatible(manifest, folder)
     data = read_data(config, storage, Space(manifest.embedding_space, manifest.embedding_dim))
-    base = BaseModel.load(folder.path, config.base_model.dtype, pick_device(config.base_model.device))
+    device = pick_device(config.base_model.device)
+    if device.type == "cpu" and config.engine.num_threads is not None:
+        torch.set_num_threads(config.engine.num_threads)
+    base = BaseModel.load(folder.path, config.base_model.dtype, device)
     contest = _contest(config, storage, base, data, say)
     say(
         f"{contest.table.num_rows:,} held-out targets of {len(contest.table):,} contents; "

@@ -117,6 +117,7 @@ def configs(task: RealTask, variant: Variant, size: Size, output: Path, *, full:
         "output": {"uri": str(place / "evaluation")},
         "projector": {"uri": str(place / "training" / "projector")},
         "evaluation": evaluation,
+        "engine": {"num_threads": 1},
     }
     return TrainConfig.model_validate(train), EvaluateConfig.model_validate(measured)
 
