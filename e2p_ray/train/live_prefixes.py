@@ -15,18 +15,20 @@ from e2p_ray.train.loss import TeachingStep
 
 
 class ContentStep(TeachingStep):
-    """A differentiable pass over contents (n, q), padded on the right, behind one prefix that they share."""
+    """A differentiable pass over the tokens of contents, packed into one row, behind one prefix that they share."""
 
     def __init__(self, before: Prefix, lengths: Sequence[int]) -> None:
-        super().__init__([before], len(lengths), max(lengths))
+        device = before.keys[0].device
+        real = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+        super().__init__([before], len(lengths), real)
         self._before, self._lengths = before, lengths
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
         assert layer == len(self._keys), "layers come in order"
-        self._keys.append(keys)
-        self._values.append(values)
+        self._keys.append(self._unpacked(keys))
+        self._values.append(self._unpacked(values))
         return keys, values
 
     def prefixes(self) -> list[Prefix]:
@@ -57,6 +59,6 @@ class LivePrefixes(PrefixStore):
     def _prefill(self, batch: list[TokenIds]) -> list[Prefix]:
         """As the engine's, with gradient where it is enabled."""
         step = ContentStep(self._learned(), [len(left) for left in batch])
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(left) for left in batch], batch_first=True)
-        self._base.hidden(self._base.embed(ids.to(self._base.device)), step.position_ids, step)
+        packed = torch.tensor([token for left in batch for token in left], device=self._base.device)
+        self._base.hidden(self._base.embed(packed)[None], step.position_ids, step)
         return step.prefixes()

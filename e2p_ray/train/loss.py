@@ -28,11 +28,19 @@ def prefixes_of(store: PrefixStore, base: BaseModel, lefts: Sequence[tuple[int, 
 
 
 class TeachingStep:
-    """A differentiable forward pass over C contents x m rows of q own tokens, behind prefixes padded to one length."""
+    """A differentiable forward pass over C contents x m rows of q own tokens, behind prefixes padded to one length.
 
-    def __init__(self, prefixes: Sequence[Prefix], rows_per_content: int, num_tokens: int) -> None:
-        self._rows, self._tokens = rows_per_content, num_tokens
+    `real` (C m, q) says which positions hold tokens. Those alone, T of them, go through the model, packed into one row;
+    attention sees them in their grid. Measured: 1.9 CPU seconds for 2.5 where nothing but lengths differ, and less
+    than half of the time where contents have unlike numbers of users.
+    """
+
+    def __init__(self, prefixes: Sequence[Prefix], rows_per_content: int, real: Tensor) -> None:
+        num_tokens = real.shape[1]
+        self._rows = rows_per_content
         self._prefixes = prefixes
+        self._place = (real.flatten().cumsum(0) - 1).clamp_min(0).view(real.shape)  # in the packed row
+        self._real = real.flatten().nonzero()[:, 0]
         device = prefixes[0].keys[0].device
         lengths = torch.tensor([prefix.length for prefix in prefixes], device=device)
         self._longest = int(lengths.max())
@@ -40,12 +48,23 @@ class TeachingStep:
         at = torch.arange(num_tokens, device=device)
         self._causal = at[None, :] <= at[:, None]
         self._distance = at[:, None] - at[None, :]
-        self.position_ids = (lengths.repeat_interleave(rows_per_content)[:, None] + at).contiguous()
+        self._positions = lengths.repeat_interleave(rows_per_content)[:, None] + at  # (C m, q)
+        self.position_ids = self._positions[real][None]  # (1, T)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
         return keys, values
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
+        """Attention output (1, H, T, D) for packed queries; keys and values (1, Hkv, T, D)."""
+        in_grid = self._unpacked(queries), self._unpacked(keys), self._unpacked(values)
+        output = self._attend(layer, *in_grid, shape)
+        return output.transpose(1, 2).flatten(0, 1)[self._real].transpose(0, 1)[None]
+
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        """(1, H, T, D) to (C m, H, q, D); a position without a token holds some other one's numbers."""
+        return packed[0][:, self._place].transpose(0, 1)
+
+    def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
         if self._longest == 0 and shape.window is None and shape.cap is None:
             # Nothing stands before: no log-sum-exp is needed, and the library's kernel has a fused backward.
             return nn.functional.scaled_dot_product_attention(
@@ -67,7 +86,7 @@ class TeachingStep:
         stacked = grid.reshape(count, num_kv_heads, -1, head_dim)
         visible = self._seen[:, None, None, :]
         if shape.window is not None and self._longest + q > shape.window:
-            near = torch.arange(self._longest, device=queries.device) > self.position_ids[..., None] - shape.window
+            near = torch.arange(self._longest, device=queries.device) > self._positions[..., None] - shape.window
             near = near.view(count, m, 1, q, -1).expand(count, m, num_heads // num_kv_heads, q, -1)
             visible = visible & near.reshape(count, 1, -1, self._longest)
         output, lse = attention(stacked, keys, values, shape, visible=visible)
@@ -140,9 +159,12 @@ def row_losses(base: BaseModel, soft: Tensor | None, prefixes: Sequence[Prefix],
     embedded = base.embed(batch.ids)
     if soft is not None:
         embedded = torch.cat([soft.to(base.dtype), embedded], dim=1)
-    step = TeachingStep(prefixes, batch.rows_per_content, embedded.shape[1])
-    hidden = base.hidden(embedded, step.position_ids, step)
-    logits = base.logits(hidden[batch.counted])
+    # Nothing after a row's last target is asked for: what fills the rows up never goes through the model.
+    at = torch.arange(embedded.shape[1], device=embedded.device)
+    real = at < (batch.counted * (at + 1)).amax(1, keepdim=True).clamp_min(1)
+    step = TeachingStep(prefixes, batch.rows_per_content, real)
+    hidden = base.hidden(embedded[real][None], step.position_ids, step)[0]
+    logits = base.logits(hidden[batch.counted[real]])
     losses = nn.functional.cross_entropy(logits, batch.labels[batch.counted], reduction="none")
     row = torch.nonzero(batch.counted)[:, 0]
     return losses.new_zeros(len(batch.weights)).index_add(0, row, losses)
