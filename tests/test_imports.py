@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Files of one room lie in one folder or, at the top, are named here.
 ROOM_OF_FILE: dict[str, str] = {}
-_BASE = {"errors", "config", "schema", "storage"}
+_BASE = {"errors", "config", "schema", "storage", "ray_session"}
 _MIDDLE = _BASE | {"plan", "check", "commit", "engine"}
 _UPPER = _MIDDLE | {"generate"}
 MAY_SEE: dict[str, set[str]] = {
@@ -22,6 +22,7 @@ MAY_SEE: dict[str, set[str]] = {
     "config": {"errors"},
     "schema": {"errors"},
     "storage": {"errors", "config"},
+    "ray_session": {"errors"},
     "plan": _BASE,
     "check": _BASE,
     "commit": _BASE,
@@ -36,7 +37,7 @@ MAY_SEE: dict[str, set[str]] = {
     "demo": _UPPER | {"train", "upstream"},  # it makes its world with the real pieces
 }
 MAY_USE = {
-    "ray": {"plan", "batch", "serve", "train", "upstream", "jobs"},
+    "ray": {"ray_session", "plan", "batch", "serve", "train", "upstream", "jobs"},
     "torch": {"engine", "train", "evaluate", "demo"},
     "transformers": {"engine", "train", "evaluate", "demo"},
 }

@@ -16,12 +16,13 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from e2p_ray import errors
-from e2p_ray.batch.session import check_resources, quiet_ray_data, ray_session
+from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import BatchProgress, BatchSummary, ShardOutcome, Tally
 from e2p_ray.batch.worker import EngineFactory, ShardWorker, last_line
 from e2p_ray.commit import Run, pending_shards
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import E2PError, IncompleteRunError, RunError
+from e2p_ray.ray_session import quiet_ray_data_log, ray_session
 from e2p_ray.storage import Storage
 
 __all__ = ["BatchProgress", "BatchSummary", "EngineFactory", "ShardOutcome", "ShardWorker", "run_batch"]
@@ -46,7 +47,7 @@ def run_batch(
     pending = pending_shards(storage, run)
     tally = Tally(len(run.shard_ids), len(run.shard_ids) - len(pending), on_progress)
     if pending:
-        with ray_session(config):
+        with ray_session(config.workers.ray_address):
             while pending and tally.attempt < config.workers.max_shard_attempts:
                 tally.next_attempt()
                 _one_pass(config, storage, run, pending, engine_factory, tally)
@@ -68,7 +69,7 @@ def _one_pass(
     check_resources(config)
     tally.pass_failure = ""
     context = DataContext.get_current().copy()
-    with DataContext.current(_configured(context, config)), quiet_ray_data():
+    with DataContext.current(_configured(context, config)), quiet_ray_data_log():
         rows = _dataset(config, storage, run, pending, engine_factory)
         try:
             for block in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):

@@ -89,7 +89,7 @@ def _scan(storage: Storage, name: str, uri: str) -> InputTable:
     files = storage.parquet_files(uri)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         groups = list(pool.map(lambda info: _row_groups(storage, name, info), files))
-    pieces = [piece for info, sizes in zip(files, groups, strict=True) for piece in _pieces(name, info, sizes)]
+    pieces = [piece for info, sizes in zip(files, groups, strict=True) for piece in pieces_of(name, info, sizes)]
     return InputTable(
         name=name,
         files=tuple(files),
@@ -112,7 +112,8 @@ def _row_groups(storage: Storage, table: str, info: ObjectInfo) -> list[tuple[in
         return found
 
 
-def _pieces(table: str, info: ObjectInfo, sizes: Sequence[tuple[int, int]]) -> list[Piece]:
+def pieces_of(table: str, info: ObjectInfo, sizes: Sequence[tuple[int, int]]) -> list[Piece]:
+    """Row groups of one file, given their rows and bytes, gathered into pieces of about as many bytes."""
     pieces, current, room = [], list[int](), _PIECE_BYTES
     for index, (num_rows, num_bytes) in enumerate(sizes):
         if current and num_bytes > room:

@@ -21,7 +21,7 @@ from e2p_ray.train.inputs import PreparedLessons, Reading, prepare_lessons
 from e2p_ray.train.joins import JoinSettings
 from e2p_ray.train.prepared import Prepared, settings_of
 from e2p_ray.train.provenance import code_of, curves_said, inputs_of, settings_said
-from e2p_ray.train.session import check_resources, quiet_ray_data, ray_session, typed_errors
+from e2p_ray.train.session import check_resources, quiet_ray_data, train_session, typed_errors
 from e2p_ray.train.worker import Trained
 
 _TARGETS_PER_CHUNK = 20_000
@@ -50,7 +50,7 @@ def run_training(
     IncompleteRunError when more workers were lost than `workers.max_failures`; calling again resumes.
     """
     config = prepared.config
-    with ray_session(config.workers):
+    with train_session(config.workers):
         check_resources(config.workers)
         board = new_board()  # now, so that it is up when the tables are read
         say("reading the training tables")

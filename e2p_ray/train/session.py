@@ -1,8 +1,7 @@
-"""The Ray that a training runs on: found or started, quiet, and large enough for the workers."""
+"""The Ray session of a training: its variables, whether it is large enough, its errors."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,36 +12,20 @@ import ray.data
 from e2p_ray.config import TrainWorkersConfig
 from e2p_ray.errors import ConfigError, E2PError, RunError
 from e2p_ray.plan.dataflow import typed_error
+from e2p_ray.ray_session import only_machine, quiet_ray_data_log, ray_session
 
 # Read by Ray Train in the driver. Its default of a minute for the workers to start is short for a busy machine.
 _VARIABLES = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
 
 
 @contextmanager
-def ray_session(workers: TrainWorkersConfig) -> Iterator[None]:
-    """The Ray of this process if it has one, else `workers.ray_address`, RAY_ADDRESS, or a local one for the while."""
-    with _environment():
-        if ray.is_initialized():
-            yield
-            return
-        debug = bool(os.environ.get("E2P_DEBUG"))
-        address = workers.ray_address
-        try:
-            ray.init(address=address, log_to_driver=debug, logging_level=logging.INFO if debug else logging.ERROR)
-        except ConnectionError as error:
-            raise ConfigError(f"workers.ray_address {address!r}: no Ray cluster answers there ({error})") from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-@contextmanager
-def _environment() -> Iterator[None]:
+def train_session(workers: TrainWorkersConfig) -> Iterator[None]:
+    """A Ray session with the variables that Ray Train reads."""
     missing = {name: value for name, value in _VARIABLES.items() if name not in os.environ}
     os.environ.update(missing)
     try:
-        yield
+        with ray_session(workers.ray_address):
+            yield
     finally:
         for name in missing:
             os.environ.pop(name, None)
@@ -50,11 +33,11 @@ def _environment() -> Iterator[None]:
 
 def check_resources(workers: TrainWorkersConfig) -> None:
     """Refuse more workers than a machine of fixed size can hold; Ray would wait for the rest without a word."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if workers.ray_address is not None or os.environ.get("RAY_ADDRESS") or len(nodes) != 1:
+    machine = only_machine(workers.ray_address)
+    if machine is None:
         return
     wanted = {"CPU": workers.num_cpus * workers.num_workers, "GPU": workers.num_gpus * workers.num_workers}
-    here = {name: nodes[0].get(name, 0) for name in wanted}
+    here = {name: machine.get(name, 0) for name in wanted}
     if any(here[name] < value for name, value in wanted.items()):
         raise ConfigError(
             f"{workers.num_workers} workers of workers.num_cpus {workers.num_cpus:g} and workers.num_gpus "
@@ -70,17 +53,8 @@ def quiet_ray_data() -> Iterator[None]:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # else a task's typed error arrives as text
-    handlers = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]
-    levels = [handler.level for handler in handlers]
-    if not os.environ.get("E2P_DEBUG"):
-        for handler in handlers:
-            handler.setLevel(logging.CRITICAL)
-    try:
-        with ray.data.DataContext.current(context):
-            yield
-    finally:
-        for handler, level in zip(handlers, levels, strict=True):
-            handler.setLevel(level)
+    with quiet_ray_data_log(), ray.data.DataContext.current(context):
+        yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from deltalake.exceptions import DeltaError
 
 from e2p_ray.config import TrainInputsConfig
 from e2p_ray.errors import InputError
-from e2p_ray.plan.inputs import CONTENTS, USERS, Piece, Space, content_rows, user_rows
+from e2p_ray.plan.inputs import CONTENTS, USERS, Piece, Space, content_rows, pieces_of, user_rows
 from e2p_ray.schema import validate_schema
 from e2p_ray.storage import ObjectInfo, Storage, is_s3
 
@@ -30,7 +30,6 @@ TARGETS = pl.Schema(
 )
 # `dim` is the length of the vector; `space` and `reason` are the plan's.
 TRAINING_USERS = pl.Schema([*USERS.items(), ("dim", pl.Int32())])
-_PIECE_BYTES = 64 << 20
 _FOOTER_THREADS = 16
 
 
@@ -61,7 +60,7 @@ def _scan(storage: Storage, name: str, uri: str) -> SourceTable:
         files = [info for info in files if info.uri.removeprefix("file://") in current]
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         groups = list(pool.map(lambda info: _row_groups(storage, SCHEMA_OF[name], info), files))
-    pieces = [piece for info, sizes in zip(files, groups, strict=True) for piece in _pieces(name, info, sizes)]
+    pieces = [piece for info, sizes in zip(files, groups, strict=True) for piece in pieces_of(name, info, sizes)]
     num_rows = sum(rows for sizes in groups for rows, _ in sizes)
     return SourceTable(name, uri, tuple(files), tuple(pieces), num_rows, version)
 
@@ -88,18 +87,6 @@ def _row_groups(storage: Storage, schema: str, info: ObjectInfo) -> list[tuple[i
         validate_schema(schema, file.schema_arrow, info.uri)
         groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
         return [(group.num_rows, group.total_byte_size) for group in groups]
-
-
-def _pieces(name: str, info: ObjectInfo, sizes: list[tuple[int, int]]) -> list[Piece]:
-    pieces, current, room = [], list[int](), _PIECE_BYTES
-    for index, (num_rows, num_bytes) in enumerate(sizes):
-        if current and num_bytes > room:
-            pieces.append(Piece(name, info, tuple(current)))
-            current, room = [], _PIECE_BYTES
-        if num_rows:
-            current.append(index)
-            room -= num_bytes
-    return [*pieces, Piece(name, info, tuple(current))] if current else pieces
 
 
 def _read(storage: Storage, piece: Piece) -> tuple[pa.Table, int]:

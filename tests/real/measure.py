@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from e2p_ray.config import EvaluateConfig, TrainConfig
 from e2p_ray.downstream.comparison import comparison_lines, render_comparison
@@ -122,6 +123,16 @@ def configs(task: RealTask, variant: Variant, size: Size, output: Path, *, full:
     return TrainConfig.model_validate(train), EvaluateConfig.model_validate(measured)
 
 
+def written(name: str, folder: Path) -> RealTask:
+    """The tables of a task: written once, since a rewritten file is another training."""
+    record = folder / "task.json"
+    if record.exists():
+        return TypeAdapter(RealTask).validate_json(record.read_text("utf-8"))
+    task = WRITERS[name](FOLDER / "data", folder)
+    record.write_bytes(TypeAdapter(RealTask).dump_json(task))
+    return task
+
+
 def measure(task: RealTask, variant: Variant, size: Size, output: Path, *, full: bool) -> Evaluation:
     """Train and evaluate one variant, or read what an earlier call left."""
     storage = Storage()
@@ -155,7 +166,7 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true", help="no baselines, texts, retrieval and drift")
     options = parser.parse_args()
     chosen = [v for v in VARIANTS if options.variants == "all" or v.name in options.variants.split(",")]
-    task = WRITERS[options.task](FOLDER / "data", options.output / options.task / "tables")
+    task = written(options.task, options.output / options.task / "tables")
     print(task.describe(), flush=True)
     size = Size(options.steps, options.contents, options.rate, options.targets)
     found = {
