@@ -193,6 +193,8 @@ def test_control_good_lines_pass() -> None:
         ("e2p_ray.engine.manifest", ("torch", "transformers")),
         ("e2p_ray.batch", ("torch", "transformers")),
         ("jobs.generate", ("torch", "transformers")),
+        ("jobs.train", ("torch", "transformers")),
+        ("jobs.evaluate", ("torch", "transformers")),
     ],
 )
 def test_a_driver_stays_light(module: str, absent: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from e2p_ray.batch import BatchProgress
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import E2PError, IncompleteRunError, PublishConflictError, StorageError
 from e2p_ray.storage import Storage
-from jobs import generate, plan, publish, validate
+from jobs import evaluate, generate, plan, publish, train, validate
 from jobs.cli import Job, guarded, run_job
 from jobs.progress import ProgressLine, duration_text, progress_text
 from jobs.tables import bytes_text
@@ -196,7 +196,7 @@ def test_every_error_has_one_message_and_its_exit_code(
     assert isinstance(error, KeyboardInterrupt) or "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("job", [validate.JOB, plan.JOB, generate.JOB, publish.JOB])
+@pytest.mark.parametrize("job", [validate.JOB, plan.JOB, generate.JOB, publish.JOB, train.JOB, evaluate.JOB])
 def test_help_says_what_a_job_does(job: Job[Any], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_job(job, ["--help"])
@@ -204,9 +204,14 @@ def test_help_says_what_a_job_does(job: Job[Any], capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     assert f"python -m {job.prog} --config FILE" in shown
     assert job.description in shown
-    assert "--workers.max_size" in shown
-    options = {"jobs.plan": "--rows-per-s", "jobs.generate": "--no-publish", "jobs.publish": "--run RUN_ID"}
-    assert options.get(job.prog, "") in shown
+    own = {
+        "jobs.plan": "--rows-per-s",
+        "jobs.generate": "--no-publish",
+        "jobs.publish": "--run RUN_ID",
+        "jobs.train": "--training.num_steps",
+        "jobs.evaluate": "--evaluation.methods",
+    }
+    assert own.get(job.prog, "--workers.max_size") in shown
 
 
 def test_publish_without_a_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,9 @@ def attention(
     broadcasts to (n, 1, q, t). Returns output (n, H, q, D) and natural log-sum-exp of the scores (n, H, q). A row of
     queries that sees nothing gets 0 and -inf.
     """
-    if queries.device.type == "cpu" and visible is None and shape.cap is None:
+    # The kernel's log-sum-exp carries no gradient.
+    learns = torch.is_grad_enabled() and any(given.requires_grad for given in (queries, keys, values))
+    if queries.device.type == "cpu" and visible is None and shape.cap is None and not learns:
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, 0.0, causal, attn_mask=None, scale=shape.scale
         )

@@ -20,7 +20,7 @@ class ContentStep(TeachingStep):
     def __init__(self, before: Prefix, lengths: Sequence[int]) -> None:
         device = before.keys[0].device
         real = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        super().__init__([before], len(lengths), real)
+        super().__init__([before], [len(lengths)], real)
         self._before, self._lengths = before, lengths
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.shared_prefix import Prefix, Shape, attention, merge
-from e2p_ray.train.lessons import Lesson, Row
+from e2p_ray.train.lessons import Lesson
 
 
 def prefixes_of(store: PrefixStore, base: BaseModel, lefts: Sequence[tuple[int, ...]]) -> list[Prefix]:
@@ -28,28 +29,25 @@ def prefixes_of(store: PrefixStore, base: BaseModel, lefts: Sequence[tuple[int, 
 
 
 class TeachingStep:
-    """A differentiable forward pass over C contents x m rows of q own tokens, behind prefixes padded to one length.
+    """A differentiable forward pass over rows of at most q own tokens behind their contents' prefixes.
 
-    `real` (C m, q) says which positions hold tokens. Those alone, T of them, go through the model, packed into one row;
-    attention sees them in their grid. Measured: 1.9 CPU seconds for 2.5 where nothing but lengths differ, and less
-    than half of the time where contents have unlike numbers of users.
+    prefixes and num_rows by content, rows in the order of their contents; `real` (n, q) says which positions hold
+    tokens. Those alone, T of them, go through the model, packed into one row: rows differ in length and contents in
+    users, and what would fill them up cost more than half of a step (measured on PENS: tests/bench/LOG.md).
     """
 
-    def __init__(self, prefixes: Sequence[Prefix], rows_per_content: int, real: Tensor) -> None:
-        num_tokens = real.shape[1]
-        self._rows = rows_per_content
+    def __init__(self, prefixes: Sequence[Prefix], num_rows: Sequence[int], real: Tensor) -> None:
         self._prefixes = prefixes
         self._place = (real.flatten().cumsum(0) - 1).clamp_min(0).view(real.shape)  # in the packed row
         self._real = real.flatten().nonzero()[:, 0]
-        device = prefixes[0].keys[0].device
-        lengths = torch.tensor([prefix.length for prefix in prefixes], device=device)
-        self._longest = int(lengths.max())
-        self._seen = torch.arange(self._longest, device=device) < lengths[:, None]  # (C, longest)
-        at = torch.arange(num_tokens, device=device)
+        tokens = [int(rows.sum()) for rows in torch.split(real, list(num_rows))]
+        self._ends = list(accumulate(tokens))  # of every content's tokens in the packed row
+        lengths = torch.tensor([prefix.length for prefix in prefixes], device=real.device)
+        at = torch.arange(real.shape[1], device=real.device)
         self._causal = at[None, :] <= at[:, None]
         self._distance = at[:, None] - at[None, :]
-        self._positions = lengths.repeat_interleave(rows_per_content)[:, None] + at  # (C m, q)
-        self.position_ids = self._positions[real][None]  # (1, T)
+        before = lengths.repeat_interleave(torch.tensor(num_rows, device=real.device))
+        self.position_ids = (before[:, None] + at)[real][None]  # (1, T)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
         return keys, values
@@ -57,54 +55,54 @@ class TeachingStep:
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
         """Attention output (1, H, T, D) for packed queries; keys and values (1, Hkv, T, D)."""
         in_grid = self._unpacked(queries), self._unpacked(keys), self._unpacked(values)
-        output = self._attend(layer, *in_grid, shape)
-        return output.transpose(1, 2).flatten(0, 1)[self._real].transpose(0, 1)[None]
+        if not any(prefix.length for prefix in self._prefixes) and shape.window is None and shape.cap is None:
+            # Nothing stands before: no log-sum-exp is needed, and the library's kernel has a fused backward.
+            alone = nn.functional.scaled_dot_product_attention(
+                *in_grid, is_causal=True, scale=shape.scale, enable_gqa=True
+            )
+            return self._packed(alone)
+        own = self._causal if shape.window is None else self._causal & (self._distance < shape.window)
+        output, lse = attention(*in_grid, shape, visible=own[None, None])
+        mine = self._packed(output), self._packed(lse[..., None])[..., 0]
+        return merge(self._attend_prefixes(layer, queries, shape), mine)
 
     def _unpacked(self, packed: Tensor) -> Tensor:
-        """(1, H, T, D) to (C m, H, q, D); a position without a token holds some other one's numbers."""
+        """(1, H, T, D) to (n, H, q, D); a position without a token holds some other one's numbers."""
         return packed[0][:, self._place].transpose(0, 1)
 
-    def _attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
-        if self._longest == 0 and shape.window is None and shape.cap is None:
-            # Nothing stands before: no log-sum-exp is needed, and the library's kernel has a fused backward.
-            return nn.functional.scaled_dot_product_attention(
-                queries, keys, values, is_causal=True, scale=shape.scale, enable_gqa=True
-            )
-        own = self._causal if shape.window is None else self._causal & (self._distance < shape.window)
-        mine = attention(queries, keys, values, shape, visible=own[None, None])
-        if self._longest == 0:
-            return mine[0]
-        return merge(self._attend_prefixes(layer, queries, keys.shape[1], shape), mine)
+    def _packed(self, grid: Tensor) -> Tensor:
+        """(n, H, q, D) to (1, H, T, D)."""
+        return grid.transpose(1, 2).flatten(0, 1)[self._real].transpose(0, 1)[None]
 
-    def _attend_prefixes(self, layer: int, queries: Tensor, num_kv_heads: int, shape: Shape) -> tuple[Tensor, Tensor]:
-        count, m = len(self._prefixes), self._rows
-        _, num_heads, q, head_dim = queries.shape
-        keys = self._padded([prefix.keys[layer] for prefix in self._prefixes])
-        values = self._padded([prefix.values[layer] for prefix in self._prefixes])
-        # (C m, H, q, D) -> (C, Hkv, m group q, D): the rows of a content ask in one call
-        grid = queries.reshape(count, m, num_kv_heads, -1, head_dim).transpose(1, 2)
-        stacked = grid.reshape(count, num_kv_heads, -1, head_dim)
-        visible = self._seen[:, None, None, :]
-        if shape.window is not None and self._longest + q > shape.window:
-            near = torch.arange(self._longest, device=queries.device) > self._positions[..., None] - shape.window
-            near = near.view(count, m, 1, q, -1).expand(count, m, num_heads // num_kv_heads, q, -1)
-            visible = visible & near.reshape(count, 1, -1, self._longest)
-        output, lse = attention(stacked, keys, values, shape, visible=visible)
-        output = output.view(count, num_kv_heads, m, -1, head_dim).transpose(1, 2).reshape(queries.shape)
-        lse = lse.view(count, num_kv_heads, m, -1).transpose(1, 2).reshape(count * m, num_heads, q)
-        return output, lse
+    def _attend_prefixes(self, layer: int, queries: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
+        """All tokens of a content's rows ask its prefix in one call: output (1, H, T, D), log-sum-exp (1, H, T)."""
+        outputs, lses, start = [], [], 0
+        for prefix, end in zip(self._prefixes, self._ends, strict=True):
+            asking = queries[:, :, start:end]
+            if prefix.length:
+                visible = self._near(prefix, start, end, shape.window)
+                output, lse = attention(asking, prefix.keys[layer], prefix.values[layer], shape, visible=visible)
+            else:
+                output, lse = torch.zeros_like(asking), asking.new_full(asking.shape[:3], -torch.inf).float()
+            outputs.append(output)
+            lses.append(lse)
+            start = end
+        return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
 
-    def _padded(self, parts: Sequence[Tensor]) -> Tensor:
-        missing = [self._longest - part.shape[2] for part in parts]
-        return torch.cat([nn.functional.pad(p, (0, 0, 0, gap)) for p, gap in zip(parts, missing, strict=True)])
+    def _near(self, prefix: Prefix, start: int, end: int, window: int | None) -> Tensor | None:
+        """(t, length) which of the prefix's tokens a sliding window reaches; None for all."""
+        positions = self.position_ids[0, start:end]
+        if window is None or int(positions.max()) < window:
+            return None
+        return torch.arange(prefix.length, device=positions.device) > positions[:, None] - window
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """Lessons as tensors: C contents x m rows; lessons of fewer rows are filled up with rows of weight 0.
+    """Lessons as tensors, n rows in the order of their contents.
 
-    user_embeddings (C m, d) or None; ids (C m, q) tokens after the soft token; labels (C m, k + q) and `counted`, which
-    of them belong to a target; weights (C m,).
+    user_embeddings (n, d) or None; ids (n, q) tokens after the soft token; labels (n, k + q) and `counted`, which of
+    them belong to a target; weights (n,); num_rows by content.
     """
 
     user_embeddings: Tensor | None
@@ -112,13 +110,12 @@ class Batch:
     labels: Tensor
     counted: Tensor
     weights: Tensor
-    rows_per_content: int
+    num_rows: tuple[int, ...]
 
     @classmethod
     def of(cls, lessons: Sequence[Lesson], num_soft_tokens: int, device: torch.device) -> Batch:
         """Rows must all have a user embedding, or none of them."""
-        rows_per_content = max(len(lesson.rows) for lesson in lessons)
-        rows = [row for lesson in lessons for row in _fill_up(lesson.rows, rows_per_content)]
+        rows = [row for lesson in lessons for row in lesson.rows]
         given = [row.user_embedding for row in rows if row.user_embedding is not None]
         assert len(given) in (0, len(rows)), "rows with and without a soft token do not mix"
         num_soft = num_soft_tokens if given else 0
@@ -132,7 +129,7 @@ class Batch:
             ids[place, : len(row.right)] = row.right
             ids[place, len(row.right) : len(row.right) + size - 1] = row.target[:-1]
             labels[place, start : start + size] = row.target
-            counted[place, start : start + size] = row.weight > 0
+            counted[place, start : start + size] = True
         weights = torch.tensor([row.weight for row in rows], dtype=torch.float32)
         return cls(
             user_embeddings=torch.from_numpy(np.stack(given)).to(device) if given else None,
@@ -140,29 +137,24 @@ class Batch:
             labels=torch.from_numpy(labels).to(device),
             counted=torch.from_numpy(counted).to(device),
             weights=weights.to(device),
-            rows_per_content=rows_per_content,
+            num_rows=tuple(len(lesson.rows) for lesson in lessons),
         )
 
     @property
     def num_tokens(self) -> Tensor:
-        """Target tokens of every row (C m,)."""
+        """Target tokens of every row (n,)."""
         return self.counted.sum(1)
 
 
-def _fill_up(rows: Sequence[Row], size: int) -> list[Row]:
-    nobody = Row(rows[0].user_embedding, rows[0].right, rows[0].target[:1], 0.0)
-    return [*rows, *[nobody] * (size - len(rows))]
-
-
 def row_losses(base: BaseModel, soft: Tensor | None, prefixes: Sequence[Prefix], batch: Batch) -> Tensor:
-    """Cross-entropy of every row's target, summed over its tokens (nats): (C m,). `soft` (C m, k, d_model)."""
+    """Cross-entropy of every row's target, summed over its tokens (nats): (n,). `soft` (n, k, d_model)."""
     embedded = base.embed(batch.ids)
     if soft is not None:
         embedded = torch.cat([soft.to(base.dtype), embedded], dim=1)
-    # Nothing after a row's last target is asked for: what fills the rows up never goes through the model.
+    # Nothing after a row's last target is asked for.
     at = torch.arange(embedded.shape[1], device=embedded.device)
-    real = at < (batch.counted * (at + 1)).amax(1, keepdim=True).clamp_min(1)
-    step = TeachingStep(prefixes, batch.rows_per_content, real)
+    real = at < (batch.counted * (at + 1)).amax(1, keepdim=True)
+    step = TeachingStep(prefixes, batch.num_rows, real)
     hidden = base.hidden(embedded[real][None], step.position_ids, step)[0]
     logits = base.logits(hidden[batch.counted[real]])
     losses = nn.functional.cross_entropy(logits, batch.labels[batch.counted], reduction="none")

@@ -54,9 +54,7 @@ def score(
         soft = projector(users) if projector is not None and users is not None else None
         prefixes = prefixes_of(store, base, [lesson.left for lesson in lessons])
         losses = row_losses(base, soft, prefixes, batch).double().cpu().numpy()
-        filled = losses.reshape(len(lessons), batch.rows_per_content)
-        for found, rows in zip(filled, places, strict=True):
-            nll[rows] = found[: len(rows)]
+        nll[[row for rows in places for row in rows]] = losses
     return RowScores(nll, np.diff(table.targets.starts))
 
 
