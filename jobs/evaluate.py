@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from e2p_ray.config import EvaluateConfig
-from e2p_ray.downstream.comparison import render_comparison
 from e2p_ray.downstream.evaluation import Evaluation
-from e2p_ray.downstream.evaluation_page import render_evaluation
+from e2p_ray.downstream.pages.comparison import render_comparison
+from e2p_ray.downstream.pages.evaluation_page import render_evaluation
 from e2p_ray.errors import ConfigError, ObjectNotFoundError
 from e2p_ray.storage import Storage
 from jobs.cli import Job, run_job

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from e2p_ray.config import TrainConfig
-from e2p_ray.downstream.training_page import TrainingReport, build_report, render_html, render_terminal
+from e2p_ray.downstream.pages.training_page import TrainingReport, build_report, render_html, render_terminal
 from jobs.cli import Job, run_job
 from jobs.steps import say
 

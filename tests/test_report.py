@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from e2p_ray.commit import PublishedVersion, Run, ShardStats, commit_shard, open_run
-from e2p_ray.downstream.charts import histogram, number_text, stacked
+from e2p_ray.downstream.pages.charts import histogram, number_text, stacked
 from e2p_ray.downstream.report import Report, build_report, render_html, render_terminal, write_report
 from e2p_ray.plan import Plan, make_plan, read_shard
 from e2p_ray.schema import Arm, DeadLetter, ErrorCode, FinishReason, Generation, Group, Reason, Request, Status

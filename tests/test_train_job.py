@@ -24,8 +24,8 @@ import yaml
 from deltalake import write_deltalake
 
 from e2p_ray.config import TrainConfig
-from e2p_ray.downstream.bootstrap import Interval
-from e2p_ray.downstream.training_page import TrainingReport, build_report, render_html, render_terminal
+from e2p_ray.downstream.measures.bootstrap import Interval
+from e2p_ray.downstream.pages.training_page import TrainingReport, build_report, render_html, render_terminal
 from e2p_ray.engine.manifest import BaseModelFolder, resolve_base_model
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.projector import Projector

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import polars as pl
 from pydantic import TypeAdapter
 
-from e2p_ray.downstream.bootstrap import Interval
-from e2p_ray.downstream.evaluation_lines import evaluation_lines
-from e2p_ray.downstream.likelihood import (
+from e2p_ray.downstream.measures.bootstrap import Interval
+from e2p_ray.downstream.measures.likelihood import (
     ALL,
     GainHistogram,
     HistoryGain,
@@ -26,11 +25,12 @@ from e2p_ray.downstream.likelihood import (
     score_methods,
     user_totals,
 )
-from e2p_ray.downstream.methods import in_order
-from e2p_ray.downstream.ranking import Ranking, measure_ranking
-from e2p_ray.downstream.retrieval import LikelihoodMatrix, Retrieval, measure_retrieval
-from e2p_ray.downstream.texts import SampleTexts, TextMeasures, choose_samples, measure_texts
-from e2p_ray.downstream.verdict import Conclusion, conclude
+from e2p_ray.downstream.measures.methods import in_order
+from e2p_ray.downstream.measures.ranking import Ranking, measure_ranking
+from e2p_ray.downstream.measures.retrieval import LikelihoodMatrix, Retrieval, measure_retrieval
+from e2p_ray.downstream.measures.texts import SampleTexts, TextMeasures, choose_samples, measure_texts
+from e2p_ray.downstream.measures.verdict import Conclusion, conclude
+from e2p_ray.downstream.pages.evaluation_lines import evaluation_lines
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 
 from e2p_ray.commit import PublishedVersion, Run, read_markers
-from e2p_ray.downstream.html import render_html
+from e2p_ray.downstream.pages.html import render_html
 from e2p_ray.downstream.samples import Sample, Samples, SampleText
 from e2p_ray.plan import Plan
 from e2p_ray.schema import Status

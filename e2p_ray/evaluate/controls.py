@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from e2p_ray.downstream.evaluation import MethodCost
-from e2p_ray.downstream.methods import CONSTANT, MEAN, NO_SOFT_TOKEN, RIGHT, SHUFFLED
+from e2p_ray.downstream.measures.methods import CONSTANT, MEAN, NO_SOFT_TOKEN, RIGHT, SHUFFLED
 from e2p_ray.engine.projector import Projector
 from e2p_ray.evaluate.contest import Contest, Scored, soft_token_scores
 from e2p_ray.train import LessonTable, TrainSettings, fit_projector, new_projector, start_calmly

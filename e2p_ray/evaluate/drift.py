@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from e2p_ray.downstream.bootstrap import ratio_interval, user_sums
 from e2p_ray.downstream.evaluation import DriftPoint
+from e2p_ray.downstream.measures.bootstrap import ratio_interval, user_sums
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.errors import IncompatibleError, InputError
 from e2p_ray.evaluate.contest import Contest

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import polars as pl
 
-from e2p_ray.downstream.methods import NO_SOFT_TOKEN, RIGHT, SHUFFLED
+from e2p_ray.downstream.measures.methods import NO_SOFT_TOKEN, RIGHT, SHUFFLED
 from e2p_ray.evaluate.contest import Contest, shuffled_users
 from e2p_ray.train import Target, score
 

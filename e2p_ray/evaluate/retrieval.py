@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from e2p_ray.downstream.methods import CONSTANT, RIGHT
-from e2p_ray.downstream.retrieval import LikelihoodMatrix
+from e2p_ray.downstream.measures.methods import CONSTANT, RIGHT
+from e2p_ray.downstream.measures.retrieval import LikelihoodMatrix
 from e2p_ray.engine.projector import Projector
 from e2p_ray.evaluate.contest import Contest, Ints
 from e2p_ray.train import LessonTable, Ragged, score

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from e2p_ray.downstream.methods import CONSTANT, NO_SOFT_TOKEN, RIGHT, SHUFFLED
+from e2p_ray.downstream.measures.methods import CONSTANT, NO_SOFT_TOKEN, RIGHT, SHUFFLED
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.projector import Projector
 from e2p_ray.evaluate.contest import Contest, Ints

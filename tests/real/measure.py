@@ -20,8 +20,8 @@ import yaml
 from pydantic import TypeAdapter
 
 from e2p_ray.config import EvaluateConfig, TrainConfig
-from e2p_ray.downstream.comparison import comparison_lines, render_comparison
 from e2p_ray.downstream.evaluation import Evaluation
+from e2p_ray.downstream.pages.comparison import comparison_lines, render_comparison
 from e2p_ray.storage import Storage
 from jobs.evaluate import RESULT_FILE, read_evaluation, run_evaluation
 from jobs.train import train_projector

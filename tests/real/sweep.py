@@ -20,7 +20,7 @@ import polars as pl
 import torch
 
 from e2p_ray.config import BaseModelConfig, TaskConfig
-from e2p_ray.downstream.bootstrap import ratio_interval, user_sums
+from e2p_ray.downstream.measures.bootstrap import ratio_interval, user_sums
 from e2p_ray.engine.manifest import BaseModelFolder, resolve_base_model
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore

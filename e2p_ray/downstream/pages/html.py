@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from e2p_ray.downstream.charts import bar_chart, histogram, stacked
-from e2p_ray.downstream.page import grid, render_page, section, tiles
+from e2p_ray.downstream.pages.charts import bar_chart, histogram, stacked
+from e2p_ray.downstream.pages.page import grid, render_page, section, tiles
 from e2p_ray.schema import Status
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from itertools import combinations, pairwise
 
 import numpy as np
 
-from e2p_ray.downstream.bootstrap import Interval, mean_intervals
-from e2p_ray.downstream.overlap import rouge_scorer
-from e2p_ray.downstream.tokens import words
+from e2p_ray.downstream.measures.bootstrap import Interval, mean_intervals
+from e2p_ray.downstream.measures.overlap import rouge_scorer
+from e2p_ray.downstream.measures.tokens import words
 
 _MAX_CONTENTS = 500
 _MAX_PAIRS = 20  # of one content

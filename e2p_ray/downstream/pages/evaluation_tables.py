@@ -6,17 +6,17 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from e2p_ray.downstream.figures import ABSENT, count_text, gain_text, level_text, percent, score_text, share_text
-from e2p_ray.downstream.likelihood import scores_of
-from e2p_ray.downstream.methods import RIGHT, label_of
-from e2p_ray.downstream.page import table
+from e2p_ray.downstream.measures.likelihood import scores_of
+from e2p_ray.downstream.measures.methods import RIGHT, label_of
+from e2p_ray.downstream.pages.figures import ABSENT, count_text, gain_text, level_text, percent, score_text, share_text
+from e2p_ray.downstream.pages.page import table
 
 if TYPE_CHECKING:
     from e2p_ray.downstream.evaluation import DriftPoint, Evaluation, MethodCost
-    from e2p_ray.downstream.likelihood import MethodScore
-    from e2p_ray.downstream.ranking import Ranking
-    from e2p_ray.downstream.retrieval import Retrieval
-    from e2p_ray.downstream.texts import TextMeasures
+    from e2p_ray.downstream.measures.likelihood import MethodScore
+    from e2p_ray.downstream.measures.ranking import Ranking
+    from e2p_ray.downstream.measures.retrieval import Retrieval
+    from e2p_ray.downstream.measures.texts import TextMeasures
 
 
 def methods_table(evaluation: Evaluation, part: str) -> str:

@@ -14,8 +14,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
-from e2p_ray.downstream.bootstrap import Interval, mean_intervals
-from e2p_ray.downstream.tokens import is_unspaced, words, words_and_marks
+from e2p_ray.downstream.measures.bootstrap import Interval, mean_intervals
+from e2p_ray.downstream.measures.tokens import is_unspaced, words, words_and_marks
 
 _ROUGES = ("rouge1", "rouge2", "rougeL")
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from e2p_ray.downstream.bootstrap import Interval, ratio_intervals
-from e2p_ray.downstream.page import figure, grid, render_page, section, table, tiles
-from e2p_ray.downstream.plots import IntervalRow, Line, interval_plot, line_chart
+from e2p_ray.downstream.measures.bootstrap import Interval, ratio_intervals
+from e2p_ray.downstream.pages.page import figure, grid, render_page, section, table, tiles
+from e2p_ray.downstream.pages.plots import IntervalRow, Line, interval_plot, line_chart
 
 CONTROLS = {
     "right": "right user",

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
-from e2p_ray.downstream.columns import aligned
-from e2p_ray.downstream.evaluation_tables import over
-from e2p_ray.downstream.figures import count_text, gain_text, level_text
-from e2p_ray.downstream.likelihood import ALL
-from e2p_ray.downstream.methods import CONSTANT, RIGHT, SHUFFLED, label_of
-from e2p_ray.downstream.page import figure, grid, render_page, section, table
-from e2p_ray.downstream.plots import IntervalRow, interval_plot
+from e2p_ray.downstream.measures.likelihood import ALL
+from e2p_ray.downstream.measures.methods import CONSTANT, RIGHT, SHUFFLED, label_of
+from e2p_ray.downstream.pages.columns import aligned
+from e2p_ray.downstream.pages.evaluation_tables import over
+from e2p_ray.downstream.pages.figures import count_text, gain_text, level_text
+from e2p_ray.downstream.pages.page import figure, grid, render_page, section, table
+from e2p_ray.downstream.pages.plots import IntervalRow, interval_plot
 
 if TYPE_CHECKING:
-    from e2p_ray.downstream.bootstrap import Interval
     from e2p_ray.downstream.evaluation import Evaluation
+    from e2p_ray.downstream.measures.bootstrap import Interval
 
 _GAIN = "nats a token gained by the right user's soft token"
 _LOSS = "nats a token (less is better)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from e2p_ray.downstream.style import STYLE
+from e2p_ray.downstream.pages.style import STYLE
 
 
 def render_page(title: str, sections: Iterable[str], *, language: str = "en") -> str:

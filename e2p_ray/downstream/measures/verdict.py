@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from e2p_ray.downstream.bootstrap import Interval
-from e2p_ray.downstream.likelihood import ALL, MethodScore
-from e2p_ray.downstream.methods import CONSTANT, MEAN, NO_SOFT_TOKEN, SHUFFLED
+from e2p_ray.downstream.measures.bootstrap import Interval
+from e2p_ray.downstream.measures.likelihood import ALL, MethodScore
+from e2p_ray.downstream.measures.methods import CONSTANT, MEAN, NO_SOFT_TOKEN, SHUFFLED
 
 _MIN_USERS = 5  # fewer and a bootstrap over users means nothing
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from e2p_ray.downstream.bootstrap import Interval
+from e2p_ray.downstream.measures.bootstrap import Interval
 
 ABSENT = "–"
 

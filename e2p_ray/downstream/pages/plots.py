@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from e2p_ray.downstream.axis import Axis, axis_over
-from e2p_ray.downstream.bootstrap import Interval
+from e2p_ray.downstream.measures.bootstrap import Interval
+from e2p_ray.downstream.pages.axis import Axis, axis_over
 
 _WIDTH = 560
 _CHAR = 6.6  # mean width of a letter of the labels

@@ -6,23 +6,23 @@ from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING
 
-from e2p_ray.downstream.evaluation_lines import shown_parts
-from e2p_ray.downstream.evaluation_tables import (
+from e2p_ray.downstream.measures.likelihood import ALL, scores_of
+from e2p_ray.downstream.measures.methods import CONSTANT, RIGHT, SHUFFLED, explanation_of, label_of
+from e2p_ray.downstream.measures.verdict import Finding
+from e2p_ray.downstream.pages.evaluation_lines import shown_parts
+from e2p_ray.downstream.pages.evaluation_tables import (
     drift_table,
     methods_table,
     ranking_table,
     retrieval_table,
     text_tables,
 )
-from e2p_ray.downstream.likelihood import ALL, scores_of
-from e2p_ray.downstream.methods import CONSTANT, RIGHT, SHUFFLED, explanation_of, label_of
-from e2p_ray.downstream.page import figure, grid, render_page, section, tiles
-from e2p_ray.downstream.plots import IntervalRow, Line, interval_plot, line_chart, signed_histogram
-from e2p_ray.downstream.verdict import Finding
+from e2p_ray.downstream.pages.page import figure, grid, render_page, section, tiles
+from e2p_ray.downstream.pages.plots import IntervalRow, Line, interval_plot, line_chart, signed_histogram
 
 if TYPE_CHECKING:
     from e2p_ray.downstream.evaluation import DriftPoint, Evaluation
-    from e2p_ray.downstream.texts import SampleTexts
+    from e2p_ray.downstream.measures.texts import SampleTexts
 
 _PILLS = {
     Finding.PERSONALISES: ("yes", "personalises"),

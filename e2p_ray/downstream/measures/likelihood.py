@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from e2p_ray.downstream.axis import round_step
-from e2p_ray.downstream.bootstrap import Floats, Interval, ratio_interval, ratio_intervals
-from e2p_ray.downstream.methods import CONSTANT, RIGHT, SHUFFLED, in_order
+from e2p_ray.downstream.measures.bootstrap import Floats, Interval, ratio_interval, ratio_intervals
+from e2p_ray.downstream.measures.methods import CONSTANT, RIGHT, SHUFFLED, in_order
+from e2p_ray.downstream.pages.axis import round_step
 
 ALL = "all"
 _NUM_HISTORY_BINS = 5

@@ -10,7 +10,7 @@ import numpy as np
 
 from e2p_ray.check import check
 from e2p_ray.config import ChecksConfig, LimitsConfig
-from e2p_ray.downstream.bootstrap import Interval, mean_intervals
+from e2p_ray.downstream.measures.bootstrap import Interval, mean_intervals
 from e2p_ray.schema import Content, Reason
 
 _NO_LIMITS = 1_000_000

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from e2p_ray.downstream.faithfulness import Faithfulness, measure_faithfulness
-from e2p_ray.downstream.likeness import Likeness, measure_likeness
-from e2p_ray.downstream.methods import NO_SOFT_TOKEN, REFERENCE, RIGHT, SHUFFLED, in_order
-from e2p_ray.downstream.overlap import Overlap, measure_overlap
-from e2p_ray.downstream.variety import Variety, measure_variety
+from e2p_ray.downstream.measures.faithfulness import Faithfulness, measure_faithfulness
+from e2p_ray.downstream.measures.likeness import Likeness, measure_likeness
+from e2p_ray.downstream.measures.methods import NO_SOFT_TOKEN, REFERENCE, RIGHT, SHUFFLED, in_order
+from e2p_ray.downstream.measures.overlap import Overlap, measure_overlap
+from e2p_ray.downstream.measures.variety import Variety, measure_variety
 from e2p_ray.schema import Content
 
 _COLUMNS = ("method", "task", "language", "user_id", "content_id", "text", "reference", "title", "body")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from e2p_ray.downstream.bootstrap import Floats, Interval, mean_intervals
+from e2p_ray.downstream.measures.bootstrap import Floats, Interval, mean_intervals
 
 _TIE_NATS = 1e-5  # what rounding does to the log-likelihood of one text in float32
 

@@ -6,10 +6,10 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from e2p_ray.downstream.columns import aligned
-from e2p_ray.downstream.figures import count_text, gain_text, level_text, percent, score_text, share_text
-from e2p_ray.downstream.likelihood import ALL, scores_of
-from e2p_ray.downstream.methods import label_of
+from e2p_ray.downstream.measures.likelihood import ALL, scores_of
+from e2p_ray.downstream.measures.methods import label_of
+from e2p_ray.downstream.pages.columns import aligned
+from e2p_ray.downstream.pages.figures import count_text, gain_text, level_text, percent, score_text, share_text
 
 if TYPE_CHECKING:
     from e2p_ray.downstream.evaluation import Evaluation

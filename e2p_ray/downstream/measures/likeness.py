@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from e2p_ray.check.script import normalize
-from e2p_ray.downstream.bootstrap import Floats, Interval, mean_intervals, user_sums
+from e2p_ray.downstream.measures.bootstrap import Floats, Interval, mean_intervals, user_sums
 
 _HABITS = {
     "question": re.compile(r"\?"),

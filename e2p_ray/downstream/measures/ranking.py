@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from e2p_ray.downstream.bootstrap import Floats, Interval, mean_intervals
-from e2p_ray.downstream.methods import in_order
+from e2p_ray.downstream.measures.bootstrap import Floats, Interval, mean_intervals
+from e2p_ray.downstream.measures.methods import in_order
 
 _COLUMNS = {
     "method": pl.String,

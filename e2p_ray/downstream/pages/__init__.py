@@ -1,0 +1,1 @@
+"""How what was found is shown: terminal lines and self-contained HTML pages."""
