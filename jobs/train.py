@@ -12,7 +12,7 @@ from jobs.cli import Job, run_job
 from jobs.steps import say
 
 if TYPE_CHECKING:
-    from e2p_ray.train.job import TrainOutcome
+    from e2p_ray.train.job.training import TrainOutcome
 
 
 def train(config: TrainConfig, options: argparse.Namespace) -> None:
@@ -24,8 +24,8 @@ def train(config: TrainConfig, options: argparse.Namespace) -> None:
 
 def train_projector(config: TrainConfig, *, again: bool = False) -> TrainingReport | None:
     """Train, write artifact, report and record; None when all of them are there already."""
-    from e2p_ray.train.job import run_training  # torch: not for --help
-    from e2p_ray.train.prepared import finished_manifest, forget, prepare
+    from e2p_ray.train.job.prepared import finished_manifest, forget, prepare
+    from e2p_ray.train.job.training import run_training  # torch: not for --help
     from jobs.train_progress import TrainLine
 
     prepared = prepare(config)

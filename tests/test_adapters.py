@@ -33,7 +33,7 @@ from e2p_ray.train import (
     score,
     train_adapter,
 )
-from e2p_ray.train.adapters import adapter_loss, new_adapter
+from e2p_ray.train.baselines.adapters import adapter_loss, new_adapter
 from e2p_ray.train.fit import draw
 from e2p_ray.train.lessons import Ragged
 from tests.tiny_models import EMBEDDING_DIM, byte_tokenizer, configs, contents, save_model_folder

@@ -29,9 +29,15 @@ from e2p_ray.train import (
     new_projector,
     score,
 )
-from e2p_ray.train.checkpoint import Checkpoint, UnusableCheckpoint, checkpoint_uri, read_checkpoint, write_checkpoint
 from e2p_ray.train.controls import derangement, score_controls
 from e2p_ray.train.fit import draw
+from e2p_ray.train.job.checkpoint import (
+    Checkpoint,
+    UnusableCheckpoint,
+    checkpoint_uri,
+    read_checkpoint,
+    write_checkpoint,
+)
 from tests.tiny_models import byte_tokenizer, configs, contents, random_model, task
 
 FOLDER = BaseModelFolder(Path("."), "tiny@0", "bytes")

@@ -33,13 +33,13 @@ from e2p_ray.errors import ConfigError, InputError
 from e2p_ray.schema import Content
 from e2p_ray.storage import Storage
 from e2p_ray.train import Fit, LessonTable, Target, UserTable, make_lessons, new_projector, start_calmly
-from e2p_ray.train.board import TrainProgress
-from e2p_ray.train.inputs import LessonCounts, prepare_lessons
-from e2p_ray.train.job import reading_of
-from e2p_ray.train.prepared import Prepared, prepare, settings_of
-from e2p_ray.train.provenance import curves_said
-from e2p_ray.train.session import quiet_ray_data, typed_errors
-from e2p_ray.train.tables import scan_tables
+from e2p_ray.train.data.inputs import LessonCounts, prepare_lessons
+from e2p_ray.train.data.tables import scan_tables
+from e2p_ray.train.job.board import TrainProgress
+from e2p_ray.train.job.prepared import Prepared, prepare, settings_of
+from e2p_ray.train.job.provenance import curves_said
+from e2p_ray.train.job.session import quiet_ray_data, typed_errors
+from e2p_ray.train.job.training import reading_of
 from jobs import train, validate
 from jobs.cli import run_job
 from jobs.train_progress import TrainLine, training_text

@@ -14,7 +14,7 @@ from e2p_ray.errors import ConfigError
 from e2p_ray.evaluate.contest import Contest, Scored, soft_token_scores
 from e2p_ray.evaluate.controls import num_parameters, train_on
 from e2p_ray.train import LessonTable, RowScores, Target, profile_lessons, train_adapter
-from e2p_ray.train.adapters import AdapterKind
+from e2p_ray.train.baselines.adapters import AdapterKind
 
 
 def score_baseline(contest: Contest, method: ExtraMethod) -> Scored:

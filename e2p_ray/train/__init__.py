@@ -1,11 +1,11 @@
 """Trains a projector on texts that were right for their users; the base model stays as it is."""
 
-from e2p_ray.train.adapters import Adapter, AdapterKind, train_adapter
+from e2p_ray.train.baselines.adapters import Adapter, AdapterKind, train_adapter
+from e2p_ray.train.baselines.profile import profile_lessons
 from e2p_ray.train.controls import derangement
 from e2p_ray.train.fit import Alone, Fit, StepRecord, World
 from e2p_ray.train.lessons import Lesson, LessonTable, Ragged, Row, Target, UserTable, make_lessons
 from e2p_ray.train.loss import Batch, prefixes_of, row_losses, target_loss
-from e2p_ray.train.profile import profile_lessons
 from e2p_ray.train.projector import (
     TrainResult,
     check_frozen,

@@ -22,9 +22,9 @@ from e2p_ray.engine.model import BaseModel, pick_device
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.errors import ConfigError, RunError
+from e2p_ray.train.baselines.live_prefixes import LivePrefixes
 from e2p_ray.train.fit import StepRecord, draw, schedule
 from e2p_ray.train.lessons import Lesson, LessonTable, Row
-from e2p_ray.train.live_prefixes import LivePrefixes
 from e2p_ray.train.loss import Batch, prefixes_of, row_losses
 from e2p_ray.train.score import RowScores, score
 from e2p_ray.train.settings import TrainSettings

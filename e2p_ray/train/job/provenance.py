@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from e2p_ray.config import TrainConfig
-from e2p_ray.train.tables import SourceTable
+from e2p_ray.train.data.tables import SourceTable
 
 _FORMAT = 1  # counts up when the same inputs give another projector
 _NO_INFLUENCE = {"training": {"checkpoint_every", "max_prefix_bytes"}}
@@ -60,7 +60,7 @@ def code_of() -> dict[str, str | None]:
         found = version("e2p_ray")
     except PackageNotFoundError:
         found = "unknown"
-    return {"version": found, "commit": _commit(Path(__file__).resolve().parents[2])}
+    return {"version": found, "commit": _commit(Path(__file__).resolve().parents[3])}
 
 
 def _commit(root: Path) -> str | None:

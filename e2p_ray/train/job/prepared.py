@@ -13,10 +13,10 @@ from e2p_ray.engine.model import refuse_unsupported
 from e2p_ray.errors import ConfigError, IncompatibleError
 from e2p_ray.storage import Storage, is_s3
 from e2p_ray.storage.local import local_path
-from e2p_ray.train.checkpoint import checkpoint_uri
-from e2p_ray.train.provenance import train_id_of
+from e2p_ray.train.data.tables import SourceTable, scan_tables
+from e2p_ray.train.job.checkpoint import checkpoint_uri
+from e2p_ray.train.job.provenance import train_id_of
 from e2p_ray.train.settings import TrainSettings
-from e2p_ray.train.tables import SourceTable, scan_tables
 
 
 def settings_of(shape: ShapeConfig, training: TrainingConfig) -> TrainSettings:

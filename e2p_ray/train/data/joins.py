@@ -13,7 +13,7 @@ import polars as pl
 from e2p_ray.errors import ConfigError, InputError
 from e2p_ray.plan.inputs import CONTENTS, Space, latest, stable_hash
 from e2p_ray.schema import Reason
-from e2p_ray.train.tables import TARGETS, TRAINING_USERS
+from e2p_ray.train.data.tables import TARGETS, TRAINING_USERS
 
 # More users than this of another size are no accident: the table then mixes two kinds of user embeddings.
 _MAX_ODD_SHARE = 0.1

@@ -24,11 +24,11 @@ from e2p_ray.engine.model import BaseModel, pick_device
 from e2p_ray.engine.projector import ReferenceStatistics
 from e2p_ray.errors import E2PError, RunError
 from e2p_ray.storage import Storage
-from e2p_ray.train.board import TrainProgress
-from e2p_ray.train.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from e2p_ray.train.controls import Scores, score_controls
+from e2p_ray.train.data.inputs import folder_here
 from e2p_ray.train.fit import Fit, StepRecord
-from e2p_ray.train.inputs import folder_here
+from e2p_ray.train.job.board import TrainProgress
+from e2p_ray.train.job.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from e2p_ray.train.lessons import LessonTable, UserTable
 from e2p_ray.train.projector import check_frozen, new_projector, start_calmly
 from e2p_ray.train.settings import TrainSettings

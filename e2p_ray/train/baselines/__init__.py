@@ -1,0 +1,1 @@
+"""What one would train instead of a projector; for evaluation only."""

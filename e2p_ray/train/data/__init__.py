@@ -1,0 +1,1 @@
+"""The training tables: scanned, joined, made into lessons by Ray."""
