@@ -79,7 +79,7 @@ def configs(task: RealTask, variant: Variant, size: Size, output: Path, *, full:
         "contents_per_step": size.contents_per_step,
         "learning_rate": size.learning_rate,
         "warmup_steps": 10,
-        "validate_every": max(1, size.num_steps // 3),
+        "validate_every": size.num_steps,
         "max_target_tokens": 40,
         "target_prefix": {task.language: task.target_prefix},
     }
