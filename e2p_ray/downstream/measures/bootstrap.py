@@ -19,6 +19,7 @@ Floats = NDArray[np.float64]
 
 NUM_RESAMPLES = 2000
 LEVEL = 0.95
+NO_USERS = "nothing to measure: no user has a scored target. Check that targets and users share their ids."
 _MAX_WEIGHTS = 4_000_000  # drawn at once, so that memory does not grow with users times resamples
 
 
@@ -58,7 +59,7 @@ def ratio_intervals(
     """
     num_users = len(numerators)
     if num_users == 0:
-        raise RunError("nothing to measure: no user has a scored target. Check that targets and users share their ids.")
+        raise RunError(NO_USERS)
     assert denominators.shape == (num_users,), "one denominator a user"
     assert (denominators > 0).all(), "a user without targets is left out before"
     assert np.isfinite(numerators).all(), "measures are finite"

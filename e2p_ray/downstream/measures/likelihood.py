@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from e2p_ray.downstream.measures.bootstrap import Floats, Interval, ratio_interval, ratio_intervals
+from e2p_ray.downstream.measures.bootstrap import NO_USERS, Floats, Interval, ratio_interval, ratio_intervals
 from e2p_ray.downstream.measures.methods import CONSTANT, RIGHT, SHUFFLED, in_order
 from e2p_ray.downstream.pages.axis import round_step
+from e2p_ray.errors import RunError
 
 ALL = "all"
 _NUM_HISTORY_BINS = 5
@@ -112,7 +113,9 @@ def parts_of(scores: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
 
 
 def user_totals(scores: pl.DataFrame) -> UserTotals:
-    """The scores summed by user, users in the order of their ids."""
+    """The scores summed by user, users in the order of their ids. Raises RunError without scores."""
+    if scores.is_empty():
+        raise RunError(NO_USERS)
     methods = tuple(in_order(scores["method"]))
     wide = scores.group_by("user_id").agg(
         *(pl.col("nll").filter(method=method).sum().alias(f"nll {method}") for method in methods),
@@ -161,20 +164,29 @@ def controls_of(totals: UserTotals) -> list[str]:
 
 
 def gains_by_history(totals: UserTotals, control: str, *, seed: int) -> tuple[HistoryGain, ...]:
-    """About equally many users a bin, users of one history size together; nothing where history is unknown."""
+    """About equally many users a bin, never fewer than five; nothing where history is unknown or all in one bin."""
     known = np.isfinite(totals.history_sizes)
     sizes, gains, tokens = totals.history_sizes[known], totals.gains(control)[known], totals.num_tokens[known]
     num_bins = min(_NUM_HISTORY_BINS, len(sizes) // _MIN_BIN_USERS)
     if num_bins < 2:
         return ()
-    edges = np.unique(np.quantile(sizes, np.arange(1, num_bins) / num_bins))
-    bins = np.searchsorted(edges, sizes, side="left")
+    bins = np.searchsorted(_bin_edges(sizes, num_bins), sizes, side="left")
     found = []
     for index in np.unique(bins):
         own = bins == index
         gain = ratio_interval(gains[own], tokens[own], seed=seed)
         found.append(HistoryGain(control, int(sizes[own].min()), int(sizes[own].max()), int(own.sum()), gain))
     return tuple(found) if len(found) > 1 else ()
+
+
+def _bin_edges(sizes: Floats, num_bins: int) -> list[float]:
+    """Quantiles, less those that would leave a bin with too few users for an interval, as ties and outliers do."""
+    edges: list[float] = []
+    for edge in np.unique(np.quantile(sizes, np.arange(1, num_bins) / num_bins)):
+        num_before = ((sizes <= edge) & (sizes > (edges[-1] if edges else -np.inf))).sum()
+        if min(num_before, (sizes > edge).sum()) >= _MIN_BIN_USERS:
+            edges.append(float(edge))
+    return edges
 
 
 def gain_histogram(totals: UserTotals, control: str) -> GainHistogram:
