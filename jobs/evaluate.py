@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
+from typing import TYPE_CHECKING
 
 from e2p_ray.config import EvaluateConfig
-from e2p_ray.downstream.evaluation import Evaluation
-from e2p_ray.downstream.pages.comparison import render_comparison
-from e2p_ray.downstream.pages.evaluation_page import render_evaluation
 from e2p_ray.errors import ConfigError, ObjectNotFoundError
 from e2p_ray.storage import Storage
 from jobs.cli import Job, run_job
 from jobs.steps import say
+
+if TYPE_CHECKING:
+    from e2p_ray.downstream.evaluation import Evaluation
 
 RESULT_FILE = "evaluation.json"
 PAGE_FILE = "report.html"
@@ -25,6 +27,9 @@ def evaluate(config: EvaluateConfig, options: argparse.Namespace) -> None:
 
 def run_evaluation(config: EvaluateConfig) -> Evaluation:
     """Evaluate, print the table, write evaluation.json and report.html."""
+    require_extra()
+    from e2p_ray.downstream.pages.comparison import render_comparison
+    from e2p_ray.downstream.pages.evaluation_page import render_evaluation
     from e2p_ray.evaluate import evaluate as run  # torch: only once the configuration has been read
 
     storage = Storage(config.storage)
@@ -41,8 +46,17 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     return found
 
 
+def require_extra() -> None:
+    """ConfigError without the packages that evaluation alone needs."""
+    missing = [name for name in ("rouge_score", "sacrebleu") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"evaluation needs {', '.join(missing)}. Install the extra: pip install 'e2p_ray[evaluate]'")
+
+
 def read_evaluation(storage: Storage, uri: str) -> Evaluation:
     """An earlier evaluation's result. Raises ConfigError when there is none."""
+    from e2p_ray.downstream.evaluation import Evaluation
+
     try:
         return Evaluation.from_json(storage.read_bytes(f"{uri}/{RESULT_FILE}").decode())
     except ObjectNotFoundError as error:
