@@ -30,7 +30,7 @@ class EvaluateInputsConfig(Section):
     targets_uri: Uri = Field(description="held-out targets: the projector must not have been trained on them")
     training_targets_uri: Uri = Field(description="what the trained controls learn from: the projector's own targets")
     impressions_uri: Uri | None = Field(
-        None, description="candidates that were shown: impression_id, user_id, content_id, clicked; for ranking"
+        None, description="what was shown: impression_id, user_id, content_id, text, clicked; for ranking"
     )
     later_users_uri: Uri | None = Field(None, description="the same users later, in the same embedding space")
     refit_users_uri: Uri | None = Field(None, description="the same users in a refit space: must be refused")
