@@ -59,6 +59,7 @@ class Size:
     contents_per_step: int
     learning_rate: float
     max_targets: int
+    baselines: tuple[str, ...] = BASELINES
 
 
 def configs(task: RealTask, variant: Variant, size: Size, output: Path, *, full: bool) -> tuple[TrainConfig, Any]:
@@ -80,6 +81,7 @@ def configs(task: RealTask, variant: Variant, size: Size, output: Path, *, full:
         "learning_rate": size.learning_rate,
         "warmup_steps": 10,
         "validate_every": size.num_steps,
+        "validation_share": 0.0,  # a full one has validation targets of its own
         "max_target_tokens": 40,
         "target_prefix": {task.language: task.target_prefix},
     }
@@ -91,7 +93,7 @@ def configs(task: RealTask, variant: Variant, size: Size, output: Path, *, full:
             "users_uri": tables["users"],
             "contents_uri": tables["contents"],
             "targets_uri": task.uri("targets_train"),
-            "validation_uri": task.uri("targets_validation"),
+            "validation_uri": task.uri("targets_validation") if full else None,
         },
         "output": {"uri": str(place / "training")},
         "projector": {"layout": variant.layout, "num_soft_tokens": variant.num_soft_tokens},
@@ -100,7 +102,7 @@ def configs(task: RealTask, variant: Variant, size: Size, output: Path, *, full:
     evaluation: dict[str, Any] = {"max_targets": size.max_targets}
     more: dict[str, str] = {}
     if full:
-        evaluation |= {"methods": BASELINES, "num_retrieval_texts": 100, "num_written": 100}
+        evaluation |= {"methods": size.baselines, "num_retrieval_texts": 100, "num_written": 100}
         more = {"later_users_uri": task.uri("users_later"), "refit_users_uri": task.uri("users_refit")}
         if task.num_impressions:
             more["impressions_uri"] = task.uri("impressions")
@@ -164,11 +166,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate")
     parser.add_argument("--targets", type=int, default=1500, help="held-out targets")
     parser.add_argument("--plain", action="store_true", help="no baselines, texts, retrieval and drift")
+    parser.add_argument("--baselines", nargs="*", default=BASELINES, choices=BASELINES)
     options = parser.parse_args()
     chosen = [v for v in VARIANTS if options.variants == "all" or v.name in options.variants.split(",")]
     task = written(options.task, options.output / options.task / "tables")
     print(task.describe(), flush=True)
-    size = Size(options.steps, options.contents, options.rate, options.targets)
+    size = Size(options.steps, options.contents, options.rate, options.targets, tuple(options.baselines))
     found = {
         v.name: measure(task, v, size, options.output, full=v == VARIANTS[0] and not options.plain) for v in chosen
     }
