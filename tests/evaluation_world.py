@@ -22,7 +22,7 @@ METHODS = {  # nats a token above the right user, in gains
     "our_own_method": 0.6,
 }
 NUM_USERS, NUM_CONTENTS = 60, 8
-EVIL = "<script>document.title='owned'</script>\"'&<img src=x onerror=alert(1)>"
+EVIL = "<script>document.title='owned'</script>\"'&<img src=x onerror=document.title='owned'>"
 _TITLES = {
     "en": ("Harbour bridge opens", "The city opened a bridge on Monday. It cost 40 million dollars."),
     "ja": ("港の新しい橋が開通", "月曜日に橋が開通した。費用は40億円。佐藤市長がテープを切った。"),

@@ -52,7 +52,8 @@ class MethodCost:
 class DriftPoint:
     """Loss of the right user's soft token after the user embeddings drifted.
 
-    kind: what was done to them, such as noise, later, refit; amount: how much, in the units of its kind.
+    kind: what was done to them, such as noise, later, refit; amount: their root mean square change in standard
+    deviations.
     """
 
     kind: str

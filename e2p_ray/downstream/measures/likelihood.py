@@ -104,6 +104,11 @@ def check_scores(scores: pl.DataFrame) -> None:
     assert len(uneven) == 0, f"every method has the same pairs; {len(uneven)} pairs have not"
 
 
+def part_label(part: str) -> str:
+    """How a part is called: all pairs, a language by its name, a task as it is."""
+    return {ALL: "all pairs", "en": "English", "ja": "Japanese"}.get(part, part)
+
+
 def parts_of(scores: pl.DataFrame) -> list[tuple[str, pl.DataFrame]]:
     """Everything, each language, and each task where there are several."""
     parts = [(ALL, scores)]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from e2p_ray.downstream.measures.bootstrap import Interval
-from e2p_ray.downstream.measures.likelihood import ALL, MethodScore
-from e2p_ray.downstream.measures.methods import CONSTANT, MEAN, NO_SOFT_TOKEN, SHUFFLED
+from e2p_ray.downstream.measures.likelihood import ALL, MethodScore, part_label
+from e2p_ray.downstream.measures.methods import CONSTANT, MEAN, NO_SOFT_TOKEN, SHUFFLED, label_of
 
 _MIN_USERS = 5  # fewer and a bootstrap over users means nothing
 
@@ -24,7 +24,7 @@ class Finding(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """The finding on all pairs, and sentences: on all, against the other controls, by language."""
+    """The finding on all pairs, and sentences: on all, against the other controls, what does better, by language."""
 
     finding: Finding
     sentences: tuple[str, ...]
@@ -41,10 +41,26 @@ def conclude(scores: Sequence[MethodScore], languages: Sequence[str]) -> Conclus
             score = by_key.get((ALL, method))
             if score is not None and score.gain is not None:
                 sentences.append(_against(score.gain, *words))
+        sentences += _better(scores)
         if len(languages) > 1:
             of_languages = [(name, by_key[name, SHUFFLED]) for name in languages if (name, SHUFFLED) in by_key]
-            sentences += [f"{name}: {_main_sentence(score, _finding(score))}" for name, score in of_languages]
+            sentences += [
+                f"{part_label(name)}: {_main_sentence(score, _finding(score))}" for name, score in of_languages
+            ]
     return Conclusion(finding, tuple(sentences))
+
+
+def _better(scores: Sequence[MethodScore]) -> list[str]:
+    """The methods beside the controls that do better than the right user's soft token, if any, the best first."""
+    controls = (SHUFFLED, CONSTANT, MEAN, NO_SOFT_TOKEN)
+    found = [
+        (score.gain.value, f"{label_of(score.method)} by {_amount(score.gain)}")
+        for score in scores
+        if score.part == ALL and score.method not in controls and score.gain is not None and score.gain.is_below_zero
+    ]
+    return (
+        [f"Better than the right user's soft token: {'; '.join(said for _, said in sorted(found))}."] if found else []
+    )
 
 
 def _finding(score: MethodScore | None) -> Finding:

@@ -6,17 +6,16 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_MAX_TICKS = 6
-
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Values from `low` to `high` on places from `start` to `end`; `end` may lie before `start`."""
+    """Values from `low` to `high` on places from `start` to `end`, which may lie before `start`; `tick_room` apart."""
 
     low: float
     high: float
     start: float
     end: float
+    tick_room: float = 60.0
 
     def place(self, value: float) -> float:
         """Where a value lies; values beyond the ends lie on them."""
@@ -25,8 +24,8 @@ class Axis:
 
     @property
     def step(self) -> float:
-        """A round distance of at most six ticks or so."""
-        return round_step((self.high - self.low) / _MAX_TICKS)
+        """A round distance that leaves every tick its room, as far as three ticks have it."""
+        return round_step((self.high - self.low) / max(abs(self.end - self.start) / self.tick_room, 3.0))
 
     @property
     def ticks(self) -> tuple[float, ...]:
@@ -41,12 +40,14 @@ class Axis:
         return f"{value:+,.{decimals}f}" if signed and value else f"{value:,.{decimals}f}"
 
 
-def axis_over(values: Iterable[float], start: float, end: float, *, margin: float = 0.05) -> Axis:
+def axis_over(
+    values: Iterable[float], start: float, end: float, *, tick_room: float = 60.0, margin: float = 0.05
+) -> Axis:
     """An axis that holds all values, with some room at both ends."""
     held = list(values)
     low, high = min(held), max(held)
     room = (high - low) * margin or abs(high) * margin or 1.0
-    return Axis(low - room, high + room, start, end)
+    return Axis(low - room, high + room, start, end, tick_room)
 
 
 def round_step(size: float) -> float:

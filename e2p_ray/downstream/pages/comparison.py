@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING
 
-from e2p_ray.downstream.measures.likelihood import ALL
+from e2p_ray.downstream.measures.likelihood import ALL, part_label
 from e2p_ray.downstream.measures.methods import CONSTANT, RIGHT, SHUFFLED, label_of
 from e2p_ray.downstream.pages.columns import aligned
 from e2p_ray.downstream.pages.evaluation_tables import over
-from e2p_ray.downstream.pages.figures import count_text, gain_text, level_text
+from e2p_ray.downstream.pages.figures import ABSENT, count_text, gain_text, level_text
 from e2p_ray.downstream.pages.page import figure, grid, render_page, section, table
 from e2p_ray.downstream.pages.plots import IntervalRow, interval_plot
 
@@ -32,7 +32,7 @@ def comparison_lines(evaluations: Mapping[str, Evaluation]) -> str:
                 [
                     name,
                     part,
-                    level_text(level)[0] if level else "–",
+                    level_text(level)[0] if level else ABSENT,
                     *gain_text(_gain(evaluation, part, SHUFFLED)),
                     *gain_text(_gain(evaluation, part, CONSTANT)),
                 ]
@@ -44,8 +44,7 @@ def render_comparison(evaluations: Mapping[str, Evaluation]) -> str:
     """A page: a table, and a plot of the gain over each control and of the loss for every part."""
     sections = [f"<h1>Which layout personalises best?</h1>{section('Side by side', _table(evaluations) + _NOTE)}"]
     for part in dict.fromkeys(part for evaluation in evaluations.values() for part in _parts(evaluation)):
-        title = "All pairs" if part == ALL else part
-        sections.append(section(title, grid(_plots(evaluations, part))))
+        sections.append(section(f"Compared on {part_label(part)}", grid(_plots(evaluations, part))))
     return render_page("Comparison of evaluations", sections)
 
 
@@ -66,7 +65,7 @@ def _plots(evaluations: Mapping[str, Evaluation], part: str) -> list[str]:
 
 
 def _plot(title: str, values: Mapping[str, Interval | None], x_title: str, *, from_zero: bool) -> str:
-    rows = [IntervalRow(name, value, "main") for name, value in values.items() if value is not None]
+    rows = [IntervalRow(name, value, "peer") for name, value in values.items() if value is not None]
     if not rows:
         return ""
     return figure(title, interval_plot(rows, label=title, x_title=x_title, from_zero=from_zero))
@@ -81,25 +80,30 @@ def _table(evaluations: Mapping[str, Evaluation]) -> str:
         over("over constant token", "nats a token"),
         over("trained", "parameters"),
         over("prompt tokens", "own"),
-        "verdict",
     ]
-    rows = []
-    for name, evaluation in evaluations.items():
-        for part in _parts(evaluation):
-            level, cost = _level(evaluation, part), evaluation.cost(RIGHT)
-            rows.append(
-                [
-                    over(name),
-                    escape(part),
-                    over(*level_text(level)) if level else "–",
-                    over(*gain_text(_gain(evaluation, part, SHUFFLED))),
-                    over(*gain_text(_gain(evaluation, part, CONSTANT))),
-                    count_text(cost.num_trainable_parameters),
-                    count_text(cost.num_own_tokens),
-                    escape(str(evaluation.conclusion.finding).replace("_", " ")) if part == ALL else "",
-                ]
-            )
+    rows = [
+        [*_name_cells(name, evaluation, part), *_figure_cells(evaluation, part)]
+        for name, evaluation in evaluations.items()
+        for part in _parts(evaluation)
+    ]
     return table(head, rows, num_texts=2)
+
+
+def _name_cells(name: str, evaluation: Evaluation, part: str) -> tuple[str, str]:
+    """A layout is named, with its verdict, in its first row only."""
+    verdict = str(evaluation.conclusion.finding).replace("_", " ")
+    return over(name, verdict) if part == ALL else "", escape(part_label(part))
+
+
+def _figure_cells(evaluation: Evaluation, part: str) -> tuple[str, ...]:
+    level, cost = _level(evaluation, part), evaluation.cost(RIGHT)
+    counts = (cost.num_trainable_parameters, cost.num_own_tokens)
+    return (
+        over(*level_text(level)) if level else ABSENT,
+        over(*gain_text(_gain(evaluation, part, SHUFFLED))),
+        over(*gain_text(_gain(evaluation, part, CONSTANT))),
+        *(count_text(count) if part == ALL else "" for count in counts),
+    )
 
 
 def _parts(evaluation: Evaluation) -> list[str]:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from e2p_ray.downstream.measures.likelihood import ALL, scores_of
+from e2p_ray.downstream.measures.likelihood import part_label, scores_of
 from e2p_ray.downstream.measures.methods import label_of
 from e2p_ray.downstream.pages.columns import aligned
 from e2p_ray.downstream.pages.figures import count_text, gain_text, level_text, percent, score_text, share_text
@@ -41,8 +41,9 @@ def shown_parts(evaluation: Evaluation) -> list[str]:
 def _part_lines(evaluation: Evaluation, part: str) -> list[str]:
     scores = scores_of(evaluation.scores, part)
     first = scores[0]
-    title = "all pairs" if part == ALL else part
-    lines = [f"{title}: {first.num_pairs:,} pairs, {first.num_users:,} users, {first.num_tokens:,} target tokens"]
+    lines = [
+        f"{part_label(part)}: {first.num_pairs:,} pairs, {first.num_users:,} users, {first.num_tokens:,} target tokens"
+    ]
     head = ["method", "nats/token", "right gains", "95 % interval", "users", "params", "prompt", "own", "rows/s", "ms"]
     rows = []
     for score in scores:
@@ -116,9 +117,9 @@ def _text_lines(evaluation: Evaluation) -> list[str]:
 
 def _drift_lines(evaluation: Evaluation) -> list[str]:
     rows = [
-        (point.kind, f"{point.amount:g}", f"{point.nll_per_token:.3f}", level_text(point.interval)[1])
+        (point.kind, f"{point.amount:.3g}", f"{point.nll_per_token:.3f}", level_text(point.interval)[1])
         if point.interval
-        else (point.kind, f"{point.amount:g}", f"{point.nll_per_token:.3f}", "–")
+        else (point.kind, f"{point.amount:.3g}", f"{point.nll_per_token:.3f}", "–")
         for point in evaluation.drift
     ]
     return _table(("drift", "amount", "nats/token", "95 % interval"), rows) if rows else []

@@ -6,22 +6,33 @@ from collections.abc import Iterator
 from html import escape
 from typing import TYPE_CHECKING
 
-from e2p_ray.downstream.measures.likelihood import ALL, scores_of
+from e2p_ray.downstream.measures.likelihood import ALL, part_label, scores_of
 from e2p_ray.downstream.measures.methods import CONSTANT, RIGHT, SHUFFLED, explanation_of, label_of
 from e2p_ray.downstream.measures.verdict import Finding
 from e2p_ray.downstream.pages.evaluation_lines import shown_parts
 from e2p_ray.downstream.pages.evaluation_tables import (
+    drift_label,
     drift_table,
     methods_table,
     ranking_table,
     retrieval_table,
     text_tables,
 )
+from e2p_ray.downstream.pages.figures import gain_text, level_text
 from e2p_ray.downstream.pages.page import figure, grid, render_page, section, tiles
-from e2p_ray.downstream.pages.plots import IntervalRow, Line, interval_plot, line_chart, signed_histogram
+from e2p_ray.downstream.pages.plots import (
+    IntervalRow,
+    Line,
+    far_off,
+    interval_plot,
+    line_chart,
+    signed_histogram,
+    too_far,
+)
 
 if TYPE_CHECKING:
     from e2p_ray.downstream.evaluation import DriftPoint, Evaluation
+    from e2p_ray.downstream.measures.bootstrap import Interval
     from e2p_ray.downstream.measures.texts import SampleTexts
 
 _PILLS = {
@@ -32,10 +43,12 @@ _PILLS = {
 }
 _LOSS = "nats a token (less is better)"
 _GAIN = "nats a token gained by the right user's soft token"
+_DRIFT = "change in standard deviations (root mean square)"
 
 _LOSS_NOTE = """
 Loss: negative log-likelihood of the users' own texts. Gain: how much better the right user's soft token does than the
-method of the line, on the same pairs. Intervals: 95 %, from resampling users. Users who gain: the share of users whose
+method of the line, on the same pairs. Intervals: 95 %, from resampling users; all losses depend alike on which users
+are drawn, so they overlap even where the gain is clear. Users who gain: the share of users whose
 texts the right soft token makes likelier. Own tokens: those of the prompt that are computed for one request alone; the
 others are shared by all users of a content.
 """
@@ -52,6 +65,10 @@ difference from the user's own text, and the correlation of users' mean lengths.
 text on questions, exclamations, quotations, numbers and colons. Different: 0 % when all users of a content get one
 text, 100 % when no two get the same. Distance: 1 − ROUGE-L between two users' texts. Distinct-2: different pairs of
 words among all of one content. Faithful: all numbers and names occur in the content.
+"""
+_DRIFT_NOTE = """
+Dashed: the losses without drift. Intervals are in the table only: they show how users differ, which is the same for
+all points.
 """
 _SAMPLES_NOTE = "Drawn at random, at most one user a content."
 
@@ -72,13 +89,6 @@ def render_evaluation(evaluation: Evaluation) -> str:
             _about(evaluation),
         ),
     )
-
-
-def _part_name(part: str) -> str:
-    """How a part is called in headings."""
-    if part == ALL:
-        return "all pairs"
-    return {"en": "English", "ja": "Japanese"}.get(part, part)
 
 
 def _head(evaluation: Evaluation) -> str:
@@ -107,30 +117,39 @@ def _methods(evaluation: Evaluation) -> str:
     parts = shown_parts(evaluation)
     tables, plots = [], []
     for part in parts:
-        title = _part_name(part)
+        title = part_label(part)
         heading = f"<h3>{escape(title)}</h3>" if len(parts) > 1 else ""
         tables.append(heading + methods_table(evaluation, part))
-        rows = [
-            IntervalRow(label_of(score.method), score.nll_per_token, "main" if score.method == RIGHT else "")
-            for score in scores_of(evaluation.scores, part)
-        ]
-        plot = interval_plot(rows, label=f"loss by method, {title}", x_title=_LOSS)
-        plots.append(figure(f"Loss by method, {title}", plot))
-        plots.append(_gain_plot(evaluation, part, title))
+        plots += _method_plots(evaluation, part)
     body = "".join(tables) + _note(_LOSS_NOTE)
     return section("Quality beside cost", body) + section("The same as pictures", grid(plots))
 
 
-def _gain_plot(evaluation: Evaluation, part: str, title: str) -> str:
-    rows = [
-        IntervalRow(f"over {label_of(score.method)}", score.gain, "main" if score.method == SHUFFLED else "")
-        for score in scores_of(evaluation.scores, part)
+def _method_plots(evaluation: Evaluation, part: str) -> list[str]:
+    """Losses, and gains of the right user over the others, of one part."""
+    scores = scores_of(evaluation.scores, part)
+    left_out = far_off({score.method: score.gain.value for score in scores if score.gain}) - {SHUFFLED}
+    far = [score for score in scores if score.method in left_out]
+    near = [score for score in scores if score not in far]
+    title = part_label(part)
+    rows = [_row(score.method, score.nll_per_token) for score in near]
+    plot = interval_plot(rows, label=f"loss by method, {title}", x_title=_LOSS)
+    note = too_far(f"{label_of(score.method)} {level_text(score.nll_per_token)[0]}" for score in far)
+    plots = [figure(f"Loss by method, {title}", plot, note=note)]
+    gains = [
+        IntervalRow(label_of(score.method), score.gain, "main" if score.method == SHUFFLED else "")
+        for score in near
         if score.gain is not None
     ]
-    if not rows:
-        return ""
-    plot = interval_plot(rows, label=f"gain of the right user, {title}", x_title=_GAIN, from_zero=True)
-    return figure(f"Gain of the right user, {title}", plot)
+    if gains:
+        plot = interval_plot(gains, label=f"gain of the right user, {title}", x_title=_GAIN, from_zero=True)
+        note = too_far(f"{label_of(score.method)} {gain_text(score.gain)[0]}" for score in far)
+        plots.append(figure(f"Gain of the right user over the others, {title}", plot, note=note))
+    return plots
+
+
+def _row(method: str, level: Interval) -> IntervalRow:
+    return IntervalRow(label_of(method), level, "main" if method == RIGHT else "")
 
 
 def _gains(evaluation: Evaluation) -> str:
@@ -142,7 +161,7 @@ def _gains(evaluation: Evaluation) -> str:
         parts.append(figure(title, plot, note=f"{bars.num_gaining:,} of {number:,} users gain."))
     for control in dict.fromkeys(found.control for found in evaluation.history):
         rows = [
-            IntervalRow(f"{_span(found.low, found.high)} ({found.num_users:,} users)", found.gain, "main")
+            IntervalRow(f"{_span(found.low, found.high)} ({found.num_users:,} users)", found.gain, "peer")
             for found in evaluation.history
             if found.control == control
         ]
@@ -198,28 +217,19 @@ def _drift(evaluation: Evaluation) -> str:
     by_kind: dict[str, list[DriftPoint]] = {}
     for point in sorted(evaluation.drift, key=lambda point: point.amount):
         by_kind.setdefault(point.kind, []).append(point)
-    known = [score for name in (RIGHT, SHUFFLED, CONSTANT) if (score := evaluation.score(name)) is not None]
-    parts = []
-    if curves := [_drift_line(kind, points) for kind, points in by_kind.items() if len(points) > 1]:
-        title = "Loss as user embeddings drift"
-        levels = {label_of(score.method): score.nll_per_token.value for score in known}
-        chart = line_chart(curves, label=title, x_title="amount of drift", y_title=_LOSS, levels=levels)
-        parts.append(figure(title, chart))
-    single = [points[0] for points in by_kind.values() if len(points) == 1]
-    if shown := [IntervalRow(point.kind, point.interval) for point in single if point.interval is not None]:
-        title = "Loss with other user embeddings"
-        rows = [
-            IntervalRow(label_of(score.method), score.nll_per_token, "main" if score.method == RIGHT else "")
-            for score in known
-        ]
-        parts.append(figure(title, interval_plot([*rows, *shown], label=title, x_title=_LOSS)))
-    return section("When user embeddings change", grid([*parts, drift_table(evaluation.drift)]))
-
-
-def _drift_line(kind: str, points: list[DriftPoint]) -> Line:
-    bounds = tuple((point.interval.low, point.interval.high) for point in points if point.interval is not None)
-    places = tuple((point.amount, point.nll_per_token) for point in points)
-    return Line(kind, places, bounds if len(bounds) == len(places) else ())
+    curves = [
+        Line(drift_label(kind), tuple((point.amount, point.nll_per_token) for point in points))
+        for kind, points in by_kind.items()
+    ]
+    levels = {
+        label_of(name): score.nll_per_token.value
+        for name in (RIGHT, SHUFFLED, CONSTANT)
+        if (score := evaluation.score(name)) is not None
+    }
+    title = "Loss as user embeddings drift"
+    chart = line_chart(curves, label=title, x_title=_DRIFT, y_title=_LOSS, levels=levels)
+    parts = [figure(title, chart, note=" ".join(_DRIFT_NOTE.split())), drift_table(evaluation.drift)]
+    return section("When user embeddings change", grid(parts))
 
 
 def _note(text: str) -> str:

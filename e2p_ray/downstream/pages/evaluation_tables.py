@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from e2p_ray.downstream.measures.likelihood import scores_of
+from e2p_ray.downstream.measures.likelihood import part_label, scores_of
 from e2p_ray.downstream.measures.methods import RIGHT, label_of
 from e2p_ray.downstream.pages.figures import ABSENT, count_text, gain_text, level_text, percent, score_text, share_text
 from e2p_ray.downstream.pages.page import table
@@ -17,6 +17,18 @@ if TYPE_CHECKING:
     from e2p_ray.downstream.measures.ranking import Ranking
     from e2p_ray.downstream.measures.retrieval import Retrieval
     from e2p_ray.downstream.measures.texts import TextMeasures
+
+
+_DRIFT_WORDS = {
+    "noise": "noise added",
+    "later": "later user embeddings",
+    "refit": "refit space, by force",
+}
+
+
+def drift_label(kind: str) -> str:
+    """What was done to the user embeddings; an unknown kind is shown as it is."""
+    return _DRIFT_WORDS.get(kind, kind)
 
 
 def methods_table(evaluation: Evaluation, part: str) -> str:
@@ -64,7 +76,7 @@ def retrieval_table(found: Iterable[Retrieval]) -> str:
     rows = [
         [
             over(label_of(one.method)),
-            escape(one.language),
+            escape(part_label(one.language)),
             f"{one.num_texts:,} × {one.num_users:,}",
             over(*share_text(one.centred.top_1)),
             over(*share_text(one.centred.top_5)),
@@ -80,12 +92,12 @@ def retrieval_table(found: Iterable[Retrieval]) -> str:
 
 def ranking_table(found: Iterable[Ranking]) -> str:
     """The four measures with intervals; an AUC of 0.5 is chance."""
-    head = ["method", "AUC", "MRR", "NDCG@5", "NDCG@10", over("impressions", "left out")]
+    head = ["method", "AUC", "MRR", "NDCG@5", "NDCG@10", "impressions"]
     rows = [
         [
             over(label_of(one.method)),
             *(over(*score_text(value)) for value in (one.auc, one.mrr, one.ndcg_5, one.ndcg_10)),
-            over(f"{one.num_impressions:,}", f"{one.num_left_out:,}"),
+            over(f"{one.num_impressions:,}", f"{one.num_left_out:,} left out"),
         ]
         for one in found
     ]
@@ -98,7 +110,7 @@ def text_tables(found: Sequence[TextMeasures]) -> str:
     shown = []
     for language, task in parts:
         own = [one for one in found if (one.language, one.task) == (language, task)]
-        title = f"{task}, {language}: {own[0].num_texts:,} texts a method"
+        title = f"{task}, {part_label(language)}: {own[0].num_texts:,} texts a method"
         shown.append(f"<h3>{escape(title)}</h3>{_nearness_table(own)}{_variety_table(own)}")
     return "".join(shown)
 
@@ -112,7 +124,7 @@ def _nearness_table(found: Sequence[TextMeasures]) -> str:
         "BLEU",
         "chrF",
         over("length", "characters off"),
-        "lengths",
+        over("mean lengths", "of users, correlated"),
         "habits",
     ]
     rows = []
@@ -155,10 +167,10 @@ def drift_table(points: Iterable[DriftPoint]) -> str:
     """Every point that was measured."""
     rows = [
         [
-            escape(point.kind),
-            f"{point.amount:g}",
+            escape(drift_label(point.kind)),
+            f"{point.amount:.3g}",
             over(f"{point.nll_per_token:.3f}", level_text(point.interval)[1] if point.interval else ""),
         ]
         for point in points
     ]
-    return table(["drift", "amount", over("loss", "nats a token")], rows, num_texts=1)
+    return table(["drift", over("amount", "standard deviations"), over("loss", "nats a token")], rows, num_texts=1)

@@ -74,7 +74,7 @@ section{
 table{border-collapse:collapse;width:100%}
 th,td{text-align:left;padding:5px 10px 5px 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-weight:600;font-size:.85rem;color:var(--soft)}
-tr:last-child td{border-bottom:0}
+tr:last-child td,tr:last-child:not(:first-child) th{border-bottom:0}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.id{
   font:13px/1.8 ui-monospace,Menlo,Consolas,monospace;
@@ -84,7 +84,7 @@ td.id{
   padding-right:18px
 }
 .sample{break-inside:avoid;padding:4px 0 14px}
-.sample .title{font-weight:600}
+.sample .title{font-weight:600;overflow-wrap:anywhere}
 .sample .label{color:var(--soft);font-size:.8rem}
 .pill{
   display:inline-block;
@@ -108,19 +108,23 @@ svg.stacked{height:20px;border-radius:5px}
 .suppressed{fill:var(--suppressed);background:var(--suppressed)}
 .dead{fill:var(--dead);background:var(--dead)}
 .wide{overflow-x:auto}
+.wide td:first-child,.wide th:first-child{position:sticky;left:0;background:var(--card)}
 .under{display:block;color:var(--soft);font-size:.78rem;font-weight:400}
 .note{color:var(--soft);font-size:.85rem;margin:8px 0 0}
 .verdict{font-size:1.15rem;font-weight:600;margin:0 0 10px}
 .pill.no{background:var(--dead);border-color:var(--dead);color:var(--card)}
-tr.main td{background:var(--quiet)}
+tr.main td,.wide tr.main td:first-child{background:var(--quiet)}
 h3+table,h3+.wide{margin-bottom:14px}
-svg.plot{max-width:760px}
+.wide+h3{margin-top:20px}
+.grid+.wide{margin-top:16px}
+svg.plot{max-width:500px}
 .name{fill:var(--ink);font-size:12.5px}
 .name.main{font-weight:700}
 .dot{fill:var(--soft)}
 .whisker{stroke:var(--soft);stroke-width:1.6}
-.dot.main{fill:var(--bar)}
-.whisker.main{stroke:var(--bar);stroke-width:2.2}
+.dot.main,.dot.peer{fill:var(--bar)}
+.whisker.main,.whisker.peer{stroke:var(--bar);stroke-width:2.2}
+.above{paint-order:stroke;stroke:var(--card);stroke-width:3px}
 .zero{stroke:var(--ink);stroke-width:1.2}
 .level{stroke:var(--soft);stroke-width:1.2;stroke-dasharray:5 4}
 .gain{fill:var(--ok)}
@@ -136,6 +140,11 @@ svg.plot{max-width:760px}
 .curve{stroke:var(--own)}
 .marker,.band{fill:var(--own)}
 .key i[class^=s]{background:var(--own)}
+@media(max-width:560px) {
+  main{padding:16px 10px 40px}
+  section{padding:14px 12px}
+  .tiles{grid-template-columns:repeat(2,1fr)}
+}
 pre{overflow:auto;background:var(--quiet);border-radius:8px;padding:12px;margin:10px 0 0}
 summary{cursor:pointer}
 """

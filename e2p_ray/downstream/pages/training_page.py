@@ -12,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from e2p_ray.downstream.measures.bootstrap import Interval, ratio_intervals
+from e2p_ray.downstream.pages.evaluation_tables import over
+from e2p_ray.downstream.pages.figures import gain_text, level_text
 from e2p_ray.downstream.pages.page import figure, grid, render_page, section, table, tiles
-from e2p_ray.downstream.pages.plots import IntervalRow, Line, interval_plot, line_chart
+from e2p_ray.downstream.pages.plots import IntervalRow, Line, far_off, interval_plot, line_chart, too_far
 
 CONTROLS = {
     "right": "right user",
@@ -164,24 +166,22 @@ def _gain(gain: Gain | None) -> str:
     if gain is None:
         words = "Nothing was held out: set training.validation_share or inputs.validation_uri to see whether it does."
         return section("Does it personalise?", f"<p>{words}</p>")
-    rows = [IntervalRow(f"over {CONTROLS[name]}", interval) for name, interval in gain.gains.items()]
+    far = far_off({name: interval.value for name, interval in gain.gains.items()}) - {"shuffled"}
+    rows = [IntervalRow(f"over {CONTROLS[name]}", own, "peer") for name, own in gain.gains.items() if name not in far]
     plot = interval_plot(rows, label="gain of the right user", x_title="nats a token, more is better", from_zero=True)
     shown = [
-        (escape(words), _range(gain.losses[name]), _said(gain.gains[name]) if name in gain.gains else "")
+        (escape(words), over(*level_text(gain.losses[name])), over(*gain_text(gain.gains.get(name))))
         for name, words in CONTROLS.items()
     ]
+    left_out = too_far(f"{CONTROLS[name]} {gain_text(gain.gains[name])[0]}" for name in gain.gains if name in far)
     note = (
-        f"{gain.num_targets:,} held-out targets of {gain.num_users:,} users, {gain.num_tokens:,} tokens; 95 % "
-        "intervals from resampling users. The best step was chosen on the same targets: jobs.evaluate on others is "
-        "the proof."
+        f"{left_out} {gain.num_targets:,} held-out targets of {gain.num_users:,} users, {gain.num_tokens:,} tokens; "
+        "95 % intervals from resampling users. The best step was chosen on the same targets: jobs.evaluate on others "
+        "is the proof."
     )
-    head = ("soft token of", "loss, nats a token", "gain of the right user")
+    head = ("soft token of", over("loss", "nats a token"), over("gain of the right user", "nats a token"))
     figures = grid([figure("Gain of the right user", plot, note=note)])
     return section("Does it personalise?", figures + table(head, shown, num_texts=1))
-
-
-def _range(interval: Interval) -> str:
-    return f"{interval.value:.4f} ({interval.low:.4f} to {interval.high:.4f})"
 
 
 def _curves(records: Sequence[Mapping[str, Any]]) -> str:

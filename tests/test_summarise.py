@@ -1,0 +1,116 @@
+"""An evaluation as a whole: its words follow its intervals, it survives JSON, and it names nobody."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+
+from e2p_ray.downstream.evaluation import Evaluation, MethodCost, summarise
+from e2p_ray.downstream.measures.verdict import Finding
+from e2p_ray.downstream.pages.columns import width
+from tests.evaluation_world import (
+    METHODS,
+    NUM_CONTENTS,
+    NUM_USERS,
+    costs,
+    matrices,
+    ranking_frame,
+    scores_frame,
+    texts_frame,
+    whole_evaluation,
+)
+
+
+@pytest.fixture(scope="module")
+def whole() -> Evaluation:
+    return whole_evaluation()
+
+
+def test_a_clear_gain_is_called_personalisation(whole: Evaluation) -> None:
+    first, *others = whole.conclusion.sentences
+    shuffled = whole.score("shuffled")
+    assert whole.conclusion.finding is Finding.PERSONALISES
+    assert shuffled is not None
+    assert shuffled.gain is not None
+    assert first == (
+        f"The right user's soft token beats a shuffled user's by {shuffled.gain.value:.4f} nats a token "
+        f"(95 % interval {shuffled.gain.low:.4f} to {shuffled.gain.high:.4f}): it personalises."
+    )
+    assert sum(sentence.endswith("it personalises.") for sentence in others) == 2, "each language"
+
+
+@pytest.mark.parametrize(
+    ("gain", "num_users", "finding", "words"),
+    [
+        (-0.05, NUM_USERS, Finding.HARMS, "loses to a shuffled user's"),
+        (0.05, 3, Finding.NOT_MEASURED, "Only 3 user(s)"),
+    ],
+)
+def test_the_words_follow_the_interval(gain: float, num_users: int, finding: Finding, words: str) -> None:
+    found = summarise(scores_frame(gain=gain, num_users=num_users), [], about={}, seed=0).conclusion
+    assert found.finding is finding
+    assert words in found.sentences[0]
+    assert ": it personalises" not in " ".join(found.sentences)
+
+
+def test_without_a_gain_none_is_shown() -> None:
+    """Of 20 worlds in which the right user is no better, the interval leaves zero in about one."""
+    methods = pl.col("method").is_in(["right", "shuffled"])
+    frames = [scores_frame(gain=0.0, seed=seed, num_users=30).filter(methods) for seed in range(20)]
+    found = [summarise(frame, [], about={}, seed=0).conclusion for frame in frames]
+    same = [conclusion for conclusion in found if conclusion.finding is Finding.NOT_SHOWN]
+    assert len(same) >= 16
+    assert all("no difference is shown" in conclusion.sentences[0] for conclusion in same)
+    assert not any(": it personalises" in conclusion.sentences[0] for conclusion in same)
+
+
+def test_a_better_method_is_named() -> None:
+    saved = pl.col("method").replace_strict({"lora": 0.1, "our_own_method": 0.2}, default=0.0)
+    frame = scores_frame().with_columns(nll=pl.col("nll") - saved * pl.col("num_tokens"))
+    said = summarise(frame, [], about={}, seed=0).conclusion.sentences
+    (sentence,) = [sentence for sentence in said if sentence.startswith("Better than the right user's")]
+    assert sentence.index("our_own_method by 0.1") < sentence.index("LoRA by 0.0")
+    assert "profile" not in sentence
+    assert not any("Better than" in sentence for sentence in whole_evaluation().conclusion.sentences)
+
+
+def test_without_the_shuffled_user_nothing_is_said() -> None:
+    frame = scores_frame().filter(pl.col("method") != "shuffled")
+    found = summarise(frame, [MethodCost("right")], about={}, seed=0)
+    assert found.conclusion.finding is Finding.NOT_MEASURED
+    assert "not both measured" in found.conclusion.sentences[0]
+    assert found.lines()
+
+
+def test_an_evaluation_survives_json_and_names_nobody(whole: Evaluation) -> None:
+    written = whole.to_json()
+    assert Evaluation.from_json(written) == whole
+    for text in (written, whole.lines()):
+        assert "reader-" not in text
+        assert "article-" not in text
+        assert "impression-" not in text
+    assert whole.num_contents == NUM_CONTENTS
+
+
+def test_the_order_of_rows_does_not_matter(whole: Evaluation) -> None:
+    mixed = [
+        frame.sample(fraction=1, shuffle=True, seed=3) for frame in (scores_frame(), texts_frame(), ranking_frame())
+    ]
+    moved = summarise(mixed[0], costs(), retrieval=matrices(), texts=mixed[1], ranking=mixed[2], about={}, seed=0)
+    for ours, theirs in zip(whole.scores, moved.scores, strict=True):
+        assert theirs.nll_per_token.low == pytest.approx(ours.nll_per_token.low)
+    assert [one.auc.value for one in moved.ranking] == pytest.approx([one.auc.value for one in whole.ranking])
+    assert (moved.texts, moved.samples, moved.retrieval) == (whole.texts, whole.samples, whole.retrieval)
+
+
+def test_the_terminal_table_is_aligned_and_narrow(whole: Evaluation) -> None:
+    lines = whole.lines().splitlines()
+    assert max(map(width, lines)) <= 115
+    start = next(index for index, line in enumerate(lines) if line.startswith("method"))
+    table = lines[start : start + 1 + len(METHODS)]
+    edge = lines[start].index("nats/token") + len("nats/token")
+    for line in table:
+        assert line[edge - 1] != " "
+        assert line[edge : edge + 2] == "  "
+    for words_ in ("right user", "LoRA", "our_own_method", "which user?", "ranking clicks", "drift", "1.25M"):
+        assert words_ in whole.lines()
