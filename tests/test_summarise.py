@@ -53,6 +53,17 @@ def test_the_words_follow_the_interval(gain: float, num_users: int, finding: Fin
     assert ": it personalises" not in " ".join(found.sentences)
 
 
+def test_what_any_user_gains_over_a_constant_token_is_not_called_personal() -> None:
+    dearer = pl.when(pl.col("method") == "constant").then(0.3 * pl.col("num_tokens")).otherwise(0.0)
+    same = scores_frame(gain=0.0).filter(pl.col("method") != "shuffled")
+    shuffled = same.filter(method="right").with_columns(method=pl.lit("shuffled"))
+    found = summarise(pl.concat([same, shuffled]).with_columns(nll=pl.col("nll") + dearer), [], about={}, seed=0)
+    said = next(sentence for sentence in found.conclusion.sentences if "constant learned token" in sentence)
+    assert "so does another user's" in said
+    own = summarise(scores_frame().with_columns(nll=pl.col("nll") + dearer), [], about={}, seed=0)
+    assert any("more than adaptation" in sentence for sentence in own.conclusion.sentences), "the control"
+
+
 def test_without_a_gain_none_is_shown() -> None:
     """Of 20 worlds in which the right user is no better, the interval leaves zero in about one."""
     methods = pl.col("method").is_in(["right", "shuffled"])

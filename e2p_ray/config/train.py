@@ -50,7 +50,7 @@ class TrainingConfig(Section):
     num_steps: int = Field(300, ge=1)
     contents_per_step: int = Field(8, ge=1)
     users_per_content: int = Field(16, ge=1, description="at most so many targets of a content in one step")
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(1e-2, gt=0)
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)

@@ -20,7 +20,7 @@ class TrainSettings:
     num_steps: int = 300
     contents_per_step: int = 8
     users_per_content: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2  # and hidden_dim: the sweep of 2026-11-22 in tests/bench/LOG.md
     warmup_steps: int = 20
     weight_decay: float = 0.0  # of the matrices; biases are left alone
     clip_norm: float = 1.0

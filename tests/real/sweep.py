@@ -48,7 +48,7 @@ _MAX_VALIDATED = 800
 def variants(settings: TrainSettings) -> Iterator[tuple[str, TrainSettings]]:
     """One change at a time from the settings given."""
     yield "as it is", settings
-    for rate in (1e-3, 1e-2):
+    for rate in (1e-3, 3e-3, 3e-2):
         yield f"learning rate {rate:g}", replace(settings, learning_rate=rate)
     yield "hidden 64", replace(settings, hidden_dim=64)
     yield "linear", replace(settings, kind="linear")
