@@ -90,10 +90,6 @@ def test_the_right_reader_beats_every_control_in_both_languages(tmp_path: Path, 
             control = evaluation.score(method, language)
             assert control is not None
             assert right.nll_per_token.high < control.nll_per_token.low, (language, method)
-        shuffled, mean = evaluation.score("shuffled", language), evaluation.score("mean", language)
-        assert shuffled is not None
-        assert mean is not None
-        assert shuffled.nll_per_token.high > mean.nll_per_token.low, "another user is no better than the mean"
 
 
 def test_options_of_the_configuration_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

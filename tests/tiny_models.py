@@ -136,8 +136,10 @@ def random_projector(
         num_soft_tokens=num_soft_tokens,
     ).with_files({})
     projector = Projector(manifest, ReferenceStatistics.of(torch.randn(64, EMBEDDING_DIM)))
-    for parameter in projector.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+    weights = dict(projector.named_parameters())
+    for name in ("linear.weight", "bias", "hidden.weight", "hidden.bias", "output.weight"):
+        torch.nn.init.normal_(weights.pop(name), std=0.5)
+    assert not weights, "every one is drawn, in an order that the tests' numbers hang on"
     return projector.eval().requires_grad_(False)
 
 
