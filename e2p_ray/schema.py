@@ -107,6 +107,7 @@ class Request:
     key: RequestKey
     user_embedding: UserEmbedding | None  # (d,)
     reason: Reason | None = None  # why there is no user embedding, or why generation is skipped
+    draft: str | None = None  # a guess of the text, to be verified: it saves time and changes nothing
 
     def __post_init__(self) -> None:
         assert (self.user_embedding is None) or (self.reason is None), "a reason replaces the user embedding"
@@ -235,7 +236,8 @@ DEAD_LETTERS = pa.schema(
 def planned_schema(embedding_dim: int) -> pa.Schema:
     """The rows of a shard file: one row a request, sorted by content, task and user.
 
-    `user_embedding` is null where `reason` says why; `reason` is a `Reason` or null.
+    `user_embedding` is null where `reason` says why; `reason` is a `Reason` or null; `draft` is a text that an earlier
+    run wrote, or null.
     """
     return pa.schema(
         [
@@ -248,6 +250,7 @@ def planned_schema(embedding_dim: int) -> pa.Schema:
             pa.field("language", pa.string(), nullable=False),
             pa.field("user_embedding", pa.list_(pa.float32(), embedding_dim)),
             pa.field("reason", pa.string()),
+            pa.field("draft", pa.string()),
         ]
     )
 

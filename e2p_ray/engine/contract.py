@@ -20,6 +20,8 @@ class EngineStats:
     num_prefix_tokens: int = 0  # tokens of shared prefixes, each counted once per prefill
     num_waves: int = 0
     num_truncated: int = 0  # completions whose content had lost its tail
+    num_draft_tokens: int = 0  # guessed, and run through the model
+    num_accepted_tokens: int = 0  # of those, the ones that the model wrote as well
 
     def __sub__(self, earlier: EngineStats) -> EngineStats:
         return EngineStats(
@@ -30,6 +32,8 @@ class EngineStats:
             num_prefix_tokens=self.num_prefix_tokens - earlier.num_prefix_tokens,
             num_waves=self.num_waves - earlier.num_waves,
             num_truncated=self.num_truncated - earlier.num_truncated,
+            num_draft_tokens=self.num_draft_tokens - earlier.num_draft_tokens,
+            num_accepted_tokens=self.num_accepted_tokens - earlier.num_accepted_tokens,
         )
 
 
@@ -62,6 +66,6 @@ class TextEngine(Protocol):
         """Exactly one completion a request, in any order; an error in one row is a completion with an error code.
 
         A request without a user embedding is written without a soft token. `attempt` > 0 samples with the checks'
-        retry temperature from another random stream.
+        retry temperature from another random stream. A request's draft never changes its text.
         """
         ...

@@ -17,7 +17,7 @@ from e2p_ray.plan.inputs import InputTable, Space, scan_inputs
 from e2p_ray.plan.shards import ShardEntry, shard_uri
 from e2p_ray.storage import Storage
 
-_FORMAT = 1  # counts up when the same inputs give another plan
+_FORMAT = 2  # counts up when the same inputs give another plan
 _PARTITION_BYTES = 256 << 20
 _MAX_PARTITIONS = 4096
 

@@ -147,6 +147,7 @@ def _shard(join: ContentJoin, slices: Sequence[_Slice], cutting: Cutting) -> tup
             pa.array(matrix), type=schema.field("user_embedding").type, mask=pa.array(missing.to_numpy())
         ),
         "reason": _strings(rows["reason"]),
+        "draft": pa.nulls(rows.height, pa.string()),
     }
     digest = hashlib.sha256(f"{cutting.embedding_dim}:{len(slices)}:".encode())
     for piece, text_digest in zip(slices, join.contents["digest"].gather([p.content for p in slices]), strict=True):
@@ -171,7 +172,7 @@ def read_shard(storage: Storage, plan_uri: str, shard_id: str) -> list[Group]:
     if kind is None or not pa.types.is_fixed_size_list(kind) or table.schema != planned_schema(kind.list_size):
         raise ShardError(f"{uri} is not a shard of a plan. Delete the plan's folder and plan again.")
     vectors = _user_embeddings(table["user_embedding"])
-    names = ("user_id", "content_id", "task", "title", "body", "language", "reason")
+    names = ("user_id", "content_id", "task", "title", "body", "language", "reason", "draft")
     columns = {name: table[name].to_pylist() for name in names}
     edges = np.flatnonzero(np.diff(table["group"].to_numpy(), prepend=-1, append=-1)).tolist()
     groups = []
@@ -183,6 +184,7 @@ def read_shard(storage: Storage, plan_uri: str, shard_id: str) -> list[Group]:
                 RequestKey(columns["user_id"][row], content.content_id, task),
                 vectors[row],
                 Reason(columns["reason"][row]) if columns["reason"][row] is not None else None,
+                columns["draft"][row],
             )
             for row in range(start, stop)
         )
