@@ -15,6 +15,7 @@ from e2p_ray.config import TaskConfig
 from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.errors import ConfigError
 from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, Request, RequestKey
 from tests import tiny_models
@@ -197,14 +198,14 @@ class TestTrouble:
         plain = BaseModel.hidden
 
         def limited(self: BaseModel, inputs_embeds: Any, position_ids: Any, step: Any) -> Any:
-            if inputs_embeds.shape[0] > 5:
+            if isinstance(step, RowsStep) and inputs_embeds.shape[1] > 20:
                 raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
             return plain(self, inputs_embeds, position_ids, step)
 
         monkeypatch.setattr(BaseModel, "hidden", limited)
         engine = engine_of(LLAMA, max_rows=64)
         assert texts(run(engine, groups)) == expected
-        assert engine._decoder.bounds.max_rows <= 5
+        assert engine._decoder.bounds.max_rows < 64
 
     def test_a_row_that_never_fits_becomes_an_error_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         groups = messy_groups(4)
@@ -235,16 +236,16 @@ class TestTrouble:
         groups = messy_groups(4)
         expected = texts(run(engine_of(LLAMA), groups))
         poison = groups[2].requests[0].key
-        plain = Decoder._choose
+        plain = Decoder._pick
 
-        def poisoned(self: Decoder, active: Any, logits: Any, first: int) -> None:
-            for at, row in enumerate(active.rows[first : first + len(logits)]):
-                if row.key == poison and active.num_written[first + at] == 3:
+        def poisoned(self: Decoder, wave: Any, slots: Any, written: Any, num_written: Any, logits: Any) -> Any:
+            for at, (slot, step) in enumerate(zip(slots, num_written, strict=True)):
+                if wave.rows[slot].key == poison and step == 3:
                     logits = logits.clone()
                     logits[at, 17] = bad
-            plain(self, active, logits, first)
+            return plain(self, wave, slots, written, num_written, logits)
 
-        monkeypatch.setattr(Decoder, "_choose", poisoned)
+        monkeypatch.setattr(Decoder, "_pick", poisoned)
         found = run(engine_of(LLAMA), groups)
         assert found[poison].error_code is ErrorCode.NON_FINITE_LOGITS
         assert found[poison].text == ""
@@ -344,8 +345,8 @@ def test_memory_bound_limits_the_wave(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watch(self: BaseModel, inputs_embeds: Any, position_ids: Any, step: Any) -> Any:
         nonlocal largest
-        if inputs_embeds.shape[1] == 1:
-            largest = max(largest, inputs_embeds.shape[0])
+        if isinstance(step, RowsStep):
+            largest = max(largest, len(step.end))
         return plain(self, inputs_embeds, position_ids, step)
 
     monkeypatch.setattr(BaseModel, "hidden", watch)

@@ -31,18 +31,20 @@ class Trace:
 
 def run_traced(engine: Engine, groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> Trace:
     trace = Trace()
-    plain = Decoder._choose
+    pick, completion = Decoder._pick, Decoder._completion
 
-    def spy(self: Decoder, active: Any, logits: Tensor, first: int) -> None:
-        keys = [row.key for row in active.rows[first : first + len(logits)]]
-        steps = active.num_written[first : first + len(logits)].copy()
-        plain(self, active, logits, first)
-        for at, (key, step) in enumerate(zip(keys, steps, strict=True)):
-            trace.logits[key, int(step)] = logits[at].clone()
-            trace.tokens.setdefault(key, []).append(int(active.written[first + at, step]))
+    def spy(self: Decoder, wave: Any, slots: Any, written: Any, num_written: Any, logits: Tensor) -> Any:
+        for at, (slot, step) in enumerate(zip(slots, num_written, strict=True)):
+            trace.logits[wave.rows[slot].key, int(step)] = logits[at].clone()
+        return pick(self, wave, slots, written, num_written, logits)
+
+    def done(self: Decoder, wave: Any, slot: int, reason: Any) -> Any:
+        trace.tokens[wave.rows[slot].key] = wave.tokens(slot).tolist()
+        return completion(self, wave, slot, reason)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Decoder, "_choose", spy)
+        patch.setattr(Decoder, "_pick", spy)
+        patch.setattr(Decoder, "_completion", done)
         list(engine.generate(groups))
     return trace
 

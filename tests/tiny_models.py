@@ -158,6 +158,7 @@ def engine_of(
     tasks: dict[str, TaskConfig] | None = None,
     max_rows: int = 64,
     max_bytes: int = 1 << 30,
+    drafts: bool = True,
 ) -> Engine:
     """An engine over a tiny random model."""
     projector = random_projector(config.hidden_size, layout=layout, num_soft_tokens=num_soft_tokens)
@@ -166,7 +167,7 @@ def engine_of(
         projector,
         byte_tokenizer(),
         tasks or {"headline": task()},
-        EngineConfig(max_rows=max_rows, max_bytes=max_bytes),
+        EngineConfig(max_rows=max_rows, max_bytes=max_bytes, drafts=drafts),
     )
 
 

@@ -144,6 +144,7 @@ class EngineConfig(Section):
     max_rows: int = Field(256, ge=1, description="rows decoded together; 128-256 on CPU, 1,000-4,000 on a large GPU")
     max_bytes: int = Field(2 << 30, ge=1 << 20, description="keys, values and activations above the model")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of one engine; null: the actor's num_cpus")
+    drafts: bool = Field(True, description="verify guessed texts where that saves time; texts are the same either way")
 
 
 class WorkersConfig(Section):

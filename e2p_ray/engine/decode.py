@@ -1,29 +1,37 @@
 """The token loop: rows of many contents decoded together behind their shared prefixes.
 
-Each content's left part is prefilled once, all rows' own tokens in one batch; then one token a row and step. Finished
-rows leave the batch at once; new ones come in when half the wave is free (a wave of 64 that waits for its longest row
-loses a fifth against one of 256 that is compacted: measured while designing, 8 contents x 64 users).
+Each content's left part is prefilled once, all rows' own tokens in one batch; then one token a row and step, or as many
+as the row's draft gets right. Finished rows leave the batch at once; new ones come in when half the wave is free (a
+wave of 64 that waits for its longest row loses a fifth against one of 256 that is compacted: measured while designing,
+8 contents x 64 users).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from e2p_ray.engine.contract import EngineStats
+from e2p_ray.engine.drafts import Drafts, RowDraft, TokenIds, chance_needed
 from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.overhead import measure_overhead_tokens
 from e2p_ray.engine.prefixes import PREFILL_TOKENS, PrefixStore
 from e2p_ray.engine.projector import Projector
-from e2p_ray.engine.sampling import choose
-from e2p_ray.engine.shared_prefix import Prefix, RowsStep, SuffixSlots, by_prefix
+from e2p_ray.engine.row import Row
+from e2p_ray.engine.rows_step import Readers, RowsStep
+from e2p_ray.engine.sampling import Chosen, choose
+from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
 from e2p_ray.engine.stopping import Stopping
-from e2p_ray.engine.wave import Row, Wave
+from e2p_ray.engine.wave import Wave
 from e2p_ray.schema import Completion, ErrorCode, FinishReason
+
+_Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +46,22 @@ class Decoder:
     """Runs rows through the base model in waves. Completions come as they finish, in no order.
 
     Prefixes stay in the store between calls, so that a second try or the unpersonalised text of a content costs no
-    second prefill; they make room for rows when memory is short.
+    second prefill; they make room for rows when memory is short. Drafts start anew with every call, so that a text
+    never depends on the calls before, not even by the rounding of another batch.
     """
 
-    def __init__(self, base: BaseModel, projector: Projector, stopping: Stopping, bounds: Bounds) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        projector: Projector,
+        stopping: Stopping,
+        bounds: Bounds,
+        new_drafts: Callable[[], Drafts] | None = None,
+    ) -> None:
         self._base, self._projector, self._stopping = base, projector, stopping
+        self._new_drafts = new_drafts
+        self._drafts: Drafts | None = None
+        self._measured_overhead: int | None = None
         self._num_soft = projector.manifest.num_soft_tokens
         self.bounds = bounds
         self.stats = EngineStats()
@@ -53,6 +72,7 @@ class Decoder:
     def run(self, rows: Iterable[Row]) -> Iterator[Completion]:
         """Decode every row. Out of memory halves the wave, down to one row, which then becomes an error."""
         source = iter(rows)
+        self._drafts = None if self._new_drafts is None else self._new_drafts()
         try:
             while self._fill(source) or self._wave is not None:
                 try:
@@ -63,7 +83,7 @@ class Decoder:
                     finished = self._shrink()
                 yield from finished
         finally:
-            self._wave = None
+            self._wave = self._drafts = None
             self._pending.clear()
 
     def _fill(self, source: Iterator[Row]) -> bool:
@@ -85,7 +105,7 @@ class Decoder:
     def _shrink(self) -> list[Completion]:
         """Put the wave's rows back and go on with half as many; a single row that does not fit is given up."""
         rows = [*(self._wave.rows if self._wave is not None else []), *self._pending]
-        self._wave = None
+        self._wave = self._drafts = None  # guesses make passes larger
         self._store.trim(0)
         self._pending = deque(rows)
         if self.bounds.max_rows > 1:
@@ -173,63 +193,124 @@ class Decoder:
         yield slice(start, len(rows))
 
     def _prefill(self, wave: Wave, rows: list[Row], prefixes: list[Prefix | None]) -> None:
-        """Soft tokens and right parts of new rows in one batch, padded on the right; then their first tokens."""
+        """Soft tokens and right parts of new rows in one pass, with what their drafts say; then their first tokens."""
         first = len(wave)
-        num_own = [row.num_suffix_tokens(self._num_soft) for row in rows]
-        device = self._base.device
+        num_own = np.array([row.num_suffix_tokens(self._num_soft) for row in rows])
+        drafts = [self._drafts.of(row) if self._drafts is not None else None for row in rows]
+        room = np.array([row.sampling.max_new_tokens for row in rows]) - 1
+        ahead = self._ahead(drafts, room)
         visible = [row.num_visible(self._num_soft) for row in rows]
-        shared = by_prefix(prefixes, visible, device)
-        step = RowsStep(
-            wave.slots, first, torch.zeros(len(rows), dtype=torch.long, device=device), max(num_own), 0, shared
-        )
-        hidden = self._base.hidden(self._suffix_embeds(rows, num_own), step.position_ids, step)
-        ends = torch.tensor(num_own, device=device) - 1
-        logits = self._base.logits(hidden[torch.arange(len(rows), device=device), ends])
-        wave.add(rows, prefixes, visible, num_own)
+        counts = num_own + [len(tokens) for tokens in ahead]
+        step = RowsStep(wave.slots, first, np.zeros(len(rows), np.int64), counts, Readers.of(prefixes, visible))
+        hidden = self._base.hidden(self._suffix_embeds(rows, num_own, ahead, step), step.position_ids, step)[0]
+        wave.add(rows, drafts, prefixes, visible)
         for _ in rows:  # only now: memory may have run out before
             self._pending.popleft()
-        self._count(rows=sum(num_own), prompt=sum(map(self._num_prompt_tokens, rows)))
+        wave.num_own[first : len(wave)] = num_own - 1  # the last of them counts as what the first token follows
+        self._count(rows=int(num_own.sum()), prompt=sum(map(self._num_prompt_tokens, rows)))
         num_truncated = sum(row.segments.truncated for row in rows)
         self.stats = replace(self.stats, num_truncated=self.stats.num_truncated + num_truncated)
-        self._choose(wave, logits, first)
+        self._write(wave, first, hidden, step, ahead)
 
-    def _suffix_embeds(self, rows: list[Row], num_own: list[int]) -> Tensor:
-        """(n, q, d_model): each row's soft tokens, then its right part (or the prefix's last token), then padding."""
-        ids = torch.zeros(len(rows), max(num_own), dtype=torch.long)
-        soft_rows = [at for at, row in enumerate(rows) if row.user_embedding is not None]
+    def _suffix_embeds(self, rows: list[Row], num_own: _Ints, ahead: Sequence[TokenIds], step: RowsStep) -> Tensor:
+        """(1, T, d_model): each row's soft tokens, its right part (or the prefix's last token) and its guesses."""
+        base, packed = self._base, (step.row, step.offset)
+        num_soft = np.array([self._num_soft if row.user_embedding is not None else 0 for row in rows])
+        ids = np.zeros((len(rows), int(step.offset.max()) + 1), np.int64)
         for at, row in enumerate(rows):
-            right = row.right
-            ids[at, num_own[at] - len(right) : num_own[at]] = torch.tensor(right, dtype=torch.long)
-        embeds = self._base.embed(ids.to(self._base.device))
-        if soft_rows:
-            stacked = np.stack([rows[at].user_embedding for at in soft_rows])  # type: ignore[misc]
-            soft = self._projector(torch.from_numpy(stacked).to(self._base.device))
-            embeds[torch.tensor(soft_rows, device=embeds.device), : self._num_soft] = soft.to(embeds.dtype)
-        return embeds
+            tokens = (*row.right, *ahead[at])
+            ids[at, num_soft[at] : num_soft[at] + len(tokens)] = tokens
+        embeds = base.embed(torch.from_numpy(ids[packed]).to(base.device))
+        soft = step.offset < num_soft[step.row]
+        if soft.any():
+            given = [row.user_embedding for row in rows if row.user_embedding is not None]
+            projected = self._projector(torch.from_numpy(np.stack(given)).to(base.device)).to(base.dtype)
+            user = np.cumsum(num_soft > 0) - 1  # a row's place among those with a user embedding
+            places = torch.from_numpy(np.flatnonzero(soft)).to(base.device)
+            chosen = torch.from_numpy(user[step.row[soft]] * self._num_soft + step.offset[soft]).to(base.device)
+            embeds = embeds.index_copy(0, places, projected.flatten(0, 1)[chosen])
+        return embeds[None]
 
-    # -- one token ---------------------------------------------------------------------------------------------------
+    # -- one token more, or as many as the drafts get right ----------------------------------------------------------
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """The next token of every row of the wave."""
         wave = self._wave
-        assert wave is not None, "there are rows to decode or to admit"
-        n, device = len(wave), self._base.device
-        own = torch.from_numpy(wave.num_own[:n].copy()).to(device)
-        step = RowsStep(wave.slots, 0, own, 1, int(wave.num_own[:n].max()), wave.shared(device))
-        embeds = self._base.embed(torch.from_numpy(wave.last_tokens()).to(device)[:, None])
-        logits = self._base.logits(self._base.hidden(embeds, step.position_ids, step)[:, 0])
-        wave.num_own[:n] += 1
+        assert wave is not None
+        n = len(wave)
+        ahead = self._ahead(wave.drafts, wave.max_new[:n] - wave.num_written[:n] - 1)
+        counts = np.array([1 + len(tokens) for tokens in ahead])
+        step = RowsStep(wave.slots, 0, wave.num_own[:n], counts, wave.readers())
+        ids = np.zeros((n, int(counts.max())), np.int64)
+        ids[:, 0] = wave.last_tokens()
+        for at, tokens in enumerate(ahead):
+            ids[at, 1 : 1 + len(tokens)] = tokens
+        embeds = self._base.embed(torch.from_numpy(ids[step.row, step.offset]).to(self._base.device))
+        hidden = self._base.hidden(embeds[None], step.position_ids, step)[0]
         self.stats = replace(self.stats, num_steps=self.stats.num_steps + 1)
-        self._choose(wave, logits, 0)
+        self._write(wave, 0, hidden, step, ahead)
 
-    def _choose(self, wave: Wave, logits: Tensor, first: int) -> None:
-        """Write the next token of the rows from slot `first` on; -1 stands for one without finite logits."""
-        rows = np.arange(first, first + len(logits))
-        chosen = choose(logits, wave.sampling.take(rows), wave.written[rows], wave.num_written[rows])
-        wave.write(rows, np.where(chosen.finite, chosen.tokens, -1), chosen.logprobs)
-        wave.num_chars[rows] += self._stopping.max_chars_of(chosen.tokens)
-        self.stats = replace(self.stats, num_output_tokens=self.stats.num_output_tokens + len(rows))
+    def _ahead(self, drafts: Sequence[RowDraft | None], room: _Ints) -> list[TokenIds]:
+        """For each row the tokens to try in the next pass."""
+        if not any(draft is not None and draft.guess is not None for draft in drafts):
+            return [()] * len(drafts)
+        needed = chance_needed(len(drafts), self._overhead_tokens())
+        spaces = room.tolist()
+        return [() if d is None else d.ahead(needed, space) for d, space in zip(drafts, spaces, strict=True)]
+
+    def _write(self, wave: Wave, first: int, hidden: Tensor, step: RowsStep, ahead: Sequence[TokenIds]) -> None:
+        """Choose a token behind each row's last and behind each guess, and keep those before the first wrong guess."""
+        rows = np.arange(first, first + len(ahead))
+        num_guessed = np.array([len(tokens) for tokens in ahead])
+        width = int(num_guessed.max()) + 1
+        guesses = np.full((len(rows), width), -1, np.int64)
+        for at, tokens in enumerate(ahead):
+            guesses[at, : len(tokens)] = tokens
+        asked = np.arange(width) <= num_guessed[:, None]  # (n, width)
+        at = (step.end - num_guessed)[:, None] + np.arange(width)
+        chosen, logprobs = self._choose(wave, rows, hidden, at, asked, guesses)
+        right = np.cumprod((chosen == guesses) & asked, axis=1).sum(axis=1)
+        wave.write(rows, right + 1, chosen, logprobs)
+        wave.num_own[rows] += right + 1
+        for row in np.flatnonzero([wave.drafts[slot] is not None for slot in rows]):
+            draft = wave.drafts[rows[row]]
+            assert draft is not None
+            draft.follow(chosen[row, : right[row] + 1].tolist())
+        self.stats = replace(
+            self.stats,
+            num_draft_tokens=self.stats.num_draft_tokens + int(num_guessed.sum()),
+            num_accepted_tokens=self.stats.num_accepted_tokens + int(right.sum()),
+        )
+
+    def _choose(
+        self, wave: Wave, rows: _Ints, hidden: Tensor, at: _Ints, asked: npt.NDArray[np.bool_], guesses: _Ints
+    ) -> tuple[_Ints, npt.NDArray[np.float32]]:
+        """Tokens and log-probabilities (n, width) behind the packed places `at`, where asked; -1 without finite logits.
+
+        A few hundred places at a time: logits are as wide as the vocabulary.
+        """
+        tokens, logprobs = np.full(at.shape, -1, np.int64), np.zeros(at.shape, np.float32)
+        row, column = np.nonzero(asked)
+        for part in range(0, len(row), self.bounds.max_rows):
+            r, c = row[part : part + self.bounds.max_rows], column[part : part + self.bounds.max_rows]
+            places = torch.from_numpy(at[r, c]).to(hidden.device)
+            logits = self._base.logits(hidden[places])
+            slots = rows[r]
+            written = _continued(wave, slots, guesses[r], asked.shape[1])
+            chosen = self._pick(wave, slots, written, wave.num_written[slots] + c, logits)
+            tokens[r, c] = np.where(chosen.finite, chosen.tokens, -1)
+            logprobs[r, c] = chosen.logprobs
+        return tokens, logprobs
+
+    def _pick(self, wave: Wave, slots: _Ints, written: _Ints, num_written: _Ints, logits: Tensor) -> Chosen:
+        """One token behind each of these rows' first num_written (n,) tokens."""
+        return choose(logits, wave.sampling.take(slots), written, num_written)
+
+    def _overhead_tokens(self) -> float:
+        """What a pass costs besides its tokens, in tokens: measured once, when the first draft asks."""
+        if self._measured_overhead is None:
+            self._measured_overhead = measure_overhead_tokens(self._base)
+        return self._measured_overhead
 
     # -- rows go out -------------------------------------------------------------------------------------------------
 
@@ -238,24 +319,35 @@ class Decoder:
         """Take the rows that are done out of the wave."""
         wave = self._wave
         assert wave is not None
-        n, last = len(wave), wave.last_tokens()
-        ended = (last < 0) | self._stopping.is_end(last) | (wave.num_written[:n] >= wave.max_new[:n])
-        look = ended | (wave.num_chars[:n] >= wave.max_chars[:n])
-        completions, finished = [], []
-        for slot, row in enumerate(wave.rows):
-            if look[slot] or self._stopping.may_stop(row.sampling.stop, int(last[slot])):
-                reason = self._finish_reason(wave, slot)
-                if reason is not None:
-                    completions.append(self._completion(wave, slot, reason))
-                    finished.append(slot)
+        reasons: dict[int, FinishReason] = {}
+        num_fresh = wave.num_fresh[: len(wave)].copy()
+        before = wave.num_written[: len(wave)] - num_fresh
+        for at in range(int(num_fresh.max())):
+            slots = np.flatnonzero(at < num_fresh)
+            slots = slots[[slot not in reasons for slot in slots.tolist()]] if reasons else slots
+            self._look(wave, slots, before[slots] + at + 1, reasons)
+        finished = sorted(reasons)
+        completions = [self._completion(wave, slot, reasons[slot]) for slot in finished]
         if finished:
             wave.remove(finished)
         if not len(wave):
             self._wave = None
         return completions
 
-    def _finish_reason(self, wave: Wave, slot: int) -> FinishReason | None:
-        tokens = wave.tokens(slot)
+    def _look(self, wave: Wave, slots: _Ints, num_tokens: _Ints, reasons: dict[int, FinishReason]) -> None:
+        """Find which of these rows end with their first num_tokens (n,) tokens."""
+        last = wave.written[slots, num_tokens - 1]
+        wave.num_chars[slots] += self._stopping.max_chars_of(last)
+        look = (last < 0) | self._stopping.is_end(last) | (num_tokens >= wave.max_new[slots])
+        look |= wave.num_chars[slots] >= wave.max_chars[slots]
+        for at, slot in enumerate(slots.tolist()):
+            if look[at] or self._stopping.may_stop(wave.rows[slot].sampling.stop, int(last[at])):
+                reason = self._finish_reason(wave, slot, wave.written[slot, : num_tokens[at]])
+                if reason is not None:
+                    reasons[slot] = reason
+                    wave.cut(slot, int(num_tokens[at]))
+
+    def _finish_reason(self, wave: Wave, slot: int, tokens: _Ints) -> FinishReason | None:
         if tokens[-1] < 0:
             return FinishReason.ERROR
         reason = self._stopping.reason(tokens, wave.rows[slot].sampling)
@@ -270,13 +362,16 @@ class Decoder:
         if reason is FinishReason.ERROR:
             wave.slots.clear(slot)
             return self._error(row, ErrorCode.NON_FINITE_LOGITS)
+        if self._drafts is not None:
+            self._drafts.tell(row, tuple(tokens.tolist()))
+        self.stats = replace(self.stats, num_output_tokens=self.stats.num_output_tokens + len(tokens))
         return Completion(
             key=row.key,
             text=self._stopping.text(tokens, row.sampling),
             finish_reason=reason,
             num_prompt_tokens=self._num_prompt_tokens(row),
             num_output_tokens=len(tokens),
-            mean_logprob=float(wave.logprobs[slot]) / len(tokens),
+            mean_logprob=float(wave.logprobs[slot, : len(tokens)].mean(dtype=np.float64)),
             truncated=row.segments.truncated,
         )
 
@@ -296,6 +391,16 @@ class Decoder:
             num_computed_tokens=self.stats.num_computed_tokens + prefix + rows,
             num_prefix_tokens=self.stats.num_prefix_tokens + prefix,
         )
+
+
+def _continued(wave: Wave, slots: _Ints, guesses: _Ints, width: int) -> _Ints:
+    """What these rows have written (n, max_new), their guesses (n, width) behind it."""
+    written = wave.written[slots]
+    for at in range(width - 1):
+        place = wave.num_written[slots] + at
+        inside = place < written.shape[1]
+        written[inside, place[inside]] = guesses[inside, at]
+    return written
 
 
 def is_out_of_memory(error: BaseException) -> bool:

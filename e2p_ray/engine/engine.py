@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -10,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from e2p_ray.config import EngineConfig, JobConfig, SamplingConfig, TaskConfig
 from e2p_ray.engine.contract import EngineStats
 from e2p_ray.engine.decode import Bounds, Decoder
+from e2p_ray.engine.drafts import Drafts
 from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.engine.model import BaseModel, pick_device
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
+from e2p_ray.engine.row import Row
 from e2p_ray.engine.sampling import stream_key
 from e2p_ray.engine.stopping import Stopping
-from e2p_ray.engine.wave import Row
 from e2p_ray.errors import IncompatibleError, RowError
 from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
 from e2p_ray.storage import Storage
@@ -54,7 +56,9 @@ class Engine:
         samplings = {name: task.sampling for name, task in tasks.items()}
         stopping = Stopping(tokenizer, base.vocab_size, _end_tokens(base, tokenizer), samplings)
         projector = projector.to(base.device)
-        self._decoder = Decoder(base, projector, stopping, Bounds(config.max_rows, config.max_bytes))
+        ends = _end_tokens(base, tokenizer)
+        new_drafts = functools.partial(Drafts, tokenizer, ends[0] if ends else None) if config.drafts else None
+        self._decoder = Decoder(base, projector, stopping, Bounds(config.max_rows, config.max_bytes), new_drafts)
 
     @property
     def projector_id(self) -> str:
@@ -99,7 +103,7 @@ class Engine:
                 continue
             for request in group.requests:
                 stream = stream_key(request.key, sampling.seed, attempt)
-                yield Row(request.key, segments, request.user_embedding, sampling, stream)
+                yield Row(request.key, segments, request.user_embedding, sampling, stream, request.draft)
 
     def _sampling(self, task: str, attempt: int) -> SamplingConfig:
         sampling = self._tasks[task].sampling

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from e2p_ray.engine.shared_prefix import ATTENTION_NAME, Step, shared_prefix_attention
+from e2p_ray.engine.attention import ATTENTION_NAME, Step, step_attention
 from e2p_ray.errors import ConfigError, UnsupportedModelError
 
 # Each is proven equal to transformers' own forward in tests/test_engine_architectures.py.
@@ -66,7 +66,7 @@ class BaseModel:
 
     def __init__(self, model: PreTrainedModel) -> None:
         refuse_unsupported(model.config, model.config.name_or_path or type(model).__name__)
-        AttentionInterface.register(ATTENTION_NAME, shared_prefix_attention)
+        AttentionInterface.register(ATTENTION_NAME, step_attention)
         model.set_attn_implementation(ATTENTION_NAME)
         model.eval().requires_grad_(False)
         self.model = model

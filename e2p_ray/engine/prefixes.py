@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from e2p_ray.engine.model import BaseModel
-from e2p_ray.engine.shared_prefix import PrefillStep, Prefix
+from e2p_ray.engine.shared_prefix import PrefillDoneError, PrefillStep, Prefix
 
 TokenIds = tuple[int, ...]
 
@@ -69,7 +70,8 @@ class PrefixStore:
             ids[at, : len(left)] = torch.tensor(left)
         step = PrefillStep(lengths, self._base.num_layers)
         positions = torch.arange(max(lengths), device=self._base.device).expand(len(batch), -1)
-        self._base.hidden(self._base.embed(ids.to(self._base.device)), positions, step)
+        with contextlib.suppress(PrefillDoneError):
+            self._base.hidden(self._base.embed(ids.to(self._base.device)), positions, step)
         self.num_computed_tokens += sum(lengths)
         return step.prefixes()
 

@@ -3,48 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from e2p_ray.config import SamplingConfig
-from e2p_ray.engine.prompt import Segments
+from e2p_ray.engine.drafts import RowDraft
+from e2p_ray.engine.row import Row
+from e2p_ray.engine.rows_step import Readers
 from e2p_ray.engine.sampling import RowSampling
-from e2p_ray.engine.shared_prefix import Prefix, PrefixRows, SuffixSlots, by_prefix
-from e2p_ray.schema import RequestKey, UserEmbedding
+from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
 
 _Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Row:
-    """One request, ready to be decoded."""
-
-    key: RequestKey
-    segments: Segments
-    user_embedding: UserEmbedding | None
-    sampling: SamplingConfig
-    stream: int
-
-    @property
-    def _takes_last(self) -> bool:
-        """A row without any token of its own takes over the last one of its prefix, to have something to run."""
-        return self.user_embedding is None and not self.segments.right
-
-    @property
-    def right(self) -> tuple[int, ...]:
-        """The token ids behind the soft token."""
-        return self.segments.left[-1:] if self._takes_last else self.segments.right
-
-    def num_suffix_tokens(self, num_soft_tokens: int) -> int:
-        """Own tokens before the first new one."""
-        return len(self.right) + (num_soft_tokens if self.user_embedding is not None else 0)
-
-    def num_visible(self, num_soft_tokens: int) -> int:
-        """How much of the shared prefix the row reads."""
-        return len(self.segments.left) - self._takes_last
 
 
 class Wave:
@@ -54,17 +24,19 @@ class Wave:
         size = slots.max_rows
         self.slots = slots
         self.rows: list[Row] = []
+        self.drafts: list[RowDraft | None] = []
         self.written = np.zeros((size, max_new_tokens), np.int64)
         self.num_written = np.zeros(size, np.int64)
         self.num_own = np.zeros(size, np.int64)  # tokens in the slots
         self.num_chars = np.zeros(size, np.int64)  # an upper bound
         self.max_new = np.zeros(size, np.int64)
         self.max_chars = np.zeros(size, np.int64)
-        self.logprobs = np.zeros(size, np.float64)
+        self.logprobs = np.zeros((size, max_new_tokens), np.float32)
+        self.num_fresh = np.zeros(size, np.int64)  # tokens that the last pass wrote
         self.sampling = RowSampling.of([])
         self._prefixes: list[Prefix | None] = []
         self._visible: list[int] = []
-        self._shared: list[PrefixRows] | None = None
+        self._readers: Readers | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,26 +47,29 @@ class Wave:
         return free and num_tokens <= self.slots.max_tokens and max_new_tokens <= self.written.shape[1]
 
     def add(
-        self, rows: Sequence[Row], prefixes: Sequence[Prefix | None], visible: Sequence[int], num_own: Sequence[int]
+        self,
+        rows: Sequence[Row],
+        drafts: Sequence[RowDraft | None],
+        prefixes: Sequence[Prefix | None],
+        visible: Sequence[int],
     ) -> None:
         """Put new rows behind those that are there."""
         span = slice(len(self.rows), len(self.rows) + len(rows))
         self.rows += rows
+        self.drafts += drafts
         self._prefixes += prefixes
         self._visible += visible
-        self._shared = None
-        self.num_own[span] = num_own
-        self.num_written[span] = self.num_chars[span] = 0
-        self.logprobs[span] = 0.0
+        self._readers = None
+        self.num_own[span] = self.num_written[span] = self.num_chars[span] = self.num_fresh[span] = 0
         self.max_new[span] = [row.sampling.max_new_tokens for row in rows]
         self.max_chars[span] = [row.sampling.max_chars or np.iinfo(np.int64).max for row in rows]
         self.sampling = self.sampling.join(RowSampling.of([(row.sampling, row.stream) for row in rows]))
 
-    def shared(self, device: torch.device) -> list[PrefixRows]:
-        """The rows by the prefix they read; kept until rows come or go."""
-        if self._shared is None:
-            self._shared = by_prefix(self._prefixes, self._visible, device)
-        return self._shared
+    def readers(self) -> Readers:
+        """Which rows read which prefix; kept until rows come or go."""
+        if self._readers is None:
+            self._readers = Readers.of(self._prefixes, self._visible)
+        return self._readers
 
     def last_tokens(self) -> _Ints:
         """The token each row wrote last (n,)."""
@@ -105,11 +80,19 @@ class Wave:
         """All that a row has written."""
         return self.written[slot, : self.num_written[slot]]
 
-    def write(self, slots: _Ints, tokens: _Ints, logprobs: npt.NDArray[np.float32]) -> None:
-        """Append one token to each of these rows."""
-        self.written[slots, self.num_written[slots]] = tokens
-        self.num_written[slots] += 1
-        self.logprobs[slots] += logprobs
+    def write(self, slots: _Ints, counts: _Ints, tokens: _Ints, logprobs: npt.NDArray[np.float32]) -> None:
+        """Append counts (n,) of the tokens (n, m) to these rows."""
+        for at in range(tokens.shape[1]):
+            more = slots[at < counts]
+            place = self.num_written[more] + at
+            self.written[more, place] = tokens[at < counts, at]
+            self.logprobs[more, place] = logprobs[at < counts, at]
+        self.num_written[slots] += counts
+        self.num_fresh[slots] = counts
+
+    def cut(self, slot: int, num_tokens: int) -> None:
+        """Forget what a row wrote beyond so many tokens."""
+        self.num_written[slot] = num_tokens
 
     def remove(self, finished: Sequence[int]) -> None:
         """Take rows out; the last ones move into their slots."""
@@ -121,13 +104,14 @@ class Wave:
             device = self.slots.keys[0].device
             num_tokens = int(self.num_own[sources].max())
             self.slots.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device), num_tokens)
-        for array in (self.written, self.num_written, self.num_own, self.num_chars, self.max_new, self.max_chars):
+        for array in (self.written, self.logprobs, self.num_written, self.num_own, self.num_fresh, self.num_chars,
+                      self.max_new, self.max_chars):  # fmt: skip
             array[targets] = array[sources]
-        self.logprobs[targets] = self.logprobs[sources]
         order = np.arange(num_left)
         order[targets] = sources
         self.sampling = self.sampling.take(order)
         self.rows = [self.rows[slot] for slot in order]
+        self.drafts = [self.drafts[slot] for slot in order]
         self._prefixes = [self._prefixes[slot] for slot in order]
         self._visible = [self._visible[slot] for slot in order]
-        self._shared = None
+        self._readers = None

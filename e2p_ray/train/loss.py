@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from e2p_ray.engine.attention import Shape, attention, merge
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
-from e2p_ray.engine.shared_prefix import Prefix, Shape, attention, merge
+from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.train.lessons import Lesson
 
 

@@ -1,0 +1,213 @@
+"""Drafts: guesses of what a row will write, verified several tokens at a time instead of decoded one by one.
+
+A guess is the text that an earlier run published for the request, or what other users' rows have just written for the
+same content. It never changes a text: of the tokens a pass was given, those are kept that the model chose as well, and
+a sampled row's random numbers are a function of request and step (speculative decoding, arXiv 2211.17192, with guesses
+that cost nothing). How far a row is guessed ahead follows from how often such guesses hold and from what a token costs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from e2p_ray.engine.row import Row
+from e2p_ray.schema import UserEmbedding
+
+TokenIds = tuple[int, ...]
+
+MAX_AHEAD = 16  # tokens of a row in one pass: beyond, a wrong guess costs more than a right one saves
+_MAX_TEXTS = 32  # that are remembered of one content
+_MAX_CONTENTS = 256
+_MAX_REALIGNED = 3  # a row whose draft went wrong is set on it again this many times
+_REACH = 8  # tokens around the place that it left
+_MEMORY = 2048  # observations after which older ones count half
+
+
+@dataclass(slots=True)
+class Agreement:
+    """How often the next guessed token was right, by how many before it were: none, few, several.
+
+    It starts doubtful: a first pass that guesses far ahead for every row costs most when it is wrong.
+    """
+
+    num_right: list[float] = field(default_factory=lambda: [7.0, 17.0, 19.0])
+    num_seen: list[float] = field(default_factory=lambda: [10.0, 20.0, 20.0])
+
+    def rate(self, streak: int) -> float:
+        at = _class_of(streak)
+        return self.num_right[at] / self.num_seen[at]
+
+    def see(self, streak: int, right: bool) -> None:
+        at = _class_of(streak)
+        self.num_right[at] += right
+        self.num_seen[at] += 1
+        if self.num_seen[at] > _MEMORY:
+            self.num_right[at] /= 2
+            self.num_seen[at] /= 2
+
+
+def _class_of(streak: int) -> int:
+    return 0 if streak == 0 else 1 if streak < 4 else 2
+
+
+def chance_needed(num_rows: int, overhead_tokens: float) -> float:
+    """How likely a guess must be to pay in a pass over so many rows.
+
+    A pass costs as much as `overhead_tokens` tokens besides those in it. A guess that holds saves its row one token and
+    the row's share of a pass, so it pays while its chance is above 1 / (1 + overhead / rows).
+    """
+    return 1 / (1 + overhead_tokens / max(num_rows, 1))
+
+
+def num_ahead(agreement: Agreement, streak: int, needed: float) -> int:
+    """How many tokens to guess for a row: as long as the chance that all of them hold is above what is needed."""
+    chance, count = 1.0, 0
+    while count < MAX_AHEAD:
+        chance *= agreement.rate(streak + count)
+        if chance <= needed:
+            break
+        count += 1
+    return count
+
+
+@dataclass(slots=True, eq=False)
+class Told:
+    """The distinct texts that rows of one content wrote in this call, with the user each was written for first."""
+
+    texts: list[TokenIds] = field(default_factory=list)
+    users: list[UserEmbedding | None] = field(default_factory=list)
+    counts: dict[TokenIds, int] = field(default_factory=dict)
+
+    def add(self, text: TokenIds, user: UserEmbedding | None) -> None:
+        if text in self.counts:
+            self.counts[text] += 1
+        elif len(self.texts) < _MAX_TEXTS:
+            self.counts[text] = 1
+            self.texts.append(text)
+            self.users.append(user)
+
+    def order_for(self, user: UserEmbedding | None) -> list[TokenIds]:
+        """The nearest user's text first, then the others, the most common ones before."""
+        by_count = sorted(self.texts, key=lambda text: -self.counts[text])
+        known = [(other, text) for other, text in zip(self.users, self.texts, strict=True) if other is not None]
+        if user is None or not known:
+            return by_count
+        distances = [float(np.square(other - user).sum()) for other, _ in known]
+        nearest = known[int(np.argmin(distances))][1]
+        return [nearest, *(text for text in by_count if text != nearest)]
+
+
+class RowDraft:
+    """The guesses of one row and how they have fared."""
+
+    __slots__ = ("_agreement", "_given", "_guesses", "_num_realigned", "_told", "_told_agreement", "_told_seen",
+                 "guess", "streak", "written")  # fmt: skip
+
+    def __init__(
+        self, given: Sequence[TokenIds], first: Sequence[TokenIds], told: Told, given_agreement: Agreement,
+        told_agreement: Agreement,
+    ) -> None:  # fmt: skip
+        self._given, self._told = given, told
+        self._guesses = [*((text, given_agreement) for text in given), *((text, told_agreement) for text in first)]
+        self._guesses.reverse()
+        self._told_agreement = told_agreement
+        self._told_seen = len(told.texts)
+        self._num_realigned = 0
+        self._agreement = given_agreement
+        self.guess: TokenIds | None = None
+        self.streak = 0
+        self.written: list[int] = []
+        self._next_guess()
+
+    def ahead(self, needed: float, room: int) -> TokenIds:
+        """The next tokens to try, at most `room`; `needed` is the chance that makes one pay."""
+        if self.guess is None or room < 1:
+            return ()
+        at = len(self.written)
+        return self.guess[at : at + min(num_ahead(self._agreement, self.streak, needed), room)]
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """What the row really wrote: judge the guess by it, and find another when it was wrong."""
+        for token in tokens:
+            at = len(self.written)
+            self.written.append(token)
+            if self.guess is not None and at < len(self.guess):
+                right = self.guess[at] == token
+                self._agreement.see(self.streak, right)
+                if right:
+                    self.streak += 1
+                    continue
+                self.guess = None
+        if self.guess is None or len(self.written) >= len(self.guess):
+            self._next_guess()
+
+    def _next_guess(self) -> None:
+        """The next guess that begins as the row did; else the given draft again where it goes on like the row."""
+        self.streak, self.guess = 0, None
+        texts = self._told.texts
+        while self._guesses or self._told_seen < len(texts):
+            if not self._guesses:
+                self._guesses.append((texts[self._told_seen], self._told_agreement))
+                self._told_seen += 1
+            text, agreement = self._guesses.pop()
+            if len(text) > len(self.written) and list(text[: len(self.written)]) == self.written:
+                self.guess, self._agreement = text, agreement
+                return
+        if self._given and self._num_realigned < _MAX_REALIGNED:
+            self._realign(self._given[0])
+
+    def _realign(self, text: TokenIds) -> None:
+        """Go on with a draft behind the nearest place where it has the row's last two tokens."""
+        at = len(self.written)
+        if at < 2:
+            return
+        last = tuple(self.written[-2:])
+        places = range(max(at - _REACH, 2), min(at + _REACH, len(text)) + 1)
+        found = [place for place in places if text[place - 2 : place] == last and place < len(text)]
+        if found:
+            place = min(found, key=lambda place: abs(place - at))
+            self.guess = (*self.written, *text[place:])
+            self._num_realigned += 1
+
+
+class Drafts:
+    """Guesses for all rows of one call of the engine; nothing is kept between calls."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._end = () if end_token is None else (end_token,)
+        self._agreements = Agreement(), Agreement([5.0, 15.0, 18.0], [10.0, 20.0, 20.0])
+        self._told: OrderedDict[tuple[TokenIds, TokenIds], Told] = OrderedDict()
+
+    def of(self, row: Row) -> RowDraft:
+        """The guesses for a row that comes in."""
+        told = self._told_of(row)
+        return RowDraft(self._given(row), told.order_for(row.user_embedding), told, *self._agreements)
+
+    def tell(self, row: Row, tokens: TokenIds) -> None:
+        """A row is done: what it wrote is a guess for those that come."""
+        self._told_of(row).add(tokens, row.user_embedding)
+
+    def _told_of(self, row: Row) -> Told:
+        key = (row.segments.left, row.segments.right)
+        told = self._told.setdefault(key, Told())
+        self._told.move_to_end(key)
+        if len(self._told) > _MAX_CONTENTS:
+            self._told.popitem(last=False)
+        return told
+
+    def _given(self, row: Row) -> list[TokenIds]:
+        """A draft as tokens, as models begin a text behind a cue: after a blank, or right away."""
+        if not row.draft:
+            return []
+        found = []
+        for text in (" " + row.draft, row.draft):
+            ids = tuple(self._tokenizer.encode(text, add_special_tokens=False)) + self._end
+            if ids not in found:
+                found.append(ids)
+        return found

@@ -1,0 +1,189 @@
+"""Drafts: the same tokens as without them, whatever is guessed; and what they save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from e2p_ray.engine import decode
+from e2p_ray.engine.drafts import Agreement, Drafts, chance_needed, num_ahead
+from e2p_ray.engine.engine import Engine
+from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.overhead import rounded_overhead
+from e2p_ray.engine.row import Row
+from e2p_ray.schema import Completion, Group, RequestKey
+from tests import tiny_models
+
+GREEDY = {"max_new_tokens": 24}
+SAMPLED = {"max_new_tokens": 24, "temperature": 0.9, "top_p": 0.95}
+CONTROLLED = {"max_new_tokens": 24, "repetition_penalty": 1.3, "no_repeat_ngram_tokens": 3}
+STOPPED = {"max_new_tokens": 24, "temperature": 1.0, "stop": ("e", "\n"), "max_chars": 9}
+
+
+@pytest.fixture(autouse=True)
+def launch_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which a pass costs as much as a thousand tokens, so that every guess that may hold is tried."""
+    monkeypatch.setattr(decode, "measure_overhead_tokens", lambda base: 1024)
+
+
+@pytest.fixture(autouse=True)
+def speaks_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model writes bytes; one that writes letters only has texts that can be read back as its tokens."""
+    plain = BaseModel.logits
+    letters = torch.full((tiny_models.VOCAB_SIZE,), -1e4)
+    ids = tiny_models.byte_tokenizer().encode(" abcdefghijklmnopqrstuvwxyz", add_special_tokens=False)
+    letters[[*ids, tiny_models.EOS]] = 0.0
+    monkeypatch.setattr(BaseModel, "logits", lambda self, hidden: plain(self, hidden) + letters)
+
+
+def engine_of(sampling: dict[str, Any], *, drafts: bool = True, max_rows: int = 64) -> Engine:
+    tasks = {"headline": tiny_models.task(**sampling)}
+    return tiny_models.engine_of(tiny_models.configs()["llama"], tasks=tasks, max_rows=max_rows, drafts=drafts)
+
+
+def groups_of(num_contents: int, num_users: int, first: int = 0) -> list[Group]:
+    contents = tiny_models.contents(num_contents)
+    return [tiny_models.group(content, range(first, first + num_users)) for content in contents]
+
+
+def with_drafts(groups: Iterable[Group], draft_of: Callable[[RequestKey], str | None]) -> list[Group]:
+    return [
+        replace(group, requests=tuple(replace(request, draft=draft_of(request.key)) for request in group.requests))
+        for group in groups
+    ]
+
+
+def run(engine: Engine, groups: list[Group]) -> dict[RequestKey, Completion]:
+    return {completion.key: completion for completion in engine.generate(groups)}
+
+
+def same(found: dict[RequestKey, Completion], expected: dict[RequestKey, Completion]) -> bool:
+    def outcome(completion: Completion) -> Any:
+        return completion.text, completion.finish_reason, completion.num_output_tokens
+
+    close = all(abs(found[key].mean_logprob - expected[key].mean_logprob) < 1e-4 for key in expected)
+    return close and {k: outcome(c) for k, c in found.items()} == {k: outcome(c) for k, c in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, SAMPLED, CONTROLLED, STOPPED], ids=["greedy", "sampled", "controlled", "stopped"]
+)
+class TestLossless:
+    def test_right_drafts_give_the_same_texts_in_fewer_passes(self, sampling: dict[str, Any]) -> None:
+        groups = groups_of(5, 100)
+        plain = engine_of(sampling, drafts=False)
+        expected = run(plain, groups)
+        engine = engine_of(sampling)
+        assert same(run(engine, with_drafts(groups, lambda key: expected[key].text)), expected)
+        assert engine.stats.num_accepted_tokens > 0
+        assert engine.stats.num_steps < plain.stats.num_steps
+        assert plain.stats.num_draft_tokens == 0
+
+    def test_wrong_drafts_change_nothing(self, sampling: dict[str, Any]) -> None:
+        groups = groups_of(5, 100)
+        expected = run(engine_of(sampling, drafts=False), groups)
+        keys = list(expected)
+        others = dict(zip(keys, keys[7:] + keys[:7], strict=True))
+        engine = engine_of(sampling)
+        assert same(run(engine, with_drafts(groups, lambda key: expected[others[key]].text)), expected)
+        assert engine.stats.num_draft_tokens > engine.stats.num_accepted_tokens, "the control costs tokens"
+
+    @pytest.mark.parametrize("max_rows", [1, 7])
+    def test_half_right_drafts_in_small_waves(self, sampling: dict[str, Any], max_rows: int) -> None:
+        groups = groups_of(3, 6)
+        expected = run(engine_of(sampling, drafts=False), groups)
+
+        def half(key: RequestKey) -> str:
+            text = expected[key].text
+            return text[: len(text) // 2] + "?" + text[len(text) // 2 + 1 :]
+
+        assert same(run(engine_of(sampling, max_rows=max_rows), with_drafts(groups, half)), expected)
+
+
+def test_a_control_that_must_fail() -> None:
+    """Swapped users write other texts: equality above is not for free."""
+    group = groups_of(1, 10)[0]
+    expected = run(engine_of(GREEDY, drafts=False), [group])
+    others = [*group.requests[1:], group.requests[0]]
+    swapped = tuple(
+        replace(request, user_embedding=other.user_embedding)
+        for request, other in zip(group.requests, others, strict=True)
+    )
+    assert not same(run(engine_of(GREEDY, drafts=False), [replace(group, requests=swapped)]), expected)
+
+
+def test_users_who_are_alike_draft_for_each_other_in_a_first_run() -> None:
+    """The same user embedding over and over: what the first wave wrote is what the others will write."""
+    group = groups_of(1, 1)[0]
+    request = group.requests[0]
+    alike = tuple(replace(request, key=request.key._replace(user_id=f"u{at}")) for at in range(40))
+    groups = [replace(group, requests=alike)]
+    plain, engine = engine_of(GREEDY, drafts=False, max_rows=4), engine_of(GREEDY, max_rows=4)
+    assert same(run(engine, groups), run(plain, groups))
+    assert engine.stats.num_accepted_tokens > 0.6 * engine.stats.num_draft_tokens > 0
+    assert engine.stats.num_steps < 0.7 * plain.stats.num_steps
+
+
+def test_drafts_that_never_hold_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a pass costs little besides its tokens, guesses stop; where it costs much, they go on."""
+    monkeypatch.setattr(decode, "measure_overhead_tokens", lambda base: 64)
+    groups = with_drafts(groups_of(6, 60), lambda key: "no such text at all, whatever is asked")
+    engine = engine_of(GREEDY)
+    found = run(engine, groups)
+    num_tokens = sum(completion.num_output_tokens for completion in found.values())
+    assert engine.stats.num_draft_tokens < 0.2 * num_tokens
+
+
+def test_a_draft_with_an_insertion_is_found_again() -> None:
+    group = groups_of(1, 20)[0]
+    everyone = run(engine_of(GREEDY, drafts=False), [group])
+    longest = max(everyone, key=lambda key: len(everyone[key].text))
+    text = everyone[longest].text
+    assert len(text) > 12
+    alone = [replace(group, requests=tuple(request for request in group.requests if request.key == longest))]
+    engine = engine_of(GREEDY)
+    found = run(engine, with_drafts(alone, lambda key: text[:4] + "xyz" + text[4:]))
+    assert found[longest].text == text
+    assert engine.stats.num_accepted_tokens >= 8
+
+
+class TestPolicy:
+    def test_guesses_reach_further_the_more_a_pass_costs(self) -> None:
+        agreement = Agreement()
+        reach = [num_ahead(agreement, 4, chance_needed(256, overhead)) for overhead in (1, 64, 1024, 1 << 20)]
+        assert reach == sorted(reach)
+        assert reach[0] == 0
+        assert reach[-1] == 16
+
+    def test_the_rate_follows_what_is_seen(self) -> None:
+        good, bad = Agreement(), Agreement()
+        for _ in range(5000):
+            good.see(9, True)
+            bad.see(9, False)
+        assert good.rate(9) > 0.99
+        assert bad.rate(9) < 0.05
+        assert num_ahead(bad, 9, chance_needed(1, 64)) < num_ahead(good, 9, chance_needed(1, 64))
+
+    def test_overhead_is_a_power_of_two(self) -> None:
+        assert rounded_overhead(10.0, 10.0 + 63, 64) == 8
+        assert rounded_overhead(1.0, 64.0, 64) == 1
+        assert rounded_overhead(1.0, 1.0, 64) == 1024
+
+
+def test_drafts_forget_texts_beyond_their_bounds() -> None:
+    engine = engine_of(GREEDY)
+    drafts = Drafts(tiny_models.byte_tokenizer(), tiny_models.EOS)
+    row = next(iter(engine._rows(groups_of(1, 1), 0, [])))
+    for at in range(100):
+        drafts.tell(row, (at, at + 1))
+    told = drafts._told_of(row)
+    assert len(told.texts) == 32
+    for at in range(400):
+        other = replace(row.segments, left=(at, *row.segments.left))
+        drafts.tell(Row(row.key, other, np.zeros(4, np.float32), row.sampling, 0), (1, 2))
+    assert len(drafts._told) == 256
