@@ -13,6 +13,7 @@ from torch import Tensor
 from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.manifest import Layout
+from e2p_ray.engine.packed import PackedLinear
 from e2p_ray.errors import UnsupportedModelError
 from e2p_ray.schema import Content, Group, RequestKey
 from tests import tiny_models
@@ -98,6 +99,20 @@ def test_logits_equal_plain_forward(
         first += size
     trace = run_traced(engine, groups, monkeypatch)
     assert len(trace.tokens) == sum(sizes)
+    model = tiny_models.random_model(config)
+    assert largest_difference(model, engine, groups, trace) < TOLERANCE
+    assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_packed_weights_give_the_same_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ARCHITECTURES[name]
+    engine = tiny_models.engine_of(config)
+    engine._decoder._base.pack()
+    packed = [module for module in engine._decoder._base.model.modules() if isinstance(module, PackedLinear)]
+    assert packed or name == "gpt2", "gpt2 has no linear layers, but convolutions of width 1"
+    groups = [tiny_models.group(content, range(3)) for content in tiny_models.contents(3)]
+    trace = run_traced(engine, groups, monkeypatch)
     model = tiny_models.random_model(config)
     assert largest_difference(model, engine, groups, trace) < TOLERANCE
     assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"

@@ -69,17 +69,28 @@ def attention(
     queries that sees nothing gets 0 and -inf.
     """
     # The kernel's log-sum-exp carries no gradient.
-    learns = torch.is_grad_enabled() and any(given.requires_grad for given in (queries, keys, values))
-    if queries.device.type == "cpu" and visible is None and shape.cap is None and not learns:
+    if queries.device.type == "cpu" and visible is None and shape.cap is None and not _learns(queries, keys, values):
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             queries, keys, values, 0.0, causal, attn_mask=None, scale=shape.scale
         )
         return output, lse
-    n, num_heads, q, _ = queries.shape
-    num_kv_heads, t = keys.shape[1], keys.shape[2]
     if causal:
+        q, t = queries.shape[2], keys.shape[2]
         below = torch.ones(q, t, dtype=torch.bool, device=queries.device).tril()
         visible = below if visible is None else visible & below
+    return attention_by_products(queries, keys, values, shape, visible)
+
+
+def attention_by_products(
+    queries: Tensor, keys: Tensor, values: Tensor, shape: Shape, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same by two batched matrix products, with gradient.
+
+    On a CPU it is the faster one, too, for many rows of a few queries and keys each: 256 rows of 2 queries and 17 keys
+    0.8 ms in fp32 and 1.9 ms in bf16, the kernel 0.9 and 2.2 ms; of 9 keys 0.6 and 1.3 ms against 0.8 and 2.5 ms.
+    """
+    n, num_heads, q, _ = queries.shape
+    num_kv_heads, t = keys.shape[1], keys.shape[2]
     # Heads that share keys are folded into the query length: the keys are never repeated.
     folded = queries.reshape(n, num_kv_heads, -1, queries.shape[-1])
     scores = torch.matmul(folded * shape.scale, keys.transpose(-1, -2)).float()
@@ -90,9 +101,13 @@ def attention(
         scores = scores.masked_fill_(~visible, -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     least = lse.clamp_min(torch.finfo(lse.dtype).min).unsqueeze(-1)
-    weights = torch.exp(scores - least) if learns else scores.sub_(least).exp_()
+    weights = torch.exp(scores - least) if _learns(queries, keys, values) else scores.sub_(least).exp_()
     output = torch.matmul(weights.to(values.dtype).view(n, num_kv_heads, -1, t), values)
     return output.view(n, num_heads, q, -1), lse
+
+
+def _learns(*given: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
 
 
 def merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:

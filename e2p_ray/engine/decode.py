@@ -160,7 +160,8 @@ class Decoder:
     def _row_bytes(self, num_tokens: int) -> int:
         """Slots, logits (kept twice) and a step's activations of one row."""
         base = self._base
-        return num_tokens * base.kv_bytes_per_token + 8 * base.vocab_size + 64 * base.d_model
+        kv_bytes = base.kv_bytes_per_token * (4 // base.dtype.itemsize if base.device.type == "cpu" else 1)
+        return num_tokens * kv_bytes + 8 * base.vocab_size + 64 * base.d_model
 
     def _new_wave(self, rows: list[Row]) -> Wave:
         """Buffers for these rows, and for as many of their kind as may come in later."""

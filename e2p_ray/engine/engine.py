@@ -131,6 +131,7 @@ def load_engine(config: JobConfig, storage: Storage) -> Engine:
     projector = Projector.from_pretrained(storage, config.projector.uri)
     assert projector.manifest == manifest, "the artifact changed between two reads"
     base = BaseModel.load(folder.path, config.base_model.dtype, device)
+    base.pack()
     return Engine(
         base,
         projector,

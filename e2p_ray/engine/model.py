@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from e2p_ray.engine.attention import ATTENTION_NAME, Step, step_attention
+from e2p_ray.engine.packed import can_pack, pack
 from e2p_ray.errors import ConfigError, UnsupportedModelError
 
 # Each is proven equal to transformers' own forward in tests/test_engine_architectures.py.
@@ -102,6 +103,14 @@ class BaseModel:
             local_files_only=True,
         )
         return cls(model.to(device))
+
+    def pack(self) -> None:
+        """Speed up a model that is only run, never trained through or hashed again; nothing where that cannot be."""
+        if can_pack(self.dtype, self.device):
+            pack(self.model)
+            head = self.model.get_output_embeddings()
+            assert isinstance(head, nn.Module)
+            self._head = head
 
     @property
     def device(self) -> torch.device:

@@ -66,7 +66,11 @@ class PrefillStep:
 
 
 class SuffixSlots:
-    """Static keys and values of the rows' own tokens: per layer (max_rows, Hkv, max_tokens, D)."""
+    """Static keys and values of the rows' own tokens: per layer (max_rows, Hkv, max_tokens, D).
+
+    On a CPU they are float32 whatever the model is: many small products are twice as fast so (256 rows of 2 queries and
+    17 keys: 0.8 ms against 1.9 ms in bf16), and the other bytes of a wave are the prefixes.
+    """
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class SuffixSlots:
     ) -> None:
         self.max_rows, self.max_tokens = max_rows, max_tokens
         size = (max_rows, num_kv_heads, max_tokens, head_dim)
+        dtype = torch.float32 if device.type == "cpu" else dtype
         # Zeros, because a slot that is masked out still counts with weight 0: it must never hold NaN.
         self.keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(num_layers)]
