@@ -137,6 +137,21 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class TextScore:
+    """How likely a given text is for one request."""
+
+    key: RequestKey
+    logprob: float  # natural log, summed over its tokens and the end token, under the model before temperature
+    num_tokens: int
+    error_code: ErrorCode | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """Per token, as a completion's."""
+        return self.logprob / max(self.num_tokens, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """What the checks say of one text."""
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from e2p_ray.config import PromptTemplate, SamplingConfig, TaskConfig
+from e2p_ray.engine.lesson import Lesson
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.errors import ConfigError
@@ -22,7 +23,6 @@ from e2p_ray.schema import Content
 from e2p_ray.train import (
     Adapter,
     AdapterKind,
-    Lesson,
     LessonTable,
     RowScores,
     Target,

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from e2p_ray.engine import decode
 from e2p_ray.engine.drafts import Agreement, Drafts, chance_needed, num_ahead
 from e2p_ray.engine.engine import Engine
-from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.overhead import rounded_overhead
 from e2p_ray.engine.row import Row
 from e2p_ray.schema import Completion, Group, RequestKey
@@ -32,13 +30,8 @@ def launch_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def speaks_letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A random model writes bytes; one that writes letters only has texts that can be read back as its tokens."""
-    plain = BaseModel.logits
-    letters = torch.full((tiny_models.VOCAB_SIZE,), -1e4)
-    ids = tiny_models.byte_tokenizer().encode(" abcdefghijklmnopqrstuvwxyz", add_special_tokens=False)
-    letters[[*ids, tiny_models.EOS]] = 0.0
-    monkeypatch.setattr(BaseModel, "logits", lambda self, hidden: plain(self, hidden) + letters)
+def letters_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_models.write_letters_only(monkeypatch)
 
 
 def engine_of(sampling: dict[str, Any], *, drafts: bool = True, max_rows: int = 64) -> Engine:

@@ -24,24 +24,22 @@ from transformers import (
 
 from e2p_ray.config import PromptTemplate, SamplingConfig, TaskConfig
 from e2p_ray.demo.configs import BASE_MODEL
+from e2p_ray.engine.lesson import Batch, Lesson, LessonRow
 from e2p_ray.engine.manifest import BaseModelFolder
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.prompt import load_tokenizer
 from e2p_ray.engine.shared_prefix import Prefix
+from e2p_ray.engine.teaching import prefixes_of
 from e2p_ray.errors import ConfigError, RunError
 from e2p_ray.schema import Content
 from e2p_ray.train import (
-    Batch,
-    Lesson,
-    Row,
     Target,
     TrainSettings,
     UserTable,
     make_lessons,
     new_projector,
-    prefixes_of,
     target_loss,
     train_projector,
 )
@@ -87,7 +85,7 @@ def _lessons(left: int, right: int) -> list[Lesson]:
     for extra, num_rows in ((0, 3), (4, 1), (9, 2)):
         before, after = ids(left + extra) if left else (), ids(right + (0 if left else extra))
         rows = [
-            Row(random.normal(size=6).astype(np.float32), after, ids(3 + row), 0.5 if row == 1 else 1.0)
+            LessonRow(random.normal(size=6).astype(np.float32), after, ids(3 + row), 0.5 if row == 1 else 1.0)
             for row in range(num_rows)
         ]
         lessons.append(Lesson(before, tuple(rows)))

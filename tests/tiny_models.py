@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -169,6 +170,14 @@ def engine_of(
         tasks or {"headline": task()},
         EngineConfig(max_rows=max_rows, max_bytes=max_bytes, drafts=drafts),
     )
+
+
+def write_letters_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model writes bytes; one that writes letters only has texts that can be read back as its tokens."""
+    plain = BaseModel.logits
+    letters = torch.full((VOCAB_SIZE,), -1e4)
+    letters[[*byte_tokenizer().encode(" abcdefghijklmnopqrstuvwxyz", add_special_tokens=False), EOS]] = 0.0
+    monkeypatch.setattr(BaseModel, "logits", lambda self, hidden: plain(self, hidden) + letters)
 
 
 def user_embedding(seed: int) -> UserEmbedding:

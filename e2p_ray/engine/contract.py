@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from e2p_ray.schema import Completion, Group
+from e2p_ray.schema import Completion, Group, RequestKey, TextScore
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,4 +68,12 @@ class TextEngine(Protocol):
         A request without a user embedding is written without a soft token. `attempt` > 0 samples with the checks'
         retry temperature from another random stream. A request's draft never changes its text.
         """
+        ...
+
+
+class ScoringEngine(TextEngine, Protocol):
+    """An engine that also says how likely a given text is."""
+
+    def score(self, groups: Iterable[Group], texts: Mapping[RequestKey, str]) -> Iterator[TextScore]:
+        """One score for every request of the groups, in any order; a text is taken as it is, with its leading blank."""
         ...

@@ -65,7 +65,7 @@ class Decoder:
         self._num_soft = projector.manifest.num_soft_tokens
         self.bounds = bounds
         self.stats = EngineStats()
-        self._store = PrefixStore(base, bounds.max_bytes // 2)
+        self.store = PrefixStore(base, bounds.max_bytes // 2)
         self._pending: deque[Row] = deque()
         self._wave: Wave | None = None
 
@@ -106,7 +106,7 @@ class Decoder:
         """Put the wave's rows back and go on with half as many; a single row that does not fit is given up."""
         rows = [*(self._wave.rows if self._wave is not None else []), *self._pending]
         self._wave = self._drafts = None  # guesses make passes larger
-        self._store.trim(0)
+        self.store.trim(0)
         self._pending = deque(rows)
         if self.bounds.max_rows > 1:
             tried = min(self.bounds.max_rows, max(len(rows), 2))
@@ -124,9 +124,9 @@ class Decoder:
             return False
         if self._wave is None:
             self._wave = self._new_wave(rows)
-        computed = self._store.num_computed_tokens
-        prefixes = self._store.get([row.segments.left for row in rows])
-        self._count(prefix=self._store.num_computed_tokens - computed)
+        computed = self.store.num_computed_tokens
+        prefixes = self.store.get([row.segments.left for row in rows])
+        self._count(prefix=self.store.num_computed_tokens - computed)
         for part in self._parts(rows):
             self._prefill(self._wave, rows[part], prefixes[part])
         return True
@@ -145,13 +145,13 @@ class Decoder:
             longest = max(max_tokens, tokens)
             more = 0 if row.segments.left in prefixes else len(row.segments.left)
             count = num_rows + len(fitting) + 1
-            num_bytes = count * self._row_bytes(longest) + self._store.bytes_of(num_prefix_tokens + more)
+            num_bytes = count * self._row_bytes(longest) + self.store.bytes_of(num_prefix_tokens + more)
             if count > self.bounds.max_rows or (num_bytes > self.bounds.max_bytes and count > 1):
                 break
             fitting.append(row)
             prefixes.add(row.segments.left)
             max_tokens, num_prefix_tokens = longest, num_prefix_tokens + more
-        self._store.trim(max(self.bounds.max_bytes - (num_rows + len(fitting)) * self._row_bytes(max_tokens), 0))
+        self.store.trim(max(self.bounds.max_bytes - (num_rows + len(fitting)) * self._row_bytes(max_tokens), 0))
         return fitting
 
     def _num_slot_tokens(self, row: Row) -> int:

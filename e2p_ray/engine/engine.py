@@ -18,9 +18,10 @@ from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
 from e2p_ray.engine.row import Row
 from e2p_ray.engine.sampling import stream_key
+from e2p_ray.engine.score import MAX_SCORED_ROWS, Scorer
 from e2p_ray.engine.stopping import Stopping
 from e2p_ray.errors import IncompatibleError, RowError
-from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
+from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group, RequestKey, TextScore
 from e2p_ray.storage import Storage
 
 
@@ -59,6 +60,15 @@ class Engine:
         ends = _end_tokens(base, tokenizer)
         new_drafts = functools.partial(Drafts, tokenizer, ends[0] if ends else None) if config.drafts else None
         self._decoder = Decoder(base, projector, stopping, Bounds(config.max_rows, config.max_bytes), new_drafts)
+        self._scorer = Scorer(
+            base,
+            projector,
+            tokenizer,
+            self.layout,
+            end_token=ends[0] if ends else None,
+            store=self._decoder.store,
+            max_rows=min(config.max_rows, MAX_SCORED_ROWS),
+        )
 
     @property
     def projector_id(self) -> str:
@@ -91,6 +101,10 @@ class Engine:
             refused.clear()
             yield completion
         yield from refused
+
+    def score(self, groups: Iterable[Group], texts: Mapping[RequestKey, str]) -> Iterator[TextScore]:
+        """See `ScoringEngine.score`; each content is prefilled once, for scoring and generating alike."""
+        return self._scorer.run(groups, texts)
 
     def _rows(self, groups: Iterable[Group], attempt: int, refused: list[Completion]) -> Iterator[Row]:
         for group in groups:

@@ -12,7 +12,7 @@ import numpy as np
 
 from e2p_ray.config import TaskConfig
 from e2p_ray.engine.contract import EngineStats
-from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, Request, RequestKey
+from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, Request, RequestKey, TextScore
 
 # An English stop needs a blank behind it (3.5, U.S.), a Japanese one does not; a closing bracket stays with it.
 _SENTENCE_END = re.compile(
@@ -86,6 +86,14 @@ class FakeEngine:
             completions = [self._complete(group.content, request, num_prefix, attempt) for request in group.requests]
             self._count(completions, num_prefix)
             yield from completions
+
+    def score(self, groups: Iterable[Group], texts: Mapping[RequestKey, str]) -> Iterator[TextScore]:
+        """A nat for every token, and a quarter of one for the tokens of what it would have written itself."""
+        for group in groups:
+            for request in group.requests:
+                text = texts[request.key]
+                own = text.strip() == self._write(group.content, request, 0)
+                yield TextScore(request.key, -num_tokens(text) * (0.25 if own else 1.0), num_tokens(text))
 
     def _complete(self, content: Content, request: Request, num_prefix: int, attempt: int) -> Completion:
         num_prompt = num_prefix + (request.user_embedding is not None)

@@ -4,8 +4,8 @@ from e2p_ray.train.baselines.adapters import Adapter, AdapterKind, train_adapter
 from e2p_ray.train.baselines.profile import profile_lessons
 from e2p_ray.train.controls import derangement
 from e2p_ray.train.fit import Alone, Fit, StepRecord, World
-from e2p_ray.train.lessons import Lesson, LessonTable, Ragged, Row, Target, UserTable, make_lessons
-from e2p_ray.train.loss import Batch, prefixes_of, row_losses, target_loss
+from e2p_ray.train.lessons import LessonTable, Ragged, Target, UserTable, make_lessons
+from e2p_ray.train.loss import target_loss
 from e2p_ray.train.projector import (
     TrainResult,
     check_frozen,
@@ -21,12 +21,9 @@ __all__ = [
     "Adapter",
     "AdapterKind",
     "Alone",
-    "Batch",
     "Fit",
-    "Lesson",
     "LessonTable",
     "Ragged",
-    "Row",
     "RowScores",
     "StepRecord",
     "Target",
@@ -39,9 +36,7 @@ __all__ = [
     "fit_projector",
     "make_lessons",
     "new_projector",
-    "prefixes_of",
     "profile_lessons",
-    "row_losses",
     "score",
     "start_calmly",
     "target_loss",

@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from e2p_ray.engine.lesson import Batch, Lesson
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
+from e2p_ray.engine.teaching import prefixes_of
 from e2p_ray.errors import ConfigError, RunError
-from e2p_ray.train.lessons import Lesson, LessonTable
-from e2p_ray.train.loss import Batch, prefixes_of, target_loss
+from e2p_ray.train.lessons import LessonTable
+from e2p_ray.train.loss import target_loss
 from e2p_ray.train.score import RowScores, score
 from e2p_ray.train.settings import TrainSettings
 

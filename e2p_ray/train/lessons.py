@@ -10,9 +10,10 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from e2p_ray.config import TaskConfig
+from e2p_ray.engine.lesson import Lesson, LessonRow
 from e2p_ray.engine.prompt import PromptLayout
 from e2p_ray.errors import ConfigError, RowError
-from e2p_ray.schema import Content, UserEmbedding
+from e2p_ray.schema import Content
 from e2p_ray.train.settings import TrainSettings
 
 SKIPPED = ("unknown_user", "missing_content", "empty_text", "prompt_too_long")
@@ -36,24 +37,6 @@ class UserTable:
     user_ids: Sequence[str]
     user_embeddings: npt.NDArray[np.float32]
     embedding_space: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Row:
-    """One target: its user's embedding (None: no soft token), its own tokens before the text, the text's tokens."""
-
-    user_embedding: UserEmbedding | None
-    right: Sequence[int]
-    target: Sequence[int]
-    weight: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Lesson:
-    """Some rows of one content and task: they share the tokens before the soft token."""
-
-    left: tuple[int, ...]
-    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +93,7 @@ class LessonTable:
         left = tuple(self.lefts[at].tolist())
         left, moved = (left, ()) if soft else (left[:-1], left[-1:])
         chosen = (
-            Row(
+            LessonRow(
                 self.user_embeddings[self.user[row]] if soft else None,
                 [*moved, *self.rights[row].tolist()],
                 self.targets[row].tolist(),

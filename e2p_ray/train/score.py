@@ -7,16 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
+from e2p_ray.engine.lesson import Lesson
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
-from e2p_ray.train.lessons import Lesson, LessonTable
-from e2p_ray.train.loss import Batch, prefixes_of, row_losses
-
-# Rows of one forward pass: matrix products stop gaining beyond a few hundred rows (see engine/prefixes.py).
-MAX_ROWS = 128
+from e2p_ray.engine.score import MAX_SCORED_ROWS
+from e2p_ray.engine.teaching import lesson_losses
+from e2p_ray.train.lessons import LessonTable
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,7 +30,6 @@ class RowScores:
         return float(self.nll.sum() / self.num_tokens.sum())
 
 
-@torch.no_grad()
 def score(
     base: BaseModel,
     projector: Projector | None,
@@ -47,27 +44,21 @@ def score(
     Of `size` workers, worker `rank` scores every size-th lesson; the nll of all other rows is 0, to be summed.
     """
     nll = np.zeros(table.num_rows)
-    num_soft = 0 if projector is None else projector.manifest.num_soft_tokens
     for places, lessons in _passes(table, range(rank, len(table), size), soft=projector is not None):
-        batch = Batch.of(lessons, num_soft, base.device)
-        users = batch.user_embeddings
-        soft = projector(users) if projector is not None and users is not None else None
-        prefixes = prefixes_of(store, base, [lesson.left for lesson in lessons])
-        losses = row_losses(base, soft, prefixes, batch).double().cpu().numpy()
-        nll[[row for rows in places for row in rows]] = losses
+        nll[[row for rows in places for row in rows]] = lesson_losses(base, projector, store, lessons).numpy()
     return RowScores(nll, np.diff(table.targets.starts))
 
 
 def _passes(table: LessonTable, chosen: range, *, soft: bool) -> Iterator[tuple[list[Sequence[int]], list[Lesson]]]:
     """Rows of several lessons for one forward pass each; lessons of about as many rows go together."""
     pieces = [
-        (lesson, rows[start : start + MAX_ROWS])
+        (lesson, rows[start : start + MAX_SCORED_ROWS])
         for lesson in chosen
         for rows in [table.rows_of(lesson)]
-        for start in range(0, len(rows), MAX_ROWS)
+        for start in range(0, len(rows), MAX_SCORED_ROWS)
     ]
     pieces.sort(key=lambda piece: -len(piece[1]))
     while pieces:
-        count = max(1, MAX_ROWS // len(pieces[0][1]))
+        count = max(1, MAX_SCORED_ROWS // len(pieces[0][1]))
         together, pieces = pieces[:count], pieces[count:]
         yield [rows for _, rows in together], [table.lesson(at, rows, soft=soft) for at, rows in together]

@@ -22,16 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from e2p_ray.engine.lesson import Batch, Lesson
 from e2p_ray.engine.manifest import BaseModelFolder, Layout
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
-from e2p_ray.train import Batch, Fit, Lesson, LessonTable, TrainSettings, UserTable, new_projector, prefixes_of
+from e2p_ray.engine.teaching import prefixes_of, row_losses
+from e2p_ray.train import Fit, LessonTable, TrainSettings, UserTable, new_projector
 from e2p_ray.train.fit import draw
 from e2p_ray.train.lessons import Ragged
-from e2p_ray.train.loss import row_losses
-from tests.bench.decode import llama_30m
 from tests.bench.harness import interleaved, print_results
+from tests.bench.workloads import llama_30m
 from tests.tiny_models import EMBEDDING_DIM, random_model
 
 PLAIN_BATCHES = (4, 8, 16)

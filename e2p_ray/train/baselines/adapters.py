@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from e2p_ray.engine.lesson import Batch, Lesson, LessonRow
 from e2p_ray.engine.model import BaseModel, pick_device
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.shared_prefix import Prefix
+from e2p_ray.engine.teaching import prefixes_of, row_losses
 from e2p_ray.errors import ConfigError, RunError
 from e2p_ray.train.baselines.live_prefixes import LivePrefixes
 from e2p_ray.train.fit import StepRecord, draw, schedule
-from e2p_ray.train.lessons import Lesson, LessonTable, Row
-from e2p_ray.train.loss import Batch, prefixes_of, row_losses
+from e2p_ray.train.lessons import LessonTable
 from e2p_ray.train.score import RowScores, score
 from e2p_ray.train.settings import TrainSettings
 
@@ -209,7 +210,7 @@ def adapter_loss(adapter: Adapter, lessons: Sequence[Lesson]) -> tuple[Tensor, i
 
 def _without_soft_token(lesson: Lesson) -> Lesson:
     """Rows must begin with a token of their own: the content's last one."""
-    rows = (Row(None, [*lesson.left[-1:], *row.right], row.target, row.weight) for row in lesson.rows)
+    rows = (LessonRow(None, [*lesson.left[-1:], *row.right], row.target, row.weight) for row in lesson.rows)
     return Lesson(lesson.left[:-1], tuple(rows))
 
 

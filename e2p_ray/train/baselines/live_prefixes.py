@@ -11,7 +11,7 @@ from torch import Tensor
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore, TokenIds
 from e2p_ray.engine.shared_prefix import Prefix
-from e2p_ray.train.loss import TeachingStep
+from e2p_ray.engine.teaching import TeachingStep
 
 
 class ContentStep(TeachingStep):
