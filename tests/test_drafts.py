@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from e2p_ray.engine import decode
-from e2p_ray.engine.drafts import Agreement, Drafts, chance_needed, num_ahead
+from e2p_ray.engine.drafts import Agreement, Drafts, Experience, chance_needed, num_ahead
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.overhead import rounded_overhead
 from e2p_ray.engine.row import Row
@@ -170,7 +170,7 @@ class TestPolicy:
 
 def test_drafts_forget_texts_beyond_their_bounds() -> None:
     engine = engine_of(GREEDY)
-    drafts = Drafts(tiny_models.byte_tokenizer(), tiny_models.EOS)
+    drafts = Drafts(tiny_models.byte_tokenizer(), tiny_models.EOS, Experience())
     row = next(iter(engine._rows(groups_of(1, 1), 0, [])))
     for at in range(100):
         drafts.tell(row, (at, at + 1))

@@ -46,8 +46,7 @@ class Decoder:
     """Runs rows through the base model in waves. Completions come as they finish, in no order.
 
     Prefixes stay in the store between calls, so that a second try or the unpersonalised text of a content costs no
-    second prefill; they make room for rows when memory is short. Drafts start anew with every call, so that a text
-    never depends on the calls before, not even by the rounding of another batch.
+    second prefill; they make room for rows when memory is short.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class Decoder:
         self._base, self._projector, self._stopping = base, projector, stopping
         self._new_drafts = new_drafts
         self._drafts: Drafts | None = None
-        self._measured_overhead: int | None = None
         self._num_soft = projector.manifest.num_soft_tokens
         self.bounds = bounds
         self.stats = EngineStats()
@@ -308,10 +306,10 @@ class Decoder:
         return choose(logits, wave.sampling.take(slots), written, num_written)
 
     def _overhead_tokens(self) -> float:
-        """What a pass costs besides its tokens, in tokens: measured once, when the first draft asks."""
-        if self._measured_overhead is None:
-            self._measured_overhead = measure_overhead_tokens(self._base)
-        return self._measured_overhead
+        """What a pass costs besides its tokens, in tokens: measured once a base model, when the first draft asks."""
+        if self._base.overhead_tokens is None:
+            self._base.overhead_tokens = measure_overhead_tokens(self._base)
+        return self._base.overhead_tokens
 
     # -- rows go out -------------------------------------------------------------------------------------------------
 

@@ -175,19 +175,28 @@ class RowDraft:
             self._num_realigned += 1
 
 
-class Drafts:
-    """Guesses for all rows of one call of the engine; nothing is kept between calls."""
+@dataclass(slots=True)
+class Experience:
+    """What an engine has seen of its drafts: of those that it was given and of those that other rows told."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token: int | None) -> None:
+    given: Agreement = field(default_factory=Agreement)
+    told: Agreement = field(default_factory=lambda: Agreement([5.0, 15.0, 18.0], [10.0, 20.0, 20.0]))
+
+
+class Drafts:
+    """Guesses for all rows of one call of the engine; of texts nothing is kept between calls."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token: int | None, experience: Experience) -> None:
         self._tokenizer = tokenizer
         self._end = () if end_token is None else (end_token,)
-        self._agreements = Agreement(), Agreement([5.0, 15.0, 18.0], [10.0, 20.0, 20.0])
+        self._experience = experience
         self._told: OrderedDict[tuple[TokenIds, TokenIds], Told] = OrderedDict()
 
     def of(self, row: Row) -> RowDraft:
         """The guesses for a row that comes in."""
         told = self._told_of(row)
-        return RowDraft(self._given(row), told.order_for(row.user_embedding), told, *self._agreements)
+        first = told.order_for(row.user_embedding)
+        return RowDraft(self._given(row), first, told, self._experience.given, self._experience.told)
 
     def tell(self, row: Row, tokens: TokenIds) -> None:
         """A row is done: what it wrote is a guess for those that come."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from e2p_ray.config import EngineConfig, JobConfig, SamplingConfig, TaskConfig
 from e2p_ray.engine.contract import EngineStats
 from e2p_ray.engine.decode import Bounds, Decoder
-from e2p_ray.engine.drafts import Drafts
+from e2p_ray.engine.drafts import Drafts, Experience
 from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.engine.model import BaseModel, pick_device
 from e2p_ray.engine.projector import Projector
@@ -58,8 +58,10 @@ class Engine:
         stopping = Stopping(tokenizer, base.vocab_size, _end_tokens(base, tokenizer), samplings)
         projector = projector.to(base.device)
         ends = _end_tokens(base, tokenizer)
-        new_drafts = functools.partial(Drafts, tokenizer, ends[0] if ends else None) if config.drafts else None
-        self._decoder = Decoder(base, projector, stopping, Bounds(config.max_rows, config.max_bytes), new_drafts)
+        new_drafts = functools.partial(Drafts, tokenizer, ends[0] if ends else None, Experience())
+        self._decoder = Decoder(
+            base, projector, stopping, Bounds(config.max_rows, config.max_bytes), new_drafts if config.drafts else None
+        )
         self._scorer = Scorer(
             base,
             projector,

@@ -84,6 +84,7 @@ class BaseModel:
         assert isinstance(head, nn.Module), "a causal language model has output embeddings"
         self._head = head
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.overhead_tokens: int | None = None  # of a pass, once somebody has measured it
 
     @classmethod
     def load(cls, folder: Path, dtype: str, device: torch.device) -> BaseModel:
