@@ -13,8 +13,6 @@ What becomes of a request:
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -23,11 +21,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
-import numpy as np
-
 from e2p_ray.check import check
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.contract import TextEngine
+from e2p_ray.fingerprint import TextSettings, content_part, fingerprint, text_settings
 from e2p_ray.schema import (
     Arm,
     Completion,
@@ -64,35 +61,6 @@ def one_line(text: str) -> str:
     Other blanks stay, so an ideographic space between two parts of a Japanese headline does too.
     """
     return _BLANKS.sub(lambda match: " " if match.group().strip(" ") else match.group(), text).strip()
-
-
-def shared_fingerprint(config: JobConfig, task: str, *, prompt_id: str, projector_id: str, base_model_id: str) -> str:
-    """Hash of what determines the texts of a task besides request and content; `prompt_id` names the template."""
-    parts = [
-        config.tasks[task].model_dump(mode="json", exclude={"prompts"}),
-        config.checks.model_dump(mode="json"),
-        config.base_model.dtype,
-        prompt_id,
-        projector_id,
-        base_model_id,
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint(request: Request, content: Content, shared: str) -> str:
-    """Hash, 32 hex digits, of all that determines one request's text; equal fingerprints need no new text.
-
-    `shared` is `shared_fingerprint` of the request's task and the content's language. The user embedding goes into the
-    hash only.
-    """
-    digest = hashlib.sha256()
-    texts = (*request.key, content.title, content.body, content.language, request.reason or "", shared)
-    for part in texts:
-        data = part.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "little") + data)
-    if request.user_embedding is not None:
-        digest.update(np.ascontiguousarray(request.user_embedding, dtype="<f4").tobytes())
-    return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +144,8 @@ class _Labels:
         self._run_id = run_id
         self._shard_id = shard_id
         self._now = now
-        self._shared: dict[tuple[str, str], tuple[str, str]] = {}
+        self._settings: dict[tuple[str, str], TextSettings] = {}
+        self._content_parts: dict[str, str] = {}
 
     def result(
         self, request: Request, content: Content, written: Mapping[RequestKey, _Written]
@@ -207,7 +176,7 @@ class _Labels:
         source: _Written | None,
     ) -> Generation:
         completion = None if source is None else source.completion
-        prompt_id, shared = self._ids(request.key.task, content.language)
+        settings = self._settings_of(request.key.task, content.language)
         return Generation(
             *request.key,
             text=one_line(content.title) if source is None else source.text,
@@ -219,10 +188,10 @@ class _Labels:
             num_output_tokens=0 if completion is None else completion.num_output_tokens,
             mean_logprob=None if completion is None else _finite(completion.mean_logprob),
             finish_reason=None if completion is None else completion.finish_reason,
-            fingerprint=fingerprint(request, content, shared),
+            fingerprint=fingerprint(request, self._content_part(content), settings.part),
             projector_id=self._engine.projector_id,
             base_model_id=self._engine.base_model_id,
-            prompt_id=prompt_id,
+            prompt_id=settings.prompt_id,
             embedding_space=self._engine.embedding_space,
             run_id=self._run_id,
             generated_at=self._now,
@@ -232,19 +201,23 @@ class _Labels:
         message = _MESSAGES.get(code, code.value)
         return DeadLetter(*request.key, code, message, self._shard_id, self._run_id)
 
-    def _ids(self, task: str, language: str) -> tuple[str, str]:
-        """Prompt id and shared fingerprint, once per task and language."""
-        if (task, language) not in self._shared:
-            prompt_id = self._engine.prompt_id(task, language)
-            shared = shared_fingerprint(
+    def _settings_of(self, task: str, language: str) -> TextSettings:
+        """Once per task and language."""
+        if (task, language) not in self._settings:
+            self._settings[task, language] = text_settings(
                 self._config,
                 task,
-                prompt_id=prompt_id,
+                prompt_id=self._engine.prompt_id(task, language),
                 projector_id=self._engine.projector_id,
                 base_model_id=self._engine.base_model_id,
             )
-            self._shared[task, language] = prompt_id, shared
-        return self._shared[task, language]
+        return self._settings[task, language]
+
+    def _content_part(self, content: Content) -> str:
+        """Once per content."""
+        if content.content_id not in self._content_parts:
+            self._content_parts[content.content_id] = content_part(content)
+        return self._content_parts[content.content_id]
 
 
 def _why_not_personalized(request: Request, content: Content, own: _Written | None) -> tuple[Status, Reason | None]:
@@ -275,21 +248,20 @@ def _unpersonalized_key(key: RequestKey) -> RequestKey:
 
 def _first_call(groups: Sequence[Group]) -> list[Group]:
     """What is known to be needed from the start; the unpersonalised text shares the prefix of its content's users."""
-    needed = {
-        _unpersonalized_key(request.key)
-        for group in groups
-        for request in group.requests
-        if request.user_embedding is None and request.key.user_id and not _is_blank(group.content)
-    }
+    drafts: dict[RequestKey, str | None] = {}  # by the keys that are needed; all users of a content have one draft
+    for group in groups:
+        for request in group.requests:
+            if request.user_embedding is None and request.key.user_id and not _is_blank(group.content):
+                key = _unpersonalized_key(request.key)
+                drafts[key] = drafts.get(key) or request.draft
     result = []
     for group in groups:
         if _is_blank(group.content):
             continue
         requests = [r for r in group.requests if r.user_embedding is not None and r.key.user_id]
         key = RequestKey(UNPERSONALIZED_USER_ID, group.content.content_id, group.task)
-        if key in needed:
-            needed.discard(key)
-            requests.insert(0, Request(key, None))
+        if key in drafts:
+            requests.insert(0, Request(key, None, draft=drafts.pop(key)))
         if requests:
             result.append(replace(group, requests=tuple(requests)))
     return result

@@ -70,6 +70,7 @@ class ErrorCode(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     NON_FINITE_LOGITS = "non_finite_logits"
     OUT_OF_MEMORY = "out_of_memory"
+    DEFERRED = "deferred"  # nothing is wrong with it: a limit left it for a later run
 
 
 class FinishReason(StrEnum):

@@ -4,37 +4,118 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass, replace
 
-from e2p_ray.batch import EngineFactory, run_batch
-from e2p_ray.commit import PublishedVersion, Run, publish
+from e2p_ray.batch import BatchSummary, EngineFactory, run_batch
+from e2p_ray.commit import PublishedTable, PublishedVersion, Run, load_run, publish, read_published
 from e2p_ray.config import JobConfig
-from e2p_ray.downstream.report import Report, build_report, render_terminal, write_report
-from e2p_ray.errors import GateError
+from e2p_ray.downstream.report import Report, build_report, read_report, render_terminal, write_report
+from e2p_ray.errors import ConfigError, GateError
+from e2p_ray.plan import Plan
+from e2p_ray.update import Changes, Limits, Priority, defer_shards, make_update
 from jobs.cli import Job, run_job
 from jobs.progress import ProgressLine
-from jobs.steps import Setup, opened_run, planned, say, set_up
+from jobs.steps import Setup, full_run, opened_run, planned, say, set_up, source_id_of, update_job, update_run
+
+
+@dataclass(frozen=True)
+class Work:
+    """A run to be done: of a whole plan, or of an update with its changes."""
+
+    run: Run
+    plan: Plan
+    changes: Changes | None = None
 
 
 def generate(config: JobConfig, options: argparse.Namespace) -> None:
     """One go; what an earlier, interrupted go committed is kept."""
-    report = generate_run(config, publish_it=not options.no_publish)
+    limits = limits_of(options)
+    report = generate_run(config, publish_it=not options.no_publish, full=options.full, limits=limits)
     print(render_terminal(report))
 
 
-def generate_run(config: JobConfig, *, publish_it: bool = True, engine_factory: EngineFactory | None = None) -> Report:
-    """Plan, generate, report and publish. The report is written before the gates, so that it can say why one closed."""
+def generate_run(
+    config: JobConfig,
+    *,
+    publish_it: bool = True,
+    engine_factory: EngineFactory | None = None,
+    full: bool = False,
+    limits: Limits | None = None,
+) -> Report:
+    """Plan, generate what the published table lacks, report and publish; with `full`, everything.
+
+    The report is written before the gates, so that it can say why one closed. Where the table shows all of it already,
+    nothing is done and the report is that of the run it shows.
+    """
+    limits = limits or Limits()
+    if full and limits:
+        raise ConfigError("--full generates everything: it takes no --max-requests and no --max-seconds")
     setup = set_up(config)
     plan = planned(config, setup)
-    run = opened_run(config, setup, plan)
-    say(f"run {run.run_id}: {plan.counts.num_requests:,} requests in {len(run.shard_ids):,} shards")
+    table = read_published(setup.storage, config.output.table_uri)
+    if not full and table and table.shows_all_of(source_id_of(config, setup, plan)):
+        return _nothing_to_do(config, setup, plan, table)
+    work = _work(config, setup, plan, table, full, limits)
+    if work is None:
+        assert table is not None, "without a table there is something to do"
+        return _nothing_to_do(config, setup, plan, table)
+    return _done(config, setup, work, publish_it, engine_factory, limits)
+
+
+def _work(
+    config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None, full: bool, limits: Limits
+) -> Work | None:
+    """What is to be done; None when the published table needs no change."""
+    if full or (table is None and not limits):
+        return Work(full_run(config, setup, plan, again=table), plan)
+    run = update_run(config, setup, plan, table, limits)
+    update = make_update(update_job(config, setup, plan, table), run, limits, say)
+    if update is None:
+        return None
+    return Work(replace(run, shard_ids=update.shard_ids), update.plan, update.changes)
+
+
+def _done(
+    config: JobConfig,
+    setup: Setup,
+    work: Work,
+    publish_it: bool,
+    engine_factory: EngineFactory | None,
+    limits: Limits,
+) -> Report:
+    run, storage = opened_run(config, setup, work.run), setup.storage
+    num_requests = work.changes.num_to_write if work.changes else work.plan.counts.num_requests
+    say(f"run {run.run_id}: {num_requests:,} requests in {len(work.plan.shards):,} shards")
     with ProgressLine() as progress:
-        run_batch(config, setup.storage, run, engine_factory=engine_factory, on_progress=progress)
-    report = build_report(setup.storage, run, plan, config.resolved())
-    write_report(setup.storage, run, report)
+        summary = run_batch(
+            config,
+            storage,
+            run,
+            engine_factory=engine_factory,
+            on_progress=progress,
+            max_seconds=limits.max_seconds,
+        )
+    _defer(setup, run, summary)
+    changes = work.changes or Changes()
+    report = build_report(
+        storage, run, work.plan, config.resolved(), causes=changes.causes, num_removed=changes.num_removed
+    )
+    write_report(storage, run, report)
     if publish_it:
         report = report.with_version(_published(config, setup, run))
-        write_report(setup.storage, run, report)
+        write_report(storage, run, report)
     return report
+
+
+def _defer(setup: Setup, run: Run, summary: BatchSummary) -> None:
+    """The shards that the time did not suffice for keep their old rows."""
+    if not summary.left:
+        return
+    for failure in summary.failures:
+        if failure.shard_id in summary.left:
+            say(f"shard {failure.shard_id} failed and is left as well: {failure.error_type}: {failure.message}")
+    num_requests = defer_shards(setup.storage, run, summary.left)
+    say(f"the time is over: {num_requests:,} requests in {len(summary.left):,} shards are left for a later run")
 
 
 def _published(config: JobConfig, setup: Setup, run: Run) -> PublishedVersion:
@@ -44,17 +125,63 @@ def _published(config: JobConfig, setup: Setup, run: Run) -> PublishedVersion:
         raise GateError(f"{error}. The report: {run.uri}/report.html") from error
 
 
-def _options(parser: argparse.ArgumentParser) -> None:
+def _nothing_to_do(config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable) -> Report:
+    """The report of the run that the table shows; an empty one where that run's folder is gone."""
+    say(f"nothing to do: version {table.version} of {table.uri} shows this already")
+    assert table.shown is not None, "a table that needs no change was published by us"
+    try:
+        run = load_run(setup.storage, config.output.uri, table.shown.run_id)
+    except ConfigError:
+        run_id, gone = table.shown.run_id, full_run(config, setup, plan)
+        run = replace(gone, run_id=run_id, uri=f"{config.output.uri}/runs/{run_id}", shard_ids=())
+    report = read_report(setup.storage, run)
+    if report is None:
+        report = build_report(setup.storage, run, plan, config.resolved())
+    version = PublishedVersion(table.version, table.num_rows, len(table.file_uris), already_published=True)
+    report = report.with_version(version)
+    write_report(setup.storage, run, report)
+    return report
+
+
+def limits_of(options: argparse.Namespace) -> Limits:
+    """The limits that `add_limits` lets people give."""
+    priority = Priority.parse(options.priority) if options.priority is not None else None
+    return Limits(options.max_requests, options.max_seconds, priority)
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Options of what a run may cost."""
+    parser.add_argument("--max-requests", type=int, metavar="N", help="write N requests at most, keep the rest")
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        metavar="S",
+        help="begin no shard after S seconds of generation (each worker counts from its first shard), keep the rest",
+    )
+    parser.add_argument(
+        "--priority",
+        metavar="COLUMN",
+        help="what comes first under a limit: a numeric column of the candidates table, highest value first, `rank` "
+        "lowest first, or COLUMN:asc, COLUMN:desc (default: requests without a text)",
+    )
     parser.add_argument(
         "--no-publish", action="store_true", help="stop before publishing; `jobs.publish` does it later"
     )
 
 
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--full", action="store_true", help="write every request anew, whatever is published")
+    add_limits(parser)
+
+
 JOB = Job(
     prog="jobs.generate",
-    description="Plan, generate, publish and report in one go. Interrupted at any point, the same command resumes:\n"
-    "only shards that are not committed yet are generated. Exit code 4: complete but not published (a gate);\n"
-    "5: shards are left.",
+    description="Plan, generate, publish and report in one go. Where a table is published, only requests are written\n"
+    "whose fingerprint changed; the other rows are carried over, rows that are wanted no more are removed, and one\n"
+    "new version is published. `jobs.plan` says beforehand what would change. What a limit leaves keeps its old row\n"
+    "(or is a dead letter `deferred` until it has one); the same command goes on with it.\n"
+    "Interrupted at any point, the same command resumes: only shards that are not committed yet are generated.\n"
+    "Exit code 4: complete but not published (a gate, or the table was changed meanwhile); 5: shards are left.",
     config=JobConfig,
     call=generate,
     add_options=_options,

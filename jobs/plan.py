@@ -7,13 +7,15 @@ import json
 import sys
 from dataclasses import dataclass
 
+from e2p_ray.commit import PublishedTable, read_published
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
 from e2p_ray.errors import RowError
 from e2p_ray.plan import Plan, read_shard
+from e2p_ray.update import Changes, Limits, survey
 from jobs.cli import Job, run_job
 from jobs.progress import duration_text
-from jobs.steps import Setup, planned, run_of, say, set_up
+from jobs.steps import Setup, full_run, planned, say, set_up, source_id_of, update_job, update_run
 from jobs.tables import bytes_text, print_pairs, print_table
 
 _SAMPLE_SHARDS, _SAMPLE_GROUPS = 4, 200
@@ -39,11 +41,13 @@ def plan(config: JobConfig, options: argparse.Namespace) -> None:
     """Make the plan, or find it finished, and print it."""
     setup = set_up(config)
     made = planned(config, setup)
+    table = read_published(setup.storage, config.output.table_uri)
+    changes = _changes(config, setup, made, table)
     tokens = estimate_tokens(config, setup, made)
     counts = made.counts
     pairs = {
         "plan": made.uri,
-        "run": run_of(config, setup, made).run_id,
+        "run": _run_id(config, setup, made, table, changes),
         "candidates": f"{counts.num_candidates:,} ({counts.num_duplicates:,} duplicates)",
         "requests": f"{counts.num_requests:,} of {counts.num_users:,} users and {counts.num_contents:,} contents"
         f" ({', '.join(made.tasks)})",
@@ -57,8 +61,9 @@ def plan(config: JobConfig, options: argparse.Namespace) -> None:
     rows_per_s, where = options.rows_per_s, "given"
     if rows_per_s is None:
         rows_per_s, where = last_rows_per_s(config, setup)
+    num_to_write = counts.num_requests if changes is None else changes.num_changed
     pairs["estimated time"] = (
-        f"{duration_text(counts.num_requests / rows_per_s)} at {rows_per_s:,.1f} rows/s ({where})"
+        f"{duration_text(num_to_write / rows_per_s)} at {rows_per_s:,.1f} rows/s ({where})"
         if rows_per_s
         else "unknown: no run has been reported yet; give --rows-per-s"
     )
@@ -67,6 +72,32 @@ def plan(config: JobConfig, options: argparse.Namespace) -> None:
     rows += [("dead letter: " + code, f"{number:,}") for code, number in sorted(counts.dead_letters.items())]
     if rows:
         print_table(("not personalised", "requests"), rows)
+    if table is not None and changes is not None:
+        _print_changes(table, changes)
+
+
+def _changes(config: JobConfig, setup: Setup, made: Plan, table: PublishedTable | None) -> Changes | None:
+    """What a run would change of the published table; None where nothing is published."""
+    if table is None:
+        return None
+    if table.shows_all_of(source_id_of(config, setup, made)):
+        return Changes(num_carried=table.num_rows)
+    return survey(update_job(config, setup, made, table), say)
+
+
+def _run_id(config: JobConfig, setup: Setup, made: Plan, table: PublishedTable | None, changes: Changes | None) -> str:
+    if table is None or changes is None:
+        return full_run(config, setup, made).run_id
+    if not (changes.num_changed or changes.num_removed):
+        return f"none: version {table.version} shows this already"
+    return update_run(config, setup, made, table, Limits()).run_id
+
+
+def _print_changes(table: PublishedTable, changes: Changes) -> None:
+    """Counts by cause."""
+    rows = [(f"write: {cause}", f"{number:,}") for cause, number in changes.causes.items()]
+    rows += [("carry over", f"{changes.num_carried:,}"), ("remove", f"{changes.num_removed:,}")]
+    print_table((f"change of version {table.version}", "rows"), rows)
 
 
 def last_rows_per_s(config: JobConfig, setup: Setup) -> tuple[float | None, str]:
@@ -75,6 +106,8 @@ def last_rows_per_s(config: JobConfig, setup: Setup) -> tuple[float | None, str]
     for info in setup.storage.list_objects(f"{config.output.uri}/runs"):
         if info.uri.endswith("/report.json"):
             report = json.loads(setup.storage.read_bytes(info.uri))
+            if not report["rows_per_s"]:
+                continue  # an update that only removed rows
             found.append((report["finished_at"], report["rows_per_s"], f"as run {report['run_id']}"))
     if not found:
         return None, ""
@@ -134,7 +167,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 JOB = Job(
     prog="jobs.plan",
     description="Write the plan of a run under output.uri and say what the run would do: requests, groups, shards,\n"
-    "tokens with and without sharing, bytes, and what cannot be personalised. Nothing is generated.",
+    "tokens with and without sharing, bytes, and what cannot be personalised; where a table is published, also what\n"
+    "would be written anew and why, carried over and removed. Nothing is generated.",
     config=JobConfig,
     call=plan,
     add_options=_options,

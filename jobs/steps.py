@@ -1,16 +1,19 @@
-"""The steps that several jobs take: open what the configuration names, plan, open the run."""
+"""The steps that several jobs take: open what the configuration names, plan, name the run, open it."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
-from e2p_ray.commit import Run, open_run, run_id_of
+from e2p_ray.commit import PublishedTable, Run, open_run, run_id_of
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.manifest import BaseModelFolder, ProjectorManifest, load_manifest
+from e2p_ray.fingerprint import TextSettings, text_settings
 from e2p_ray.plan import Plan, make_plan
 from e2p_ray.storage import Storage
+from e2p_ray.update import Limits, UpdateJob, update_id_of
 
 
 @dataclass(frozen=True)
@@ -45,24 +48,87 @@ def planned(config: JobConfig, setup: Setup, on_progress: Callable[[str], None] 
     )
 
 
-def run_of(config: JobConfig, setup: Setup, plan: Plan) -> Run:
-    """The run of a plan: the same for the same plan, texts' configuration, projector and base model."""
-    projector_id, base_model_id = setup.manifest.projector_id, setup.base.base_model_id
-    run_id = run_id_of(plan.plan_id, config.text_hash(), projector_id, base_model_id)
+def source_id_of(config: JobConfig, setup: Setup, plan: Plan) -> str:
+    """Names all that a plan's texts are made of; it is the run id of the plan's full run."""
+    return run_id_of(plan.plan_id, config.text_hash(), setup.manifest.projector_id, setup.base.base_model_id)
+
+
+def opened_run(config: JobConfig, setup: Setup, run: Run) -> Run:
+    """The run, recorded with its configuration."""
+    open_run(setup.storage, run, config.resolved())
+    return run
+
+
+def full_run(config: JobConfig, setup: Setup, plan: Plan, *, again: PublishedTable | None = None) -> Run:
+    """The run of every request of a plan; with `again`, another one than whatever led to this version of the table."""
+    source_id = source_id_of(config, setup, plan)
+    run_id = source_id
+    if again is not None:
+        salted = f"{plan.plan_id} {again.table_id} {again.version}"
+        run_id = run_id_of(salted, config.text_hash(), setup.manifest.projector_id, setup.base.base_model_id)
+    shard_ids = tuple(shard.shard_id for shard in plan.shards)
+    return _run(config, setup, run_id, source_id, plan.uri, plan.embedding_space, shard_ids)
+
+
+def update_run(config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None, limits: Limits) -> Run:
+    """The run of an update, still without shards."""
+    source_id = source_id_of(config, setup, plan)
+    update_id = update_id_of(source_id, table, limits)
+    run_id = run_id_of(update_id, config.text_hash(), setup.manifest.projector_id, setup.base.base_model_id)
+    uri = f"{config.output.uri}/updates/{update_id}"
+    run = _run(config, setup, run_id, source_id, uri, plan.embedding_space, ())
+    return replace(run, base_version=table.version if table else None)
+
+
+def update_job(config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None) -> UpdateJob:
+    """What an update compares."""
+    return UpdateJob(
+        storage=setup.storage,
+        plan=plan,
+        table=table,
+        settings_of=_settings_of(config, setup),
+        projector_id=setup.manifest.projector_id,
+        base_model_id=setup.base.base_model_id,
+        candidates_uri=config.inputs.candidates_uri,
+        requests_per_shard=config.plan.requests_per_shard,
+        max_group_requests=config.plan.max_group_requests,
+    )
+
+
+def _settings_of(config: JobConfig, setup: Setup) -> Callable[[str, str], TextSettings]:
+    """The same settings that the engine's generator will find, without an engine."""
+    manifest = setup.manifest
+
+    @cache
+    def settings_of(task: str, language: str) -> TextSettings:
+        return text_settings(
+            config,
+            task,
+            prompt_id=config.tasks[task].prompt_id(language, manifest.layout, manifest.num_soft_tokens),
+            projector_id=manifest.projector_id,
+            base_model_id=setup.base.base_model_id,
+        )
+
+    return settings_of
+
+
+def _run(
+    config: JobConfig,
+    setup: Setup,
+    run_id: str,
+    source_id: str,
+    plan_uri: str,
+    embedding_space: str,
+    shard_ids: tuple[str, ...],
+) -> Run:
     return Run(
         run_id=run_id,
         uri=f"{config.output.uri}/runs/{run_id}",
         table_uri=config.output.table_uri,
-        plan_uri=plan.uri,
-        embedding_space=plan.embedding_space,
-        projector_id=projector_id,
-        base_model_id=base_model_id,
-        shard_ids=tuple(shard.shard_id for shard in plan.shards),
+        plan_uri=plan_uri,
+        embedding_space=embedding_space,
+        projector_id=setup.manifest.projector_id,
+        base_model_id=setup.base.base_model_id,
+        shard_ids=shard_ids,
+        source_id=source_id,
     )
-
-
-def opened_run(config: JobConfig, setup: Setup, plan: Plan) -> Run:
-    """The run of a plan, recorded with its configuration."""
-    run = run_of(config, setup, plan)
-    open_run(setup.storage, run, config.resolved())
-    return run

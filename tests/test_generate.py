@@ -8,14 +8,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.fake import FakeEngine
-from e2p_ray.generate import Generator, fingerprint, one_line, shared_fingerprint
+from e2p_ray.generate import Generator, one_line
 from e2p_ray.schema import (
     DEAD_LETTERS,
     GENERATIONS,
@@ -363,73 +362,6 @@ def test_order_and_company_do_not_change_a_row() -> None:
     for row, request in zip(together, requests, strict=True):
         (alone,), _ = Generator(engine, config, "r").generate([Group(CONTENT, "headline", (request,))])
         assert replace(alone, generated_at=moment) == row
-
-
-IDS = {"prompt_id": "p", "projector_id": "q", "base_model_id": "m"}
-
-
-def print_of(request: Request, content: Content = CONTENT, config: JobConfig | None = None, **changed: str) -> str:
-    return fingerprint(request, content, shared_fingerprint(config or make_config(), "headline", **(IDS | changed)))
-
-
-def test_fingerprint_changes_with_all_that_determines_the_text_and_nothing_else() -> None:
-    base = print_of(ask())
-    assert base == print_of(ask())
-    assert len(base) == 32
-    changed = [
-        print_of(ask("u2")),
-        print_of(ask(favourite=2)),
-        print_of(ask(reason=Reason.OPTED_OUT)),
-        print_of(ask(reason=Reason.EMBEDDING_NULL)),
-        print_of(ask(), replace(CONTENT, title="x")),
-        print_of(ask(), replace(CONTENT, body="x")),
-        print_of(ask(), replace(CONTENT, language="ja")),
-        print_of(ask(), replace(CONTENT, title=CONTENT.title + "a", body="b")),
-        print_of(ask(), replace(CONTENT, title=CONTENT.title, body="ab")),
-        print_of(ask(), prompt_id="other"),
-        print_of(ask(), projector_id="other"),
-        print_of(ask(), base_model_id="other"),
-        print_of(ask(), config=make_config(deny=("x",))),
-        print_of(ask(), config=change(make_config(), "base_model", dtype="bfloat16")),
-        print_of(ask(), config=change_task(make_config(), "sampling", seed=1)),
-        print_of(ask(), config=change_task(make_config(), "limits", max_chars=99)),
-    ]
-    assert len({base, *changed}) == len(changed) + 1
-    same = [
-        print_of(ask(), config=change(make_config(), "workers", max_size=9)),
-        print_of(ask(), config=change(make_config(), "plan", requests_per_shard=1)),
-        print_of(ask(), config=change_task(make_config(), "prompts", xx={"head": "another language"})),
-    ]
-    assert set(same) == {base}
-
-
-def change(config: JobConfig, section: str, **values: Any) -> JobConfig:
-    data = config.model_dump(mode="json")
-    data[section] = data[section] | values
-    return JobConfig.model_validate(data)
-
-
-def change_task(config: JobConfig, section: str, **values: Any) -> JobConfig:
-    data = config.model_dump(mode="json")
-    data["tasks"]["headline"][section] |= values
-    return JobConfig.model_validate(data)
-
-
-def test_rows_carry_the_fingerprint_that_can_be_computed_without_generating() -> None:
-    engine = FakeEngine()
-    row = only_row(run([ask()]))
-    assert row.fingerprint == print_of(
-        ask(),
-        prompt_id=engine.prompt_id("headline", "en"),
-        projector_id=engine.projector_id,
-        base_model_id=engine.base_model_id,
-    )
-
-
-def test_fingerprint_does_not_depend_on_how_the_user_embedding_lies_in_memory() -> None:
-    strided = np.arange(8, dtype=np.float32)[::2]
-    table = pa.array([strided.tolist()], pa.list_(pa.float32(), 4))
-    assert print_of(Request(KEY, strided)) == print_of(Request(KEY, table.values.to_numpy()))
 
 
 def test_nothing_about_the_user_embedding_leaves() -> None:

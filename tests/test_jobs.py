@@ -22,7 +22,7 @@ from e2p_ray.batch import BatchProgress
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import E2PError, IncompleteRunError, PublishConflictError, StorageError
 from e2p_ray.storage import Storage
-from jobs import evaluate, generate, plan, publish, train, validate
+from jobs import backfill, evaluate, generate, plan, publish, train, validate
 from jobs.cli import Job, guarded, run_job
 from jobs.progress import ProgressLine, duration_text, progress_text
 from jobs.tables import bytes_text
@@ -196,7 +196,9 @@ def test_every_error_has_one_message_and_its_exit_code(
     assert isinstance(error, KeyboardInterrupt) or "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("job", [validate.JOB, plan.JOB, generate.JOB, publish.JOB, train.JOB, evaluate.JOB])
+@pytest.mark.parametrize(
+    "job", [validate.JOB, plan.JOB, generate.JOB, backfill.JOB, publish.JOB, train.JOB, evaluate.JOB]
+)
 def test_help_says_what_a_job_does(job: Job[Any], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run_job(job, ["--help"])
@@ -206,7 +208,8 @@ def test_help_says_what_a_job_does(job: Job[Any], capsys: pytest.CaptureFixture[
     assert job.description in shown
     own = {
         "jobs.plan": "--rows-per-s",
-        "jobs.generate": "--no-publish",
+        "jobs.generate": "--full",
+        "jobs.backfill": "--projector URI",
         "jobs.publish": "--run RUN_ID",
         "jobs.train": "--training.num_steps",
         "jobs.evaluate": "--evaluation.methods",

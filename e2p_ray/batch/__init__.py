@@ -38,8 +38,12 @@ def run_batch(
     *,
     engine_factory: EngineFactory | None = None,
     on_progress: Callable[[BatchProgress], None] | None = None,
+    max_seconds: float | None = None,
 ) -> BatchSummary:
     """Generate and commit every pending shard of an opened run.
+
+    No shard is begun after `max_seconds` of generation, counted by each worker from its first one; the summary says
+    which were left, and shards that failed and could not be tried again are among them.
 
     Raises IncompleteRunError when shards are left after `workers.max_shard_attempts` tries each, or the RunError that
     a worker met when no shard can be generated at all. Either way, what is committed stays, and calling again resumes.
@@ -50,11 +54,14 @@ def run_batch(
         with ray_session(config.workers.ray_address):
             while pending and tally.attempt < config.workers.max_shard_attempts:
                 tally.next_attempt()
-                _one_pass(config, storage, run, pending, engine_factory, tally)
+                left_s = None if max_seconds is None else max_seconds - tally.progress().generating_s
+                _one_pass(config, storage, run, pending, engine_factory, tally, left_s)
                 pending = pending_shards(storage, run)
-    if pending:
+                if tally.num_late:
+                    break
+    if pending and not (tally.num_late and tally.done):
         raise IncompleteRunError(_what_is_left(run, pending, tally))
-    return tally.summary()
+    return tally.summary(pending)
 
 
 def _one_pass(
@@ -64,13 +71,14 @@ def _one_pass(
     pending: list[str],
     engine_factory: EngineFactory | None,
     tally: Tally,
+    max_seconds: float | None,
 ) -> None:
     """Each pending shard once."""
     check_resources(config)
     tally.pass_failure = ""
     context = DataContext.get_current().copy()
     with DataContext.current(_configured(context, config)), quiet_ray_data_log():
-        rows = _dataset(config, storage, run, pending, engine_factory)
+        rows = _dataset(config, pending, (config, storage, run, engine_factory, max_seconds))
         try:
             for block in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
                 for row in pa.table(block).to_pylist():
@@ -99,9 +107,8 @@ def _configured(context: DataContext, config: JobConfig) -> DataContext:
     return context
 
 
-def _dataset(
-    config: JobConfig, storage: Storage, run: Run, pending: list[str], engine_factory: EngineFactory | None
-) -> ray.data.Dataset:
+def _dataset(config: JobConfig, pending: list[str], arguments: tuple[Any, ...]) -> ray.data.Dataset:
+    """The outcomes of the pending shards; `arguments` make a worker."""
     workers = config.workers
     max_size = min(max(workers.max_size, workers.min_size), len(pending))
     items = ray.data.from_items([{"shard_id": shard_id} for shard_id in pending], override_num_blocks=len(pending))
@@ -109,7 +116,7 @@ def _dataset(
         warnings.simplefilter("ignore")  # max_restarts and max_task_retries have no named parameter in this Ray
         return items.map_batches(
             ShardWorker,
-            fn_constructor_args=(config, storage, run, engine_factory),
+            fn_constructor_args=arguments,
             batch_size=1,
             batch_format="pyarrow",
             # One shard at an actor at a time: a death takes the shard it was about, and no other.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ class ShardOutcome:
     error_type: str = ""  # empty: the shard is committed
     message: str = ""
     fatal: bool = False  # no other shard will fare better
+    late: bool = False  # not begun, because the run's time was over
 
 
 _KINDS = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
@@ -66,6 +67,7 @@ class BatchSummary:
     num_attempts: int
     generating_s: float
     failures: tuple[ShardOutcome, ...]
+    left: tuple[str, ...] = ()  # shards that the time did not suffice for
 
 
 class Tally:
@@ -77,6 +79,7 @@ class Tally:
         self.num_shards, self.num_done_before = num_shards, num_done_before
         self.attempt = 0
         self.done: dict[str, ShardOutcome] = {}
+        self.num_late = 0
         self.failures: list[ShardOutcome] = []
         self.pass_failure = ""
         self._on_progress = on_progress
@@ -86,7 +89,9 @@ class Tally:
         self._report()
 
     def add(self, outcome: ShardOutcome) -> None:
-        if outcome.error_type:
+        if outcome.late:
+            self.num_late += 1
+        elif outcome.error_type:
             self.failures.append(outcome)
         else:
             self.done[outcome.shard_id] = outcome
@@ -113,7 +118,7 @@ class Tally:
             generating_s=finished - started,
         )
 
-    def summary(self) -> BatchSummary:
+    def summary(self, left: Sequence[str] = ()) -> BatchSummary:
         return BatchSummary(
             num_shards=self.num_shards,
             num_done_before=self.num_done_before,
@@ -126,4 +131,5 @@ class Tally:
             num_attempts=self.attempt,
             generating_s=self.progress().generating_s,
             failures=tuple(self.failures),
+            left=tuple(left),
         )

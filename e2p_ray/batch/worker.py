@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -20,6 +21,7 @@ from e2p_ray.engine.contract import TextEngine
 from e2p_ray.errors import E2PError, RunError
 from e2p_ray.generate import Generator
 from e2p_ray.plan import read_shard
+from e2p_ray.schema import Generation, Group
 from e2p_ray.storage import Storage
 
 EngineFactory = Callable[[JobConfig, Storage], TextEngine]
@@ -30,8 +32,16 @@ _NUMBERS = re.compile(r"[\[(][^\[\]()]*\d\.\d[^\[\]()]*[\])]?")
 class ShardWorker:
     """An actor's state: the engine, loaded once. Called with one shard id, returns one `ShardOutcome` as a row."""
 
-    def __init__(self, config: JobConfig, storage: Storage, run: Run, engine_factory: EngineFactory | None) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        storage: Storage,
+        run: Run,
+        engine_factory: EngineFactory | None,
+        max_seconds: float | None = None,
+    ) -> None:
         self._storage, self._run = storage, run
+        self._max_seconds, self._began_s = max_seconds, math.inf  # the time counts from the worker's first shard
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
         self._refusal: RunError | None = None
         try:
@@ -46,10 +56,18 @@ class ShardWorker:
         try:
             if self._refusal is not None:
                 raise self._refusal
+            if self._is_over():
+                return _as_row(ShardOutcome(shard_id, late=True))
             outcome = self._write(shard_id, started_at)
         except Exception as error:  # noqa: BLE001 - one shard's trouble must not become the trouble of the others
             outcome = _failed(shard_id, error, started_at)
-        return pa.table({name: [value] for name, value in asdict(outcome).items()}, schema=OUTCOME)
+        return _as_row(outcome)
+
+    def _is_over(self) -> bool:
+        """Whether the time is over; a worker's first shard is always begun, so that every run gets on."""
+        now_s = time.monotonic()
+        self._began_s = min(self._began_s, now_s)
+        return self._max_seconds is not None and now_s > self._began_s + max(self._max_seconds, 0.0)
 
     def _write(self, shard_id: str, started_at: datetime) -> ShardOutcome:
         groups = read_shard(self._storage, self._run.plan_uri, shard_id)
@@ -67,6 +85,9 @@ class ShardWorker:
             started_at=started_at,
             finished_at=finished_at,
             worker=self._worker,
+            num_draft_tokens=work.num_draft_tokens,
+            num_accepted_tokens=work.num_accepted_tokens,
+            **_drafts(groups, generations),
         )
         commit_shard(self._storage, self._run, shard_id, generations, dead_letters, stats)
         return ShardOutcome(
@@ -81,8 +102,24 @@ class ShardWorker:
         )
 
 
+def _as_row(outcome: ShardOutcome) -> pa.Table:
+    return pa.table({name: [value] for name, value in asdict(outcome).items()}, schema=OUTCOME)
+
+
+def _drafts(groups: Sequence[Group], generations: Sequence[Generation]) -> dict[str, int]:
+    """How many texts had a draft, and how many of them came out the same."""
+    drafts = {r.key: r.draft for group in groups for r in group.requests if r.draft is not None}
+    num_kept = sum(drafts.get(row.key) == row.text for row in generations)
+    return {"num_drafts": sum(row.key in drafts for row in generations), "num_texts_kept": num_kept}
+
+
 def _load_engine(config: JobConfig, storage: Storage) -> TextEngine:
-    from e2p_ray.engine.engine import load_engine  # torch is loaded in the workers, not in the driver
+    # torch is loaded in the workers, not in the driver
+    if config.engine.kind == "vllm":
+        from e2p_ray.engine.vllm_engine import load_vllm_engine
+
+        return load_vllm_engine(config, storage)
+    from e2p_ray.engine.engine import load_engine
 
     return load_engine(config, storage)
 

@@ -6,23 +6,20 @@ import hashlib
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from deltalake import CommitProperties, DeltaTable, Schema
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from e2p_ray.commit.consent import suppress, without_consent
+from e2p_ray.commit.published import open_table, same_rows_since, shown_by
 from e2p_ray.commit.run import Run
 from e2p_ray.commit.spool import HashSpool
-from e2p_ray.commit.verify import DataFile, check_gates, verify
+from e2p_ray.commit.verify import DataFile, RunSummary, check_gates, verify
 from e2p_ray.config import GatesConfig
 from e2p_ray.errors import PublishConflictError, StorageError
 from e2p_ray.schema import GENERATIONS
 from e2p_ray.storage import Storage
-
-_MAX_HISTORY = 200
-_UPKEEP = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "FSCK", "ADD FEATURE"})
 
 
 @dataclass(frozen=True)
@@ -35,36 +32,58 @@ class PublishedVersion:
     already_published: bool
 
 
-@dataclass(frozen=True)
-class _Current:
-    """What the table shows now, as far as it was published by us."""
-
-    run_id: str
-    files_digest: str
-    rows_deleted: bool  # since then, by anybody
-
-
 def publish(storage: Storage, run: Run, gates: GatesConfig, users_uri: str) -> PublishedVersion:
     """Verify a run, check its gates and its users' consent as it is now, and make it what readers see.
 
     The old version stays as it was until the commit, and readable by number after it. Publishing again what is there
     changes nothing. Raises IncompleteRunError, ConservationError, GateError, or PublishConflictError when the table
-    changed since this call began.
+    changed since this call began, or since the version that the run carries rows over from.
     """
-    base = _open_table(storage, run.table_uri)
+    base = open_table(storage, run.table_uri)
+    _refuse_other_base(base, run)
     with HashSpool() as users:
         summary = verify(storage, run, users=users)
         check_gates(summary, gates)
         refused = without_consent(storage, users, users_uri)
-    files = [file for file in suppress(storage, run, summary.files, refused) if file.num_rows]
+    suppressed = suppress(storage, run, summary.files, refused)
+    num_suppressed = sum(now != before for now, before in zip(suppressed, summary.files, strict=True))
+    files = [file for file in suppressed if file.num_rows]
     digest = _digest(files)
     published = _published(base, run, files, digest)
-    return published or _commit(storage, run, base, files, digest)
+    return published or _commit(storage, run, base, files, _metadata(run, summary, files, num_suppressed))
+
+
+def _refuse_other_base(table: DeltaTable | None, run: Run) -> None:
+    """Rows that were deleted or replaced since an update was made must not come back with those it carries over."""
+    if run.base_version is None:
+        return
+    shown = shown_by(table) if table else None
+    if shown is not None and shown.run_id == run.run_id:
+        return
+    if table is None or not same_rows_since(table, run.base_version):
+        problem = f"{run.table_uri} was changed since version {run.base_version}, from which run {run.run_id} carries"
+        raise PublishConflictError(f"{problem} rows over. Run jobs.generate again: it starts from the table as it is")
+
+
+def _metadata(run: Run, summary: RunSummary, files: list[DataFile], num_suppressed: int) -> dict[str, str]:
+    """What a version says of itself in the table's history."""
+    metadata = {
+        "run_id": run.run_id,
+        "source_id": run.source_id,
+        "projector_id": run.projector_id,
+        "base_model_id": run.base_model_id,
+        "embedding_space": run.embedding_space,
+        "num_rows": sum(file.num_rows for file in files),
+        "num_deferred": summary.num_deferred,
+        "num_files_suppressed": num_suppressed,
+        "files_digest": _digest(files),
+    }
+    return {name: str(value) for name, value in metadata.items()}
 
 
 def _published(table: DeltaTable | None, run: Run, files: list[DataFile], digest: str) -> PublishedVersion | None:
     """The version that shows exactly these files already, if it does."""
-    current = _current(table) if table else None
+    current = shown_by(table) if table else None
     if table is None or current is None or current.run_id != run.run_id:
         return None
     if current.files_digest == digest:
@@ -76,19 +95,10 @@ def _published(table: DeltaTable | None, run: Run, files: list[DataFile], digest
 
 
 def _commit(
-    storage: Storage, run: Run, base: DeltaTable | None, files: list[DataFile], digest: str
+    storage: Storage, run: Run, base: DeltaTable | None, files: list[DataFile], metadata: dict[str, str]
 ) -> PublishedVersion:
     now_ms = int(time.time() * 1000)
     actions = [AddAction(file.path, file.size_bytes, {}, now_ms, True, file.statistics) for file in files]
-    num_rows = sum(file.num_rows for file in files)
-    metadata = {
-        "run_id": run.run_id,
-        "projector_id": run.projector_id,
-        "base_model_id": run.base_model_id,
-        "embedding_space": run.embedding_space,
-        "num_rows": num_rows,
-        "files_digest": digest,
-    }
     # Without retries the library cannot put our files beside those of a publisher that came first.
     properties = CommitProperties(custom_metadata=metadata, max_commit_retries=0)
     schema = Schema.from_arrow(GENERATIONS)
@@ -101,7 +111,8 @@ def _commit(
         else:
             base.create_write_transaction([*actions], "overwrite", schema, commit_properties=properties)
     except (DeltaError, OSError) as error:
-        return _after_failure(storage, run, base, files, digest, error)
+        return _after_failure(storage, run, base, files, error)
+    num_rows = sum(file.num_rows for file in files)
     return PublishedVersion(base.version() + 1 if base else 0, num_rows, len(files), False)
 
 
@@ -110,46 +121,17 @@ def _after_failure(
     run: Run,
     base: DeltaTable | None,
     files: list[DataFile],
-    digest: str,
     error: Exception,
 ) -> PublishedVersion:
     """Find out who was first: another publisher of this run, of another run, or ourselves before an answer was lost."""
-    now = _open_table(storage, run.table_uri)
-    if published := _published(now, run, files, digest):
+    now = open_table(storage, run.table_uri)
+    if published := _published(now, run, files, _digest(files)):
         return published
     changed = now is not None and (base is None or now.version() > base.version())
     if changed or isinstance(error, CommitFailedError):
         problem = f"{run.table_uri} was changed while run {run.run_id} was being published"
         raise PublishConflictError(f"{problem}. Look at its history, then publish again if it should follow") from error
     raise StorageError(f"could not publish to {run.table_uri}: {error}") from error
-
-
-def _open_table(storage: Storage, table_uri: str) -> DeltaTable | None:
-    try:
-        return DeltaTable(table_uri, storage_options=storage.delta_options(table_uri))
-    except TableNotFoundError:
-        return None
-    except (DeltaError, OSError) as error:
-        raise StorageError(f"could not open the Delta table {table_uri}: {error}") from error
-
-
-def _current(table: DeltaTable) -> _Current | None:
-    """Walk back, through restores and upkeep, to the publish whose rows the table shows; None when it is not ours."""
-    history: dict[int, dict[str, Any]] = {entry["version"]: entry for entry in table.history(_MAX_HISTORY)}
-    version, rows_deleted = table.version(), False
-    while (entry := history.get(version)) is not None:
-        if "files_digest" in entry:
-            return _Current(entry["run_id"], entry["files_digest"], rows_deleted)
-        operation = entry.get("operation")
-        if operation == "RESTORE":
-            version = int(entry["operationParameters"].get("version") or -1)
-            rows_deleted = False
-        elif operation == "DELETE" or operation in _UPKEEP:
-            rows_deleted |= operation == "DELETE"
-            version -= 1
-        else:
-            return None
-    return None
 
 
 def _digest(files: Iterable[DataFile]) -> str:

@@ -30,16 +30,18 @@ def checked_id(text: str) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """All shards of one plan with one configuration, projector and base model."""
+    """All shards of one plan, or of one update of it, with one configuration, projector and base model."""
 
     run_id: str
     uri: str  # {output}/runs/{run_id}
     table_uri: str  # {output}/generations
-    plan_uri: str  # {output}/plans/{plan_key}
+    plan_uri: str  # {output}/plans/{plan_key} or {output}/updates/{update_id}
     embedding_space: str
     projector_id: str
     base_model_id: str
     shard_ids: tuple[str, ...]
+    source_id: str = ""  # names plan, settings, projector and base model: that of a full run is its run id
+    base_version: int | None = None  # of the table; the rows that an update carries over are from there
 
     def __post_init__(self) -> None:
         checked_id(self.run_id)
@@ -104,7 +106,7 @@ def load_run(storage: Storage, output_uri: str, run_id: str) -> Run:
         record = json.loads(storage.read_bytes(f"{uri}/run.json"))
     except ObjectNotFoundError as error:
         raise ConfigError(f"{uri}: there is no such run. Generate it first, or give another run id") from error
-    values = {field.name: record[field.name] for field in fields(Run)}
+    values = {field.name: record[field.name] for field in fields(Run) if field.name in record}
     values["shard_ids"] = tuple(values["shard_ids"])
     values |= {"uri": uri, "table_uri": f"{output_uri.rstrip('/')}/generations"}
     return Run(**values)

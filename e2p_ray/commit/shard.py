@@ -39,7 +39,17 @@ class ShardStats:
     seconds_s: float
     started_at: datetime
     finished_at: datetime
-    worker: str  # host:pid
+    worker: str  # host:pid; empty for a shard that nobody generated
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # of those, the ones that the model wrote as well
+    num_drafts: int = 0  # texts that had a draft
+    num_texts_kept: int = 0  # of those, the ones that came out the same
+    num_carried: int = 0  # requests whose published row still holds
+    num_deferred: int = 0  # requests left for a later run: their old rows, and dead letters where there is none
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_requests - self.num_carried - self.num_deferred
 
 
 @dataclass(frozen=True)
@@ -67,11 +77,19 @@ def commit_shard(
 
     Raises ShardError when the results' keys are not exactly the planned ones.
     """
+    rows = to_table(sorted(generations, key=lambda row: (row.content_id, row.task, row.user_id)), GENERATIONS)
+    commit_rows(storage, run, shard_id, rows, dead_letters, stats)
+
+
+def commit_rows(
+    storage: Storage, run: Run, shard_id: str, rows: pa.Table, dead_letters: Sequence[DeadLetter], stats: ShardStats
+) -> None:
+    """`commit_shard` of rows that are a table already, of the schema `GENERATIONS`."""
     planned = planned_keys(storage, run, shard_id)
-    results = [row.key for row in generations] + [letter.key for letter in dead_letters]
+    results = request_keys(rows) + [letter.key for letter in dead_letters]
     _refuse_difference(key_difference(planned, results), shard_id)
     data_uri = run.data_uri(shard_id)
-    data = _data_bytes(generations, dead_letters, stats)
+    data = _data_bytes(rows, dead_letters, stats)
     if not storage.put_if_absent(data_uri, data):
         data = storage.read_bytes(data_uri)
     shard = parse_data(data, data_uri)
@@ -131,8 +149,7 @@ def parse_data(data: bytes, uri: str) -> ShardData:
     return ShardData(rows, tuple(letters), footer["stats"])
 
 
-def _data_bytes(generations: Sequence[Generation], dead_letters: Sequence[DeadLetter], stats: ShardStats) -> bytes:
-    rows = to_table(sorted(generations, key=lambda row: (row.content_id, row.task, row.user_id)), GENERATIONS)
+def _data_bytes(rows: pa.Table, dead_letters: Sequence[DeadLetter], stats: ShardStats) -> bytes:
     footer = {
         "dead_letters": [asdict(letter) for letter in sorted(dead_letters, key=lambda letter: letter.key)],
         "stats": asdict(stats),

@@ -24,9 +24,15 @@ def hash_rows(*columns: pa.ChunkedArray | pa.Array) -> Hashes:
         total = np.zeros(len(columns[0]), dtype=np.uint64)
         for position, column in enumerate(columns):
             # A sum of independent hashes, not a hash of joined strings: no separator can be forged.
-            total += pl.Series(column.to_pylist(), dtype=pl.String).hash(seed=1000 * half + position).to_numpy()
+            total += _strings(column).hash(seed=1000 * half + position).to_numpy()
         halves.append(total)
     return np.stack(halves, axis=1)
+
+
+def _strings(column: pa.ChunkedArray | pa.Array) -> pl.Series:
+    series = pl.from_arrow(column)
+    assert isinstance(series, pl.Series), "a column becomes a series"
+    return series.cast(pl.String)
 
 
 def frame_of(hashes: Hashes) -> pl.DataFrame:

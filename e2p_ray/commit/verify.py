@@ -52,6 +52,7 @@ class RunSummary:
     num_texts: Mapping[str, int]  # personalised texts, by task
     same_text_shares: Mapping[str, float]  # by task: the share of its personalised texts that are one and the same
     files: tuple[DataFile, ...]
+    num_deferred: int = 0  # requests left for a later run, with their old rows or as dead letters
 
     @property
     def num_dead_letters(self) -> int:
@@ -59,8 +60,8 @@ class RunSummary:
 
     @property
     def dead_letter_share(self) -> float:
-        """Of all planned requests."""
-        return self.num_dead_letters / max(1, self.num_requests)
+        """Of all planned requests; those that a limit left for a later run are no failures."""
+        return (self.num_dead_letters - self.error_codes.get(ErrorCode.DEFERRED, 0)) / max(1, self.num_requests)
 
     @property
     def fallback_share(self) -> float:
@@ -169,7 +170,7 @@ class _Tally:
         self._texts: dict[str, HashSpool] = {}
         self._counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "reason", "arm", "error_code")}
         self._files: list[DataFile] = []
-        self._num_keys = 0
+        self._num_keys = self._num_deferred = 0
         self._bad_files: list[str] = []
         self._num_wrong: Counter[str] = Counter()
         self._some_wrong: dict[str, list[RequestKey]] = {}
@@ -183,6 +184,7 @@ class _Tally:
             self._some_wrong[kind] = sorted(self._some_wrong.get(kind, []) + keys)[: _NUM_NAMED + 1]
         rows = shard.data.rows
         self._files.append(shard.file)
+        self._num_deferred += int(shard.data.stats.get("num_deferred", 0))
         for name in ("status", "reason", "arm"):
             self._count(name, rows[name])
         letters = to_table(shard.data.dead_letters, DEAD_LETTERS)
@@ -224,6 +226,7 @@ class _Tally:
                 task: spool.max_count() / max(1, spool.num_hashes) for task, spool in sorted(self._texts.items())
             },
             files=tuple(self._files),
+            num_deferred=self._num_deferred,
         )
 
     def _count(self, name: str, column: pa.ChunkedArray) -> None:

@@ -39,10 +39,12 @@ class JobConfig(Config):
     gates: GatesConfig = GatesConfig()
 
     def text_hash(self) -> str:
-        """Hash of the parts that determine the texts of given requests: tasks, checks, dtype."""
-        parts = {
+        """Hash of the parts that determine the texts of given requests: tasks, checks, dtype, the kind of engine."""
+        parts: dict[str, object] = {
             "tasks": {name: task.model_dump(mode="json") for name, task in self.tasks.items()},
             "checks": self.checks.model_dump(mode="json"),
             "dtype": self.base_model.dtype,
         }
+        if self.engine.kind != "native":
+            parts["engine"] = self.engine.kind  # it samples from other random streams
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from typing import Annotated, Literal
 
@@ -112,6 +114,13 @@ class TaskConfig(Section):
         base = re.split(r"[-_]", language, maxsplit=1)[0]
         return self.prompts.get(language) or self.prompts.get(base) or self.prompts.get("default")
 
+    def prompt_id(self, language: str, layout: str, num_soft_tokens: int) -> str:
+        """Stable hash of everything about a prompt but the content and the user, also of there being none."""
+        found = self.prompt_for(language)
+        template = None if found is None else found.model_dump()
+        parts = [layout, num_soft_tokens, self.max_content_tokens, template]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
 
 class ChecksConfig(Section):
     """What a text is checked for before it may be published."""
@@ -141,6 +150,8 @@ class PlanConfig(Section):
 class EngineConfig(Section):
     """Bounds of the token loop."""
 
+    kind: Literal["native", "vllm"] = Field("native", description="vllm: for models on several GPUs; extra [vllm]")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share one model; vllm only")
     max_rows: int = Field(256, ge=1, description="rows decoded together; 128-256 on CPU, 1,000-4,000 on a large GPU")
     max_bytes: int = Field(2 << 30, ge=1 << 20, description="keys, values and activations above the model")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of one engine; null: the actor's num_cpus")

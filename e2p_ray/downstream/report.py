@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -14,11 +14,21 @@ import polars as pl
 from e2p_ray.commit import PublishedVersion, Run, read_markers
 from e2p_ray.downstream.pages.html import render_html
 from e2p_ray.downstream.samples import Sample, Samples, SampleText
+from e2p_ray.downstream.terminal import render_terminal
+from e2p_ray.errors import ObjectNotFoundError
 from e2p_ray.plan import Plan
-from e2p_ray.schema import Status
 from e2p_ray.storage import Storage
 
-__all__ = ["Report", "Sample", "SampleText", "build_report", "render_html", "render_terminal", "write_report"]
+__all__ = [
+    "Report",
+    "Sample",
+    "SampleText",
+    "build_report",
+    "read_report",
+    "render_html",
+    "render_terminal",
+    "write_report",
+]
 
 _MAX_BINS = 48
 _PAUSE_S = 30.0  # no worker was at any shard for this long: the job was not running
@@ -62,6 +72,15 @@ class Report:
     num_prompt_tokens: int  # if nothing were shared
     num_computed_tokens: int
     num_output_tokens: int
+    num_draft_tokens: int
+    num_accepted_tokens: int  # of those, the ones that the model wrote as well
+    num_drafts: int  # texts that had a published text as their draft
+    num_texts_kept: int  # of those, the ones that came out the same
+    num_rows_generated: int  # the run's own; the next two were not generated
+    num_carried: int  # requests whose published row still holds
+    num_deferred: int  # requests that a limit left for a later run
+    num_removed: int  # published rows that are wanted no more
+    causes: dict[str, int]  # why requests needed a new text; empty in a run that is no update
     num_workers: int
     started_at: str
     finished_at: str
@@ -82,7 +101,12 @@ class Report:
 
     @property
     def rows_per_s(self) -> float:
-        return sum(self.tasks.values()) / self.generating_s if self.generating_s else 0.0
+        return self.num_rows_generated / self.generating_s if self.generating_s else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """Of the tokens of drafts, the share that the model wrote as well."""
+        return self.num_accepted_tokens / max(self.num_draft_tokens, 1)
 
     @property
     def tokens_per_s(self) -> float:
@@ -95,17 +119,46 @@ class Report:
         ratios = {"sharing_ratio": self.sharing_ratio, "rows_per_s": self.rows_per_s, "tokens_per_s": self.tokens_per_s}
         return json.dumps(asdict(self) | ratios, ensure_ascii=False, indent=1) + "\n"
 
+    @classmethod
+    def from_json(cls, data: bytes) -> Report:
+        """What `to_json` wrote; TypeError or KeyError for another release's."""
+        read = json.loads(data)
+        values = {field.name: read[field.name] for field in fields(cls)}
+        values["rates"] = tuple(Rate(**rate) for rate in values["rates"])
+        values["samples"] = tuple(
+            Sample(**sample | {"texts": tuple(SampleText(**text) for text in sample["texts"])})
+            for sample in values["samples"]
+        )
+        values["lengths"] = {
+            task: {language: {int(n): count for n, count in counts.items()} for language, counts in languages.items()}
+            for task, languages in values["lengths"].items()
+        }
+        values["version"] = PublishedVersion(**values["version"]) if values["version"] else None
+        return cls(**values)
 
-def build_report(storage: Storage, run: Run, plan: Plan, config: Mapping[str, Any]) -> Report:
-    """Read a complete run's markers and, one after the other, its data files; memory does not grow with rows."""
+
+def build_report(
+    storage: Storage,
+    run: Run,
+    plan: Plan,
+    config: Mapping[str, Any],
+    *,
+    causes: Mapping[str, int] | None = None,
+    num_removed: int = 0,
+) -> Report:
+    """Read a complete run's markers and, one after the other, its data files; memory does not grow with rows.
+
+    `causes` and `num_removed` are those of an update.
+    """
     markers = read_markers(storage, run)
+    generated = [marker for marker in markers if marker["stats"]["worker"]]
     lengths: Counter[tuple[str, str, int]] = Counter()
     samples = Samples()
     for shard_id in run.shard_ids:
         rows = _shard_rows(storage, run, shard_id)
         _count_lengths(rows, lengths)
         samples.add(rows)
-    spans = sorted((_seconds(marker, "started_at"), _seconds(marker, "finished_at")) for marker in markers)
+    spans = sorted((_seconds(marker, "started_at"), _seconds(marker, "finished_at")) for marker in generated)
     counts = plan.counts
     return Report(
         run_id=run.run_id,
@@ -133,11 +186,20 @@ def build_report(storage: Storage, run: Run, plan: Plan, config: Mapping[str, An
         num_prompt_tokens=_total(markers, "num_prompt_tokens"),
         num_computed_tokens=_total(markers, "num_computed_tokens"),
         num_output_tokens=_total(markers, "num_output_tokens"),
-        num_workers=len({marker["stats"]["worker"] for marker in markers}),
-        started_at=min((marker["stats"]["started_at"] for marker in markers), default=""),
-        finished_at=max((marker["stats"]["finished_at"] for marker in markers), default=""),
+        num_draft_tokens=_total(markers, "num_draft_tokens"),
+        num_accepted_tokens=_total(markers, "num_accepted_tokens"),
+        num_drafts=_total(markers, "num_drafts"),
+        num_texts_kept=_total(markers, "num_texts_kept"),
+        num_rows_generated=sum(marker["num_rows"] for marker in generated),
+        num_carried=_total(markers, "num_carried"),
+        num_deferred=_total(markers, "num_deferred"),
+        num_removed=num_removed,
+        causes=dict(causes or {}),
+        num_workers=len({marker["stats"]["worker"] for marker in generated}),
+        started_at=min((marker["stats"]["started_at"] for marker in generated or markers), default=""),
+        finished_at=max((marker["stats"]["finished_at"] for marker in generated or markers), default=""),
         generating_s=_covered(spans),
-        rates=_rates(markers, spans),
+        rates=_rates(generated, spans),
         samples=samples.chosen(),
         config=dict(config),
     )
@@ -147,6 +209,14 @@ def write_report(storage: Storage, run: Run, report: Report) -> None:
     """report.json and report.html in the run's folder; an earlier one is replaced."""
     storage.write_bytes(f"{run.uri}/report.json", report.to_json().encode())
     storage.write_bytes(f"{run.uri}/report.html", render_html(report).encode())
+
+
+def read_report(storage: Storage, run: Run) -> Report | None:
+    """The report of a run, if one was written by this release."""
+    try:
+        return Report.from_json(storage.read_bytes(f"{run.uri}/report.json"))
+    except (ObjectNotFoundError, KeyError, TypeError):
+        return None
 
 
 def _shard_rows(storage: Storage, run: Run, shard_id: str) -> pl.DataFrame:
@@ -211,37 +281,3 @@ def _rates(markers: Sequence[Mapping[str, Any]], spans: Sequence[tuple[float, fl
             overlap = min(end, (index + 1) * size) - max(begin, index * size)
             rows[index] += marker["num_requests"] * max(overlap, 0.0) / (end - begin)
     return tuple(Rate(index * size, number / size) for index, number in enumerate(rows))
-
-
-def render_terminal(report: Report) -> str:
-    """The report as a compact text of a few lines."""
-    written = sum(report.statuses.values())
-    lines = [f"run {report.run_id}: {report.num_requests:,} requests, {report.num_contents:,} contents"]
-    for status in Status:
-        number = report.statuses.get(status, 0)
-        lines.append(f"  {status:<12}{number:>12,}  {number / max(report.num_requests, 1):>7.1%}")
-    lines.append(
-        f"  {'dead letter':<12}{report.num_dead_letters:>12,}  "
-        f"{report.num_dead_letters / max(report.num_requests, 1):>7.1%}"
-    )
-    dead = Counter(report.plan_dead_letters) + Counter(report.run_dead_letters)
-    for title, counts in (("reasons", report.reasons), ("dead letters", dead), ("arms", report.arms)):
-        if counts:
-            ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-            lines.append(f"{title}: " + ", ".join(f"{name} {number:,}" for name, number in ordered))
-    lines.append(
-        f"speed: {report.rows_per_s:,.1f} rows/s, {report.tokens_per_s:,.0f} tokens/s "
-        f"over {report.generating_s:,.1f} s on {report.num_workers} worker(s)"
-    )
-    lines.append(
-        f"sharing: {report.sharing_ratio:,.1f}x ({report.num_prompt_tokens:,} prompt tokens for the price of "
-        f"{report.num_computed_tokens:,})"
-    )
-    if report.version is None:
-        lines.append(f"not published: {written:,} rows wait for jobs.publish")
-    else:
-        lines.append(
-            f"published: {report.version.num_rows:,} rows, version {report.version.version} of {report.table_uri}"
-        )
-    lines.append(f"report: {report.table_uri.removesuffix('/generations')}/runs/{report.run_id}/report.html")
-    return "\n".join(lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ class FakeEngine:
     a user embedding it is the first one. A further attempt takes the next sentence. A token is four bytes of UTF-8.
 
     For tests of what follows an engine, `texts` overrides the text of a request (one for all attempts, or one an
-    attempt) and `errors` makes it fail.
+    attempt) and `errors` makes it fail. A draft is accepted whole or not at all.
     """
 
     def __init__(
@@ -74,17 +73,17 @@ class FakeEngine:
         return self._stats
 
     def prompt_id(self, task: str, language: str) -> str:
-        """Hash of the task's template in this language, 16 hex digits."""
-        template = self._tasks[task].prompt_for(language) if task in self._tasks else None
-        parts = ["fake", task, None if template is None else template.model_dump(mode="json")]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        """As the real engine's, of a projector with the soft token last."""
+        if task in self._tasks:
+            return self._tasks[task].prompt_id(language, "content_first", 1)
+        return hashlib.sha256(f"fake {task}".encode()).hexdigest()[:16]
 
     def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
         """One completion a request, group by group."""
         for group in groups:
             num_prefix = num_tokens(group.content.title + group.content.body)
             completions = [self._complete(group.content, request, num_prefix, attempt) for request in group.requests]
-            self._count(completions, num_prefix)
+            self._count(completions, num_prefix, group.requests)
             yield from completions
 
     def score(self, groups: Iterable[Group], texts: Mapping[RequestKey, str]) -> Iterator[TextScore]:
@@ -126,8 +125,13 @@ class FakeEngine:
         chosen = 0 if request.user_embedding is None else int(np.argmax(request.user_embedding))
         return sentences[(chosen + attempt) % len(sentences)]
 
-    def _count(self, completions: list[Completion], num_prefix: int) -> None:
+    def _count(self, completions: list[Completion], num_prefix: int, requests: Sequence[Request]) -> None:
         stats = self._stats
+        drafted = [
+            (num_tokens(request.draft), completion.text == request.draft)
+            for request, completion in zip(requests, completions, strict=True)
+            if request.draft is not None and completion.error_code is None
+        ]
         num_prompt = sum(completion.num_prompt_tokens for completion in completions)
         num_output = [completion.num_output_tokens for completion in completions]
         self._stats = EngineStats(
@@ -137,6 +141,8 @@ class FakeEngine:
             num_steps=stats.num_steps + max(num_output, default=0),
             num_prefix_tokens=stats.num_prefix_tokens + (num_prefix if completions else 0),
             num_waves=stats.num_waves + 1,
+            num_draft_tokens=stats.num_draft_tokens + sum(number for number, _ in drafted),
+            num_accepted_tokens=stats.num_accepted_tokens + sum(number for number, same in drafted if same),
         )
 
 

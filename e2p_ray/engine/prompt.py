@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,10 +77,7 @@ class PromptLayout:
 
     def prompt_id(self, task: str, language: str) -> str:
         """Stable hash of everything about a prompt but the content and the user, also of there being none."""
-        found = self._tasks[task].prompt_for(language)
-        template = None if found is None else found.model_dump()
-        parts = [self._layout, self._num_soft_tokens, self._tasks[task].max_content_tokens, template]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+        return self._tasks[task].prompt_id(language, self._layout, self._num_soft_tokens)
 
     def segments(self, content: Content, task: str) -> Segments:
         """The token ids for one content and task. Raises RowError without a template, or without room for it."""

@@ -215,12 +215,13 @@ def _user_embeddings(column: pa.Array, dim: int) -> tuple[pl.Series, pl.Series, 
     )  # fmt: skip
     is_right = right.to_numpy(zero_copy_only=False)
     places = pl.Series(np.cumsum(is_right) - 1).set(pl.Series(~is_right), None)
-    found = pl.DataFrame({"vector": _as_binary(matrix)}).with_columns(flaw=flaw)
+    found = pl.DataFrame({"vector": as_binary(matrix)}).with_columns(flaw=flaw)
     found = found.select(pl.all().gather(places)) if len(matrix) else found.clear(len(places))
     return pl.Series(sizes), found["flaw"], found["vector"]
 
 
-def _as_binary(matrix: npt.NDArray[np.float32]) -> pl.Series:
+def as_binary(matrix: npt.NDArray[np.float32]) -> pl.Series:
+    """The rows of a matrix as bytes."""
     num_rows, num_bytes = len(matrix), matrix.shape[1] * matrix.itemsize
     offsets = np.arange(num_rows + 1, dtype=np.int64) * num_bytes
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(matrix))]
@@ -238,11 +239,12 @@ def content_rows(table: pa.Table) -> pl.DataFrame:
         }
     )
     texts = frame.select("content_id", "title", "body", "language").iter_rows()
-    digests = pl.Series([_digest(row) for row in texts], dtype=pl.Binary)
+    digests = pl.Series([text_digest(row) for row in texts], dtype=pl.Binary)
     return frame.with_columns(digest=digests).select(CONTENTS.names()).match_to_schema(CONTENTS)
 
 
-def _digest(texts: Iterable[str]) -> bytes:
+def text_digest(texts: Iterable[str]) -> bytes:
+    """16 bytes of texts in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for text in texts:
         encoded = text.encode()

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any
 
 import ray
@@ -14,6 +14,7 @@ import ray
 from e2p_ray.config import JobConfig
 from e2p_ray.plan.dataflow import Job, Outcome, plan_by_shuffles, plan_on_one_node, typed_error
 from e2p_ray.plan.inputs import InputTable, Space, scan_inputs
+from e2p_ray.plan.pairs import num_buckets
 from e2p_ray.plan.shards import ShardEntry, shard_uri
 from e2p_ray.storage import Storage
 
@@ -69,7 +70,7 @@ def make_plan(
     space = Space(embedding_space, embedding_dim)
     tasks = tuple(sorted(config.tasks))
     uri = f"{config.output.uri}/plans/{_plan_key(config, inputs, space, tasks)}"
-    if storage.exists(_manifest_uri(uri)):
+    if storage.exists(manifest_uri(uri)):
         say(f"the plan {uri} is finished already")
         return load_plan(storage, uri)
     job = Job(storage, uri, space, tasks, config.plan.requests_per_shard, config.plan.max_group_requests)
@@ -94,7 +95,7 @@ def make_plan(
 
 def load_plan(storage: Storage, plan_uri: str) -> Plan:
     """A finished plan; ObjectNotFoundError when there is none."""
-    manifest = json.loads(storage.read_bytes(_manifest_uri(plan_uri)))
+    manifest = json.loads(storage.read_bytes(manifest_uri(plan_uri)))
     return Plan(
         plan_id=manifest["plan_id"],
         uri=plan_uri,
@@ -106,7 +107,12 @@ def load_plan(storage: Storage, plan_uri: str) -> Plan:
     )
 
 
-def _manifest_uri(plan_uri: str) -> str:
+def plan_buckets(plan: Plan, requests_per_shard: int) -> int:
+    """How many buckets of contents the plan was cut along: no shard holds contents of two."""
+    return num_buckets(plan.counts.num_pairs * len(plan.tasks), requests_per_shard)
+
+
+def manifest_uri(plan_uri: str) -> str:
     return f"{plan_uri}/manifest.json"
 
 
@@ -153,7 +159,7 @@ def _finish(job: Job, num_candidates: int, outcome: Outcome) -> Plan:
         shards=tuple(shards),
         counts=counts,
     )
-    job.storage.write_bytes(_manifest_uri(job.uri), json.dumps(_manifest(plan), ensure_ascii=False).encode())
+    job.storage.write_bytes(manifest_uri(job.uri), json.dumps(manifest_of(plan), ensure_ascii=False).encode())
     return plan
 
 
@@ -161,14 +167,15 @@ def _name(uri: str) -> str:
     return uri.rpartition("/")[2]
 
 
-def _manifest(plan: Plan) -> dict[str, Any]:
+def manifest_of(plan: Plan) -> dict[str, Any]:
+    """What `load_plan` reads."""
     return {
         "plan_id": plan.plan_id,
         "embedding_space": plan.embedding_space,
         "embedding_dim": plan.embedding_dim,
         "tasks": plan.tasks,
         "counts": asdict(plan.counts),
-        "shards": [[shard.shard_id, shard.num_requests, shard.num_groups, shard.num_bytes] for shard in plan.shards],
+        "shards": [list(astuple(shard)) for shard in plan.shards],
     }
 
 

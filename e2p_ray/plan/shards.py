@@ -31,6 +31,7 @@ class ShardEntry:
     num_requests: int
     num_groups: int
     num_bytes: int  # of the file
+    first_hash: int  # of its first content: contents lie in shards in the order of their hashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,11 @@ class Cutting:
     embedding_dim: int
 
 
-class _Slice(NamedTuple):
-    """A group to be: rows [start, stop) of the requests, all of one content, for one task."""
+class Slice(NamedTuple):
+    """A group to be: rows [start, stop) of the requests, all of one content, for one task.
+
+    `content` is a row number of the contents.
+    """
 
     content: int
     task: str
@@ -57,12 +61,12 @@ def shard_uri(plan_uri: str, shard_id: str) -> str:
     return f"{plan_uri}/shards/{shard_id}.parquet"
 
 
-def cut(join: ContentJoin, cutting: Cutting) -> Iterator[list[_Slice]]:
+def cut(join: ContentJoin, cutting: Cutting) -> Iterator[list[Slice]]:
     """The groups of every shard. A change in one bucket of contents leaves the others as they are."""
     buckets = bucket_of(join.contents["content_hash"].to_numpy(), cutting.num_buckets).tolist()
     counts = np.bincount(join.requests["content"], minlength=len(buckets))
     stops = np.cumsum(counts).tolist()
-    start, slices = 0, list[_Slice]()
+    start, slices = 0, list[Slice]()
     for content, stop in enumerate(stops):
         if content and buckets[content] != buckets[content - 1]:
             yield from _pack(slices, cutting.requests_per_shard)
@@ -72,21 +76,25 @@ def cut(join: ContentJoin, cutting: Cutting) -> Iterator[list[_Slice]]:
     yield from _pack(slices, cutting.requests_per_shard)
 
 
-def _slices(content: int, start: int, stop: int, cutting: Cutting) -> Iterator[_Slice]:
+def _slices(content: int, start: int, stop: int, cutting: Cutting) -> Iterator[Slice]:
     cap = min(cutting.max_group_requests, cutting.requests_per_shard)
     for task in cutting.tasks:
         for first in range(start, stop, cap):
-            yield _Slice(content, task, first, min(first + cap, stop))
+            yield Slice(content, task, first, min(first + cap, stop))
 
 
-def _pack(slices: list[_Slice], requests_per_shard: int) -> Iterator[list[_Slice]]:
+def _pack(slices: list[Slice], requests_per_shard: int) -> Iterator[list[Slice]]:
     """One shard, or several in a row where the bucket holds more than twice what is aimed at."""
     total = sum(piece.stop - piece.start for piece in slices)
-    if total <= 2 * requests_per_shard:
-        if slices:
-            yield slices
-        return
-    current, num_requests = list[_Slice](), 0
+    if total > 2 * requests_per_shard:
+        yield from pack(slices, requests_per_shard)
+    elif slices:
+        yield slices
+
+
+def pack(slices: Sequence[Slice], requests_per_shard: int) -> Iterator[list[Slice]]:
+    """Shards of no more requests than this, in order, each as full as its groups allow; a group is never cut."""
+    current, num_requests = list[Slice](), 0
     for piece in slices:
         size = piece.stop - piece.start
         if current and num_requests + size > requests_per_shard:
@@ -94,20 +102,34 @@ def _pack(slices: list[_Slice], requests_per_shard: int) -> Iterator[list[_Slice
             current, num_requests = [], 0
         current.append(piece)
         num_requests += size
-    yield current
+    if current:
+        yield current
 
 
 def write_shards(storage: Storage, plan_uri: str, join: ContentJoin, cutting: Cutting) -> list[ShardEntry]:
     """Cut and write; the same rows give the same names and bytes, wherever and however often this runs."""
 
-    def write(slices: list[_Slice]) -> ShardEntry:
-        shard_id, table = _shard(join, slices, cutting)
-        data = parquet_bytes(table)
-        storage.write_bytes(shard_uri(plan_uri, shard_id), data)
-        return ShardEntry(shard_id, table.num_rows, len(slices), len(data))
+    def write(slices: list[Slice]) -> ShardEntry:
+        return write_shard(storage, plan_uri, join.requests, join.contents, slices, cutting.embedding_dim)
 
     with ThreadPoolExecutor(_WRITE_THREADS) as pool:
         return list(pool.map(write, cut(join, cutting)))
+
+
+def write_shard(
+    storage: Storage,
+    plan_uri: str,
+    requests: pl.DataFrame,
+    contents: pl.DataFrame,
+    slices: Sequence[Slice],
+    embedding_dim: int,
+) -> ShardEntry:
+    """One shard of some slices of these requests and contents, whose columns are those of a `ContentJoin`."""
+    shard_id, table = _shard(requests, contents, slices, embedding_dim)
+    data = parquet_bytes(table)
+    storage.write_bytes(shard_uri(plan_uri, shard_id), data)
+    first_hash = int(contents["content_hash"][slices[0].content])
+    return ShardEntry(shard_id, table.num_rows, len(slices), len(data), first_hash)
 
 
 def count_requests(join: ContentJoin, tasks: Sequence[str]) -> Counter[str]:
@@ -125,15 +147,17 @@ def count_requests(join: ContentJoin, tasks: Sequence[str]) -> Counter[str]:
     return counts
 
 
-def _shard(join: ContentJoin, slices: Sequence[_Slice], cutting: Cutting) -> tuple[str, pa.Table]:
-    """A shard's id and its rows."""
+def _shard(
+    requests: pl.DataFrame, contents: pl.DataFrame, slices: Sequence[Slice], embedding_dim: int
+) -> tuple[str, pa.Table]:
+    """A shard's id and its rows; `draft` is null where the requests have no such column."""
     sizes = [piece.stop - piece.start for piece in slices]
-    rows = join.requests[np.concatenate([np.arange(piece.start, piece.stop) for piece in slices])]
-    texts = join.contents[np.repeat([piece.content for piece in slices], sizes)]
+    rows = requests[np.concatenate([np.arange(piece.start, piece.stop) for piece in slices])]
+    texts = contents[np.repeat([piece.content for piece in slices], sizes)]
     groups = np.repeat(np.arange(len(slices), dtype=np.int32), sizes)
-    schema = planned_schema(cutting.embedding_dim)
+    schema = planned_schema(embedding_dim)
     missing = rows["user_embedding"].is_null()
-    vectors = rows["user_embedding"].fill_null(bytes(4 * cutting.embedding_dim))
+    vectors = rows["user_embedding"].fill_null(bytes(4 * embedding_dim))
     matrix = np.frombuffer(b"".join(vectors.to_list()), "<f4")
     columns = {
         "user_id": _strings(rows["user_id"]),
@@ -147,16 +171,18 @@ def _shard(join: ContentJoin, slices: Sequence[_Slice], cutting: Cutting) -> tup
             pa.array(matrix), type=schema.field("user_embedding").type, mask=pa.array(missing.to_numpy())
         ),
         "reason": _strings(rows["reason"]),
-        "draft": pa.nulls(rows.height, pa.string()),
+        "draft": _strings(rows["draft"]) if "draft" in rows.columns else pa.nulls(rows.height, pa.string()),
     }
-    digest = hashlib.sha256(f"{cutting.embedding_dim}:{len(slices)}:".encode())
-    for piece, text_digest in zip(slices, join.contents["digest"].gather([p.content for p in slices]), strict=True):
+    digest = hashlib.sha256(f"{embedding_dim}:{len(slices)}:".encode())
+    for piece, text_digest in zip(slices, contents["digest"].gather([p.content for p in slices]), strict=True):
         digest.update(f"{len(piece.task.encode())}:{piece.task}:{piece.stop - piece.start}:".encode() + text_digest)
     user_ids = rows["user_id"]
     digest.update(user_ids.str.len_bytes().to_numpy().astype("<u4").tobytes())
     digest.update("".join(user_ids.to_list()).encode())
     digest.update("\0".join(rows["reason"].fill_null("").to_list()).encode() + b"\0")
     digest.update(missing.to_numpy().tobytes() + matrix.tobytes())
+    if "draft" in rows.columns:
+        digest.update("".join(f"{len(text)}:{text}" for text in rows["draft"].fill_null("")).encode())
     return digest.hexdigest()[:32], pa.table(columns, schema=schema)
 
 
@@ -164,13 +190,19 @@ def _strings(series: pl.Series) -> pa.Array:
     return series.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
 
 
-def read_shard(storage: Storage, plan_uri: str, shard_id: str) -> list[Group]:
-    """The groups of one shard; ShardError when the file is not what a plan writes."""
+def read_planned(storage: Storage, plan_uri: str, shard_id: str) -> pa.Table:
+    """The rows of one shard; ShardError when the file is not what a plan writes."""
     uri = shard_uri(plan_uri, shard_id)
     table = storage.read_table(uri)
     kind = table.schema.field("user_embedding").type if "user_embedding" in table.schema.names else None
     if kind is None or not pa.types.is_fixed_size_list(kind) or table.schema != planned_schema(kind.list_size):
         raise ShardError(f"{uri} is not a shard of a plan. Delete the plan's folder and plan again.")
+    return table
+
+
+def read_shard(storage: Storage, plan_uri: str, shard_id: str) -> list[Group]:
+    """The groups of one shard; ShardError when the file is not what a plan writes."""
+    table = read_planned(storage, plan_uri, shard_id)
     vectors = _user_embeddings(table["user_embedding"])
     names = ("user_id", "content_id", "task", "title", "body", "language", "reason", "draft")
     columns = {name: table[name].to_pylist() for name in names}

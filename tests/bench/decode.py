@@ -1,89 +1,37 @@
 """Engine against batched HF `generate(inputs_embeds=...)` on the same pairs: python -m tests.bench.decode.
 
-A Llama of about 30 M parameters with random weights, fp32, one thread; soft token last. HF has nothing to share, so its
-rows/s do not depend on how many rows there are: it runs a part of the rows, in the batch size that was its best.
+The short form of `tests.bench.peers`, in one process, for work on the engine. A Llama of about 30 M parameters with
+random weights, fp32, one thread; soft token last. HF has nothing to share, so its rows/s do not depend on how many rows
+there are: it runs a part of the rows, in the batch size that was its best.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from e2p_ray.config import EngineConfig, PromptTemplate, SamplingConfig, TaskConfig
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.model import BaseModel
-from e2p_ray.schema import Content, Group, Request, RequestKey
+from e2p_ray.schema import Group, RequestKey
+from tests.bench import workloads
 from tests.bench.harness import interleaved, matmul_peak_flops, print_results
-from tests.tiny_models import BOS, EMBEDDING_DIM, EOS, PAD, byte_tokenizer, random_model, random_projector
+from tests.bench.peers_torch import HF_BATCHES, generate_rows
+from tests.bench.workloads import LIVELY, Case, floor_of, groups_of, left_ids, llama_30m, pairs_of, texts_of
+from tests.tiny_models import random_model, random_projector
 
-HF_BATCHES = (8, 16, 32)
 HF_MAX_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Case:
-    """num_contents x num_users pairs with content_tokens each."""
-
-    num_contents: int
-    num_users: int
-    content_tokens: int
-    new_tokens: int = 16
-
-    @property
-    def name(self) -> str:
-        return f"{self.num_contents}x{self.num_users}"
-
-
-CASES = (Case(8, 64, 256), Case(1, 512, 512), Case(256, 2, 256))
-
-
-def llama_30m() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )
-
-
-def groups_of(case: Case, seed: int = 0) -> list[Group]:
-    """Contents of exactly content_tokens bytes (begin token and cue included) and random users."""
-    rng = np.random.default_rng(seed)
-    found = []
-    for at in range(case.num_contents):
-        body = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz "), case.content_tokens - 2))
-        content = Content(f"c{at}", "", body, "en")
-        requests = tuple(
-            Request(
-                RequestKey(f"u{at}-{user}", f"c{at}", "headline"),
-                rng.standard_normal(EMBEDDING_DIM).astype(np.float32),
-            )
-            for user in range(case.num_users)
-        )
-        found.append(Group(content, "headline", requests))
-    return found
+CASES = (Case(8, 64), Case(1, 512, 512), Case(256, 2))
 
 
 def make_engine(model: PreTrainedModel, case: Case, max_rows: int) -> Engine:
-    prompt = PromptTemplate(content="{body}", cue_before=">")
-    sampling = SamplingConfig(max_new_tokens=case.new_tokens, stop=())
-    tasks = {"headline": TaskConfig(prompts={"default": prompt}, sampling=sampling, max_content_tokens=2048)}
     base = BaseModel(model)
-    projector = random_projector(base.d_model, output_rms=base.token_embedding_rms)
-    return Engine(base, projector, byte_tokenizer(), tasks, EngineConfig(max_rows=max_rows))
+    base.pack()
+    return workloads.make_engine(base, case, max_rows)
 
 
 def run_engine(engine: Engine, groups: list[Group]) -> tuple[float, dict[RequestKey, str]]:
@@ -92,52 +40,27 @@ def run_engine(engine: Engine, groups: list[Group]) -> tuple[float, dict[Request
     return len(texts) / (time.perf_counter() - start), texts
 
 
-@torch.inference_mode()
-def run_hf(
-    model: Any, engine: Engine, groups: list[Group], case: Case, batch: int, num_rows: int
-) -> tuple[float, dict[RequestKey, str]]:
-    """Batched generate over the first num_rows pairs, spread over contents as they come (all of one length)."""
-    pairs = [(group.content, request) for group in groups for request in group.requests][:num_rows]
-    tokenizer, embed = byte_tokenizer(), model.get_input_embeddings()
-    projector = engine._decoder._projector
-    texts: dict[RequestKey, str] = {}
+def run_hf(model: Any, output_rms: float, case: Case, batch: int, num_rows: int) -> tuple[float, dict[RequestKey, str]]:
+    """Batched generate over the first num_rows pairs (all of one length)."""
+    pairs, tokenizer = pairs_of(groups_of(case))[:num_rows], workloads.wide_tokenizer()
+    projector = random_projector(model.config.hidden_size, output_rms=output_rms)
+    tokens = []
     start = time.perf_counter()
     for at in range(0, len(pairs), batch):
         part = pairs[at : at + batch]
-        ids = torch.tensor([engine.layout.segments(content, "headline").left for content, _ in part])
-        soft = projector(
-            torch.from_numpy(
-                np.stack([request.user_embedding for _, request in part if request.user_embedding is not None])
-            )
-        )
-        embeds = torch.cat([embed(ids), soft], dim=1)
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-        output = model.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=case.new_tokens, do_sample=False
-        )
-        decoded = tokenizer.batch_decode(output, skip_special_tokens=True)
-        texts.update({request.key: text.lstrip() for (_, request), text in zip(part, decoded, strict=True)})
-    return len(pairs) / (time.perf_counter() - start), texts
-
-
-def floor_flops(case: Case, config: LlamaConfig, num_parameters: int) -> float:
-    """Arithmetic per pair of the shared computation: weights over computed tokens, attention, no padding."""
-    head = int(config.vocab_size * config.hidden_size)
-    body = num_parameters - head
-    width = int(config.hidden_size * config.num_hidden_layers)
-    prefix = case.content_tokens * (2 * body + 2 * width * case.content_tokens) / case.num_users
-    decode = case.new_tokens * (2 * body + 2 * head + 4 * width * case.content_tokens)
-    return prefix + decode
+        tokens += generate_rows(model, projector, part, [left_ids(pair, tokenizer) for pair in part])
+    seconds = time.perf_counter() - start
+    keys = [pair.request.key for pair in pairs]
+    return len(pairs) / seconds, dict(zip(keys, texts_of(tokens), strict=True))
 
 
 def measure(case: Case, *, max_rows: int, num_repeats: int, hf_rows: int) -> list[dict[str, Any]]:
-    config = llama_30m()
-    plain = random_model(config, attention="sdpa")
-    shared = random_model(config)
-    engine = make_engine(shared, case, max_rows)
+    config = llama_30m(LIVELY)
+    plain, shared = random_model(config, attention="sdpa"), random_model(config)
+    rms = BaseModel(random_model(config)).token_embedding_rms
     groups = groups_of(case)
-    run_engine(engine, groups[:1])
-    best = max(HF_BATCHES, key=lambda size: run_hf(plain, engine, groups, case, size, size)[0])
+    run_engine(make_engine(shared, case, max_rows), groups[:1])
+    best = max(HF_BATCHES, key=lambda size: run_hf(plain, rms, case, size, size)[0])
     texts: dict[str, dict[RequestKey, str]] = {}
 
     def ours() -> float:
@@ -146,14 +69,14 @@ def measure(case: Case, *, max_rows: int, num_repeats: int, hf_rows: int) -> lis
         return rate
 
     def theirs() -> float:
-        rate, texts["hf"] = run_hf(plain, engine, groups, case, best, hf_rows)
+        rate, texts["hf"] = run_hf(plain, rms, case, best, hf_rows)
         return rate
 
     rates = interleaved({"e2p_ray": ours, "hf_generate": theirs}, num_repeats)
     equal = np.mean([texts["e2p_ray"][key] == text for key, text in texts["hf"].items()])
-    num_parameters = sum(parameter.numel() for parameter in plain.parameters())
+    pairs = pairs_of(groups)
+    floor = floor_of(pairs, [case.content_tokens] * len(pairs), config, max_rows, torch.float32.itemsize)
     peak = matmul_peak_flops(256, config.hidden_size)
-    share = rates["e2p_ray"] * floor_flops(case, config, num_parameters) / peak
     common = {"case": case.name, "content_tokens": case.content_tokens, "new_tokens": case.new_tokens}
     return [
         common | {"system": f"hf_generate(batch {best})", "rows_per_s": rates["hf_generate"], "ratio": 1.0},
@@ -163,7 +86,7 @@ def measure(case: Case, *, max_rows: int, num_repeats: int, hf_rows: int) -> lis
             "rows_per_s": rates["e2p_ray"],
             "ratio": rates["e2p_ray"] / rates["hf_generate"],
             "equal_texts": float(equal),
-            "share_of_matmul_peak": share,
+            "share_of_matmul_peak": rates["e2p_ray"] * floor.flops / len(pairs) / peak,
         },
     ]
 

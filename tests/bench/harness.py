@@ -36,15 +36,33 @@ def interleaved(runs: Mapping[str, Callable[[], float]], num_repeats: int) -> di
     return {name: statistics.median(values) for name, values in figures.items()}
 
 
-def matmul_peak_flops(num_rows: int, width: int, dtype: torch.dtype = torch.float32) -> float:
-    """The machine's own matrix-product rate (FLOP/s) at this shape: best of several runs."""
+Clock = Callable[[], float]
+
+
+def matmul_peak_flops(
+    num_rows: int, width: int, dtype: torch.dtype = torch.float32, *, clock: Clock = time.perf_counter
+) -> float:
+    """The machine's own matrix-product rate (FLOP/s) at this shape: best of several runs.
+
+    `clock`: on a busy machine and one thread, the process's own time (time.process_time) says more.
+    """
     left, right = torch.randn(num_rows, width).to(dtype), torch.randn(width, 4 * width).to(dtype)
+    return _best_rate(lambda: left @ right, 2.0 * num_rows * width * 4 * width, clock)
+
+
+def memory_bytes_per_s(num_bytes: int = 256 << 20, *, clock: Clock = time.perf_counter) -> float:
+    """How fast this machine reads memory that no cache holds: best of several sums over one large array."""
+    array = torch.ones(num_bytes // 4)
+    return _best_rate(array.sum, float(num_bytes), clock, num_calls=1)
+
+
+def _best_rate(work: Callable[[], object], amount: float, clock: Clock, num_calls: int = 10) -> float:
     best = 0.0
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(10):
-            left @ right
-        best = max(best, 10 * 2 * num_rows * width * 4 * width / (time.perf_counter() - start))
+    for _ in range(8):
+        start = clock()
+        for _ in range(num_calls):
+            work()
+        best = max(best, num_calls * amount / (clock() - start))
     return best
 
 

@@ -30,6 +30,7 @@ def render_html(report: Report) -> str:
         _tiles(report),
         _samples(report.samples),
         _outcome(report),
+        _update(report),
         _lengths(report),
         _throughput(report),
         _origin(report),
@@ -100,6 +101,24 @@ def _outcome(report: Report) -> str:
         _counts_table("Tasks", "task", report.tasks),
     )
     return section("What became of the requests", f'{bar}<div class="key">{keys}</div>{grid(tables)}')
+
+
+def _update(report: Report) -> str:
+    """What the run changed of the table that was published before."""
+    if not (report.causes or report.num_carried or report.num_removed or report.num_deferred):
+        return ""
+    causes = _counts_table("Why requests needed a new text", "cause", report.causes)
+    kinds = (
+        ("written", report.num_rows_generated),
+        ("carried over", report.num_carried),
+        ("removed", report.num_removed),
+        ("deferred", report.num_deferred),
+        ("written, other than before", report.num_drafts - report.num_texts_kept),
+        ("written, the same as before", report.num_texts_kept),
+    )
+    rows = [(name, f"{number:,}") for name, number in kinds]
+    rows.append(("draft tokens accepted", f"{report.num_accepted_tokens:,} of {report.num_draft_tokens:,}"))
+    return section("What changed", grid((f"<div><h3>Rows</h3>{_table(('rows', 'number'), rows)}</div>", causes)))
 
 
 def _counts_table(title: str, name: str, counts: Mapping[str, int]) -> str:

@@ -1,0 +1,114 @@
+"""The published table as it is now: its version, its files, and which of our runs it shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+import polars as pl
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from e2p_ray.errors import StorageError
+from e2p_ray.storage import Storage, is_s3
+
+_MAX_HISTORY = 200
+_UPKEEP = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "FSCK", "ADD FEATURE"})
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The publish whose rows the table shows, as far as it was one of ours."""
+
+    run_id: str
+    source_id: str  # names plan, settings, projector and base model that the rows are of; "" from an older release
+    files_digest: str
+    num_deferred: int  # requests that a limit left for a later run
+    num_files_suppressed: int  # files that consent changed at the moment of publishing
+    rows_deleted: bool  # since then, by anybody
+
+
+@dataclass(frozen=True)
+class PublishedTable:
+    """One version of the published table, with all its active files."""
+
+    uri: str
+    table_id: str
+    version: int
+    file_uris: tuple[str, ...]
+    num_rows: int
+    shown: Shown | None  # None when the rows are not those of a publish
+    has_deletion_vectors: bool = False  # the files alone do not say which rows there are
+
+    def shows_all_of(self, source_id: str) -> bool:
+        """Whether a complete run of this source is what the table shows, unchanged."""
+        shown = self.shown
+        if shown is None or shown.source_id != source_id:
+            return False
+        return not (shown.num_deferred or shown.num_files_suppressed or shown.rows_deleted)
+
+
+def read_published(storage: Storage, table_uri: str) -> PublishedTable | None:
+    """The table as it is now, None when there is none."""
+    table = open_table(storage, table_uri)
+    if table is None:
+        return None
+    files = pl.DataFrame(table.get_add_actions(flatten=True))
+    uris = table.file_uris()
+    return PublishedTable(
+        uri=table_uri,
+        table_id=str(table.metadata().id),
+        version=table.version(),
+        file_uris=tuple(sorted(uris if is_s3(table_uri) else map(unquote, uris))),
+        num_rows=int(files["num_records"].sum()) if "num_records" in files.columns else 0,
+        shown=shown_by(table),
+        has_deletion_vectors="deletionVectors" in (table.protocol().reader_features or ()),
+    )
+
+
+def open_table(storage: Storage, table_uri: str) -> DeltaTable | None:
+    """The Delta table, or None when there is none."""
+    try:
+        return DeltaTable(table_uri, storage_options=storage.delta_options(table_uri))
+    except TableNotFoundError:
+        return None
+    except (DeltaError, OSError) as error:
+        raise StorageError(f"could not open the Delta table {table_uri}: {error}") from error
+
+
+def shown_by(table: DeltaTable) -> Shown | None:
+    """Walk back, through restores and upkeep, to the publish whose rows the table shows; None when it is not ours."""
+    history = _history(table)
+    version, rows_deleted = table.version(), False
+    while (entry := history.get(version)) is not None:
+        if "files_digest" in entry:
+            return Shown(
+                run_id=entry["run_id"],
+                source_id=entry.get("source_id", ""),
+                files_digest=entry["files_digest"],
+                num_deferred=int(entry.get("num_deferred", 0)),
+                num_files_suppressed=int(entry.get("num_files_suppressed", 0)),
+                rows_deleted=rows_deleted,
+            )
+        operation = entry.get("operation")
+        if operation == "RESTORE":
+            version = int(entry["operationParameters"].get("version") or -1)
+            rows_deleted = False
+        elif operation == "DELETE" or operation in _UPKEEP:
+            rows_deleted |= operation == "DELETE"
+            version -= 1
+        else:
+            return None
+    return None
+
+
+def same_rows_since(table: DeltaTable, version: int) -> bool:
+    """Whether nothing but upkeep happened to the table since a version."""
+    history = _history(table)
+    later = range(version + 1, table.version() + 1)
+    return version <= table.version() and all(history.get(v, {}).get("operation") in _UPKEEP for v in later)
+
+
+def _history(table: DeltaTable) -> dict[int, dict[str, Any]]:
+    return {entry["version"]: entry for entry in table.history(_MAX_HISTORY)}

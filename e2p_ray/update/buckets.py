@@ -1,0 +1,117 @@
+"""Tables spooled by the bucket of their content, so that one bucket at a time is in memory."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from e2p_ray.commit import PublishedTable
+from e2p_ray.commit.spool import HashSpool, hash_rows
+from e2p_ray.errors import IncompatibleError, InputError
+from e2p_ray.plan.inputs import stable_hash
+from e2p_ray.plan.pairs import bucket_of
+from e2p_ray.schema import GENERATIONS
+from e2p_ray.storage import Storage
+from e2p_ray.update.limits import Priority
+
+_BATCH_ROWS = 1 << 16
+PRIORITIES = pa.schema([("user_id", pa.string()), ("content_id", pa.string()), ("priority", pa.float64())])
+
+
+class BucketSpool:
+    """Rows in temporary files, one a bucket of contents; use it in a `with`, which removes the files."""
+
+    def __init__(self, schema: pa.Schema, num_buckets: int) -> None:
+        self.schema, self.num_buckets = schema, num_buckets
+        self._stack = ExitStack()
+        self._folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="e2p_ray-")))
+        self._writers: dict[int, pa.RecordBatchStreamWriter] = {}
+
+    def __enter__(self) -> BucketSpool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def add(self, rows: pa.Table) -> None:
+        """Put rows of the spool's schema in; they have a column `content_id`."""
+        buckets = bucket_of(stable_hash(pl.Series(rows["content_id"], dtype=pl.String)), self.num_buckets)
+        ordered = rows.take(np.argsort(buckets, kind="stable"))
+        start = 0
+        for bucket, size in enumerate(np.bincount(buckets, minlength=self.num_buckets).tolist()):
+            if size:
+                self._writer(bucket).write_table(ordered.slice(start, size))
+            start += size
+
+    def _writer(self, bucket: int) -> pa.RecordBatchStreamWriter:
+        if bucket not in self._writers:
+            file = self._stack.enter_context(pa.OSFile(str(self._path(bucket)), "wb"))
+            options = pa.ipc.IpcWriteOptions(compression="lz4")
+            self._writers[bucket] = self._stack.enter_context(pa.ipc.new_stream(file, self.schema, options=options))
+        return self._writers[bucket]
+
+    def _path(self, bucket: int) -> Path:
+        return self._folder / f"{bucket}.arrows"
+
+    def close(self) -> None:
+        """End writing, so that rows can be read."""
+        for writer in self._writers.values():
+            writer.close()
+
+    def rows(self, bucket: int) -> pa.Table:
+        """All rows of one bucket."""
+        if bucket not in self._writers:
+            return self.schema.empty_table()
+        with pa.OSFile(str(self._path(bucket)), "rb") as file:
+            return pa.ipc.open_stream(file).read_all()
+
+
+def spool_published(storage: Storage, table: PublishedTable, spool: BucketSpool, users: HashSpool) -> None:
+    """Every row of the published table, once, and the hashes of its users."""
+    if table.has_deletion_vectors:
+        remedy = "Purge them (REORG TABLE ... APPLY (PURGE)) and drop the feature, or give --full"
+        raise IncompatibleError(f"{table.uri} has deletion vectors, which cannot be read here. {remedy}")
+    for uri in table.file_uris:
+        with storage.open_parquet(uri) as file:
+            missing = [name for name in GENERATIONS.names if name not in file.schema_arrow.names]
+            if missing:
+                problem = (
+                    f"{uri}: the published table has no column {missing[0]!r}, so nothing of it can be carried over"
+                )
+                raise IncompatibleError(f"{problem}. Give --full to write it anew")
+            for batch in file.iter_batches(_BATCH_ROWS, columns=GENERATIONS.names, use_threads=False):
+                rows = pa.Table.from_batches([batch]).select(GENERATIONS.names).cast(GENERATIONS)
+                users.add(hash_rows(rows["user_id"]))
+                spool.add(rows)
+    spool.close()
+
+
+def spool_priorities(storage: Storage, candidates_uri: str, priority: Priority, spool: BucketSpool) -> None:
+    """The priority of every candidate, the lower the earlier; none where the column is null or NaN."""
+    for info in storage.parquet_files(candidates_uri):
+        with storage.open_parquet(info) as file:
+            _check_column(file.schema_arrow, priority.column, info.uri)
+            columns = list(dict.fromkeys(["user_id", "content_id", priority.column]))
+            for batch in file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+                frame = pl.DataFrame(pl.from_arrow(batch)).select(
+                    pl.col("user_id", "content_id").cast(pl.String).fill_null(""),
+                    priority=pl.col(priority.column).cast(pl.Float64).fill_nan(None)
+                    * (-1 if priority.descending else 1),
+                )
+                spool.add(frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(PRIORITIES))
+    spool.close()
+
+
+def _check_column(schema: pa.Schema, column: str, uri: str) -> None:
+    kinds = pa.types
+    if column not in schema.names:
+        remedy = f"--priority takes a column of the candidates table; it has {schema.names}."
+        raise InputError("no such column", uri=uri, column=column, remedy=remedy)
+    kind = schema.field(column).type
+    if not (kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_decimal(kind) or kinds.is_boolean(kind)):
+        raise InputError(f"expected a number, found {kind}", uri=uri, column=column, remedy="Give a numeric column.")

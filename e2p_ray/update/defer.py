@@ -1,0 +1,31 @@
+"""What becomes of the shards that a run's time did not suffice for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from e2p_ray.commit import Run
+from e2p_ray.plan.shards import shard_uri
+from e2p_ray.schema import RequestKey
+from e2p_ray.storage import Storage
+from e2p_ray.update.kept import commit_kept, old_rows_uri
+
+_KEY = list(RequestKey._fields)
+
+
+def defer_shards(storage: Storage, run: Run, shard_ids: Sequence[str]) -> int:
+    """Commit shards of an update without generating them: old rows, and dead letters where there are none.
+
+    Returns the number of requests that were deferred. A worker that commits one of them first is kept.
+    """
+    num_requests = 0
+    for shard_id in shard_ids:
+        planned = pl.DataFrame(pl.from_arrow(storage.read_table(shard_uri(run.plan_uri, shard_id), _KEY)))
+        uri = old_rows_uri(run.plan_uri, shard_id)
+        rows = storage.read_table(uri)
+        waiting = planned.join(pl.DataFrame(pl.from_arrow(rows.select(_KEY))), on=_KEY, how="anti")
+        commit_kept(storage, run, shard_id, rows, waiting, num_carried=0)
+        num_requests += planned.height
+    return num_requests

@@ -1,0 +1,59 @@
+"""The main job with another projector: what changed is written anew, with the published texts as drafts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from e2p_ray.batch import EngineFactory
+from e2p_ray.config import JobConfig, ProjectorConfig
+from e2p_ray.downstream.report import Report, render_terminal
+from e2p_ray.update import Limits
+from jobs.cli import Job, run_job
+from jobs.generate import add_limits, generate_run, limits_of
+from jobs.steps import say
+
+
+def backfill(config: JobConfig, options: argparse.Namespace) -> None:
+    """One go; what an earlier, interrupted go committed is kept."""
+    limits = limits_of(options)
+    report = backfill_run(config, options.projector, publish_it=not options.no_publish, limits=limits)
+    print(render_terminal(report))
+    if options.projector is not None and options.projector.rstrip("/") != config.projector.uri:
+        say(f"set projector.uri to {options.projector}: the next jobs.generate would go back to {config.projector.uri}")
+
+
+def backfill_run(
+    config: JobConfig,
+    projector_uri: str | None,
+    *,
+    publish_it: bool = True,
+    engine_factory: EngineFactory | None = None,
+    limits: Limits | None = None,
+) -> Report:
+    """`generate_run` with this projector in place of the configured one."""
+    if projector_uri is not None:
+        config = config.model_copy(update={"projector": ProjectorConfig(uri=projector_uri)})
+    return generate_run(config, publish_it=publish_it, engine_factory=engine_factory, limits=limits)
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--projector", metavar="URI", help="the new projector, in place of projector.uri")
+    add_limits(parser)
+
+
+JOB = Job(
+    prog="jobs.backfill",
+    description="Write anew what another projector changes, with the published texts as drafts: a draft is verified\n"
+    "in one pass instead of being decoded, and the texts are the same as without drafts. Otherwise the same as\n"
+    "jobs.generate: rows that still hold are carried over, one new version is published, limits leave the rest for\n"
+    "the next run of the same command, and an interrupted run resumes. The report says how many texts changed and\n"
+    "what share of the drafts was accepted.",
+    config=JobConfig,
+    call=backfill,
+    add_options=_options,
+)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(JOB))

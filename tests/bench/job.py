@@ -1,0 +1,174 @@
+"""The whole job against its engine: python -m tests.bench.job.
+
+`jobs.generate` from Parquet to the published table, as a process of its own with everything that costs (Python, Ray's
+start, planning, checks, commits, publishing, report), over the rows/s of the engine alone on the same groups; one actor
+and two. A 30 M Llama with random weights; its texts fail the checks, so that every row ends as its content's title or
+unpersonalised text: tries are not repeated, and one more text a content is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+import yaml
+
+from e2p_ray.config import BaseModelConfig, JobConfig
+from e2p_ray.engine.engine import load_engine
+from e2p_ray.engine.manifest import resolve_base_model
+from e2p_ray.engine.projector import Projector
+from e2p_ray.plan import load_plan, read_shard
+from e2p_ray.storage import Storage
+from tests.bench.harness import interleaved, print_results
+from tests.bench.workloads import LIVELY, Case, groups_of, llama_30m, wide_tokenizer
+from tests.tiny_models import EMBEDDING_DIM, random_model, random_projector
+
+_MOMENT = 1_700_000_000_000_000
+
+
+def write_inputs(folder: Path, case: Case) -> dict[str, str]:
+    """The case's pairs as the three tables; every content has the same users."""
+    groups = groups_of(replace(case, num_users=1))
+    rng = np.random.default_rng(2)
+    users = [f"u{at:05d}" for at in range(case.num_users)]
+    vectors = rng.standard_normal((len(users), EMBEDDING_DIM)).astype(np.float32)
+    moment = pl.lit(_MOMENT).cast(pl.Datetime("us", "UTC"))
+    tables = {
+        "users": pl.DataFrame(
+            {"user_id": users, "embedding": pl.Series(vectors, dtype=pl.Array(pl.Float32, EMBEDDING_DIM))}
+        ).with_columns(embedding_space=pl.lit("space-1"), personalize=pl.lit(True), updated_at=moment),
+        "contents": pl.DataFrame(
+            {
+                "content_id": [group.content.content_id for group in groups],
+                "title": [f"Title {at}" for at in range(len(groups))],
+                "body": [group.content.body for group in groups],
+            }
+        ).with_columns(language=pl.lit("en"), updated_at=moment),
+    }
+    pairs = pl.DataFrame({"user_id": users}).join(tables["contents"].select("content_id"), how="cross")
+    tables["candidates"] = pairs.with_columns(
+        rank=pl.lit(1, pl.Int32), score=pl.lit(0.5, pl.Float32), source=pl.lit("bench")
+    )
+    for name, table in tables.items():
+        table.write_parquet(folder / f"{name}.parquet")
+    return {f"{name}_uri": str(folder / f"{name}.parquet") for name in tables}
+
+
+def write_job(folder: Path, case: Case, requests_per_shard: int) -> dict[str, Any]:
+    """Inputs, model and projector; returns the job's configuration but for output and workers."""
+    model = folder / "model"
+    random_model(llama_30m(LIVELY)).save_pretrained(model, safe_serialization=True)
+    wide_tokenizer().save_pretrained(model)
+    storage = Storage()
+    base = resolve_base_model(BaseModelConfig(uri=str(model)), storage)
+    drawn = random_projector(512)
+    manifest = replace(drawn.manifest, base_model_id=base.base_model_id, tokenizer_hash=base.tokenizer_hash)
+    projector = Projector(manifest.with_files({}), drawn.reference)
+    projector.load_state_dict(drawn.state_dict())
+    projector.save_pretrained(storage, str(folder / "projector"))
+    prompt = {"default": {"content": "{body}", "cue_before": ">"}}
+    sampling = {"max_new_tokens": case.new_tokens, "stop": []}
+    return {
+        "inputs": write_inputs(folder, case),
+        "base_model": {"uri": str(model), "device": "cpu"},
+        "projector": {"uri": str(folder / "projector")},
+        "tasks": {"headline": {"prompts": prompt, "sampling": sampling, "max_content_tokens": 1536}},
+        "checks": {"retry": False},
+        "gates": {"max_fallback_share": 1.0, "max_dead_letter_share": 1.0, "max_same_text_share": 1.0},
+        "plan": {"requests_per_shard": requests_per_shard},
+    }
+
+
+def run_job(folder: Path, values: Mapping[str, Any], num_actors: int) -> tuple[float, dict[str, Any]]:
+    """Seconds of one `jobs.generate` into a new place, and its report."""
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        path = Path(output) / "job.yaml"
+        workers = {"min_size": num_actors, "max_size": num_actors}
+        path.write_text(yaml.safe_dump({**values, "output": {"uri": output}, "workers": workers}), "utf-8")
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "jobs.generate", "--config", str(path)], check=True, capture_output=True)
+        seconds = time.perf_counter() - start
+        (report,) = Path(output).glob("runs/*/report.json")
+        return seconds, json.loads(report.read_text("utf-8"))
+
+
+def run_engine(values: Mapping[str, Any], plan_uri: str) -> float:
+    """Rows a second of the engine alone, one thread, over all groups of a plan."""
+    config = JobConfig.model_validate({**values, "output": {"uri": "unused"}, "engine": {"num_threads": 1}})
+    storage = Storage()
+    plan = load_plan(storage, plan_uri)
+    groups = [group for shard in plan.shards for group in read_shard(storage, plan_uri, shard.shard_id)]
+    engine = load_engine(config, storage)
+    start = time.perf_counter()
+    num_rows = sum(1 for _ in engine.generate(groups))
+    return num_rows / (time.perf_counter() - start)
+
+
+def write_plan(folder: Path, values: Mapping[str, Any]) -> str:
+    """The plan that all systems work on."""
+    path = folder / "plan.yaml"
+    path.write_text(yaml.safe_dump({**values, "output": {"uri": str(folder / "planned")}}), "utf-8")
+    subprocess.run([sys.executable, "-m", "jobs.plan", "--config", str(path)], check=True, capture_output=True)
+    (manifest,) = (folder / "planned" / "plans").glob("*/manifest.json")
+    return str(manifest.parent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--contents", type=int, default=40)
+    parser.add_argument("--users", type=int, default=256, help="of every content")
+    parser.add_argument("--shard", type=int, default=1024, help="requests a shard")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one repeat of a fifth of the contents")
+    options = parser.parse_args()
+    num_contents, num_repeats = (
+        (max(options.contents // 5, 1), 1) if options.quick else (options.contents, options.repeats)
+    )
+    case = Case(num_contents, options.users, 128)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        values = write_job(folder, case, options.shard)
+        plan_uri = write_plan(folder, values)
+        reports: dict[str, dict[str, Any]] = {}
+        num_rows = case.num_contents * case.num_users
+
+        def job(name: str, num_actors: int) -> float:
+            seconds, reports[name] = run_job(folder, values, num_actors)
+            return num_rows / seconds
+
+        rates = interleaved(
+            {
+                "engine alone": lambda: run_engine(values, plan_uri),
+                "job, one actor": lambda: job("job, one actor", 1),
+                "job, two actors": lambda: job("job, two actors", 2),
+            },
+            num_repeats,
+        )
+    results: list[dict[str, Any]] = [
+        {
+            "case": f"{case.shape}, {num_rows:,} requests",
+            "system": name,
+            "rows_per_s": rate,
+            "ratio": rate / rates["engine alone"],
+            "generating_rows_per_s": reports[name]["rows_per_s"] if name in reports else None,
+        }
+        for name, rate in rates.items()
+    ]
+    results[-1]["over_one_actor"] = rates["job, two actors"] / rates["job, one actor"]
+    print_results("job", results)
+
+
+if __name__ == "__main__":
+    main()

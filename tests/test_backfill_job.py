@@ -1,0 +1,133 @@
+"""jobs.backfill and limited jobs.generate as people call them: on Ray, and on a real S3 server."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobs.generate
+from e2p_ray.batch import run_batch
+from e2p_ray.config import JobConfig
+from e2p_ray.engine.manifest import ProjectorManifest, read_manifest
+from e2p_ray.storage import Storage
+from e2p_ray.update import Limits
+from jobs import backfill, generate
+from jobs.cli import run_job
+from tests.s3 import S3Server
+from tests.small_job import fake_engine
+from tests.update_world import World, make_world
+
+
+def other_projector(config: JobConfig, uri: str) -> ProjectorManifest:
+    """The configured projector, trained otherwise, at another place."""
+    storage = Storage(config.storage)
+    manifest = replace(read_manifest(storage, config.projector.uri), trained={"run": "later"}).with_files({})
+    storage.write_bytes(f"{uri}/config.json", manifest.to_json().encode())
+    return manifest
+
+
+def with_fake_engine(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """The jobs' own entry points, on real Ray, with the fake engine in the workers."""
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        return run_batch(*arguments, **named | {"engine_factory": fake_engine} | options)
+
+    monkeypatch.setattr(jobs.generate, "run_batch", run)
+
+
+def test_backfill_on_a_real_s3_server(
+    s3_server: S3Server,
+    tmp_path: Path,
+    ray_cluster: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = make_world(tmp_path, monkeypatch, place=s3_server.new_bucket(), storage=s3_server.config)
+    with_fake_engine(monkeypatch)
+    world.write()
+    job_file = ["--config", str(tmp_path / "job.yaml")]
+    assert run_job(generate.JOB, job_file) == 0
+    before = world.rows()
+    uri = f"{world.config.output.uri}/projector-2"
+    manifest = other_projector(world.config, uri)
+    capsys.readouterr()
+    assert run_job(backfill.JOB, [*job_file, "--projector", uri]) == 0
+    shown = capsys.readouterr()
+    after = world.rows()
+    assert set(after) == set(before) == set(world.wanted())
+    assert {row["projector_id"] for row in after.values()} == {manifest.projector_id}
+    assert all(after[key]["text"] == row["text"] for key, row in before.items())
+    num_texts = len(before)
+    assert f"update: {num_texts} rows written, 0 carried over, 0 removed, 0 deferred" in shown.out
+    assert f"causes: projector_changed {num_texts}" in shown.out
+    assert f"drafts: 0 texts changed, {num_texts} are the same; 100.0% of" in shown.out
+    assert f"set projector.uri to {uri}" in shown.err
+    assert run_job(backfill.JOB, [*job_file, "--projector", uri]) == 0
+    assert "nothing to do: version 1" in capsys.readouterr().err
+    pages = [i.uri for i in world.storage.list_objects(world.config.output.uri) if i.uri.endswith("report.html")]
+    changed = ["What changed" in world.storage.read_bytes(uri).decode() for uri in pages]
+    assert sorted(changed) == [False, True]  # the first run changed nothing, it had nothing before it
+
+
+def test_limited_generation_on_ray_goes_on_where_it_stopped(
+    tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path, monkeypatch)
+    with_fake_engine(monkeypatch)
+    world.write()
+    command = ["--config", str(tmp_path / "job.yaml")]
+    limited = [*command, "--max-requests", "50", "--max-seconds", "0.000001", "--priority", "score"]
+    gates = ["--gates.max_dead_letter_share", "0"]
+    assert run_job(generate.JOB, [*limited, *gates]) == 0
+    shown = capsys.readouterr()
+    assert "the time is over" in shown.err
+    assert "Run the same command again" in shown.out
+    first = world.rows()
+    assert 0 < len(first) < len(world.wanted())
+    assert run_job(generate.JOB, [*limited, *gates]) == 0
+    assert first.items() < world.rows().items()
+    assert run_job(generate.JOB, [*command, *gates]) == 0
+    assert set(world.rows()) == set(world.wanted())
+    assert "deferred" not in capsys.readouterr().out.splitlines()[-1]
+    assert run_job(generate.JOB, [*command, "--full", "--max-requests", "3"]) == 2
+    assert run_job(generate.JOB, [*command, "--priority", "score"]) == 2
+    assert run_job(generate.JOB, [*command, "--max-requests", "0"]) == 2
+
+
+def test_shards_that_failed_are_trouble_even_under_a_limit(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = make_world(tmp_path, monkeypatch)
+
+    def broken(config: JobConfig, storage: Storage) -> Any:
+        engine = fake_engine(config, storage)
+
+        def generate(groups: Any, *, attempt: int = 0) -> Any:
+            raise OSError("the disk is full")
+
+        engine.generate = generate  # type: ignore[method-assign]
+        return engine
+
+    with_fake_engine(monkeypatch, engine_factory=broken)
+    world.write()
+    command = ["--config", str(tmp_path / "job.yaml"), "--max-seconds", "0.000001"]
+    assert run_job(generate.JOB, command) == 5
+    assert "the disk is full" in capsys.readouterr().err
+    with_fake_engine(monkeypatch)
+    assert run_job(generate.JOB, command) == 0
+
+
+def test_without_a_new_projector_nothing_is_to_be_done(world: World) -> None:
+    world.run()
+    report = backfill.backfill_run(world.config, None, limits=Limits(max_requests=1))
+    assert report.version is not None
+    assert report.version.already_published
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Not run yet, and without Ray."""
+    return make_world(tmp_path, monkeypatch)

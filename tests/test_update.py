@@ -1,0 +1,696 @@
+"""Updates: of every change exactly the requests that it concerns are written, and everything else stays as it is."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from deltalake import write_deltalake
+
+import e2p_ray.update.update
+from e2p_ray.commit import read_published
+from e2p_ray.config import JobConfig
+from e2p_ray.errors import ConfigError, ConservationError, IncompatibleError, InputError, PublishConflictError
+from e2p_ray.plan import read_shard
+from e2p_ray.schema import ErrorCode
+from e2p_ray.storage import Storage, parquet_bytes
+from e2p_ray.update import Limits, Priority
+from e2p_ray.update.write import ShardWriter, write_carried
+from jobs import plan as plan_job
+from jobs.cli import run_job
+from tests.update_world import Key, User, World, content, edit_at_random, make_world, vector, with_task
+
+
+def no_engine(config: JobConfig, storage: Storage) -> NoReturn:
+    raise AssertionError("an engine was made")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The world that every test begins with, published as version 0."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        made = make_world(tmp_path_factory.mktemp("first"), monkeypatch)
+        report = made.run()
+    assert set(made.rows()) == set(made.shown) != set()
+    assert report.num_rows_generated == len(made.shown)
+    return made
+
+
+@pytest.fixture
+def world(first: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A copy of it, to be changed."""
+    made = make_world(tmp_path, monkeypatch)
+    shutil.copytree(first.config.output.uri, made.config.output.uri)
+    made.shown = dict(first.shown)
+    return made
+
+
+def assert_exact(world: World, run: Callable[[], Any]) -> None:
+    """One run writes exactly what the model says, carries the rest over as it was, and publishes one version."""
+    before, version = world.rows(), world.table().version()
+    expected, causes, wanted = world.changed(), world.causes(), world.wanted()
+    removed = set(before) - set(wanted)
+    report = run()
+    after = world.rows()
+    assert set(after) == set(wanted)
+    assert {key for key, row in after.items() if row["run_id"] == report.run_id} == expected
+    assert {key: row for key, row in after.items() if key not in expected} == {
+        key: row for key, row in before.items() if key in wanted and key not in expected
+    }
+    assert set(world.calls) == {
+        key for key in expected if isinstance(wanted[key].user, tuple) and wanted[key].content.body
+    }
+    assert Counter(report.causes) == causes
+    assert (report.num_carried, report.num_removed) == (len(wanted) - len(expected), len(removed))
+    assert (report.num_rows_generated, report.num_deferred) == (len(expected), 0)
+    assert world.table().version() == version + 1
+
+
+def _change_vector(world: World) -> None:
+    world.users["user-004"] = replace(world.users["user-004"], vector=vector(99))
+
+
+def _change_space(world: World) -> None:
+    world.users["user-004"] = replace(world.users["user-004"], space="space-0")
+
+
+def _opt_out(world: World) -> None:
+    world.users["user-004"] = replace(world.users["user-004"], personalize=False)
+
+
+def _opt_in(world: World) -> None:
+    world.users["user-000"] = replace(world.users["user-000"], personalize=True)
+
+
+def _change_title(world: World) -> None:
+    world.contents["content-02"] = replace(world.contents["content-02"], title="Another title")
+
+
+def _change_body(world: World) -> None:
+    world.contents["content-03"] = content(3, "そして雨。")
+
+
+def _new_user(world: World) -> None:
+    world.users["user-new"] = User(vector(77))
+    world.candidates |= {("user-new", "content-00"): 1.0, ("user-new", "content-05"): 0.5}
+
+
+def _new_content(world: World) -> None:
+    world.contents["content-20"] = content(20)
+    world.candidates |= {(user, "content-20"): 1.0 for user in ("user-000", "user-005")}
+
+
+def _new_user_of_new_content(world: World) -> None:
+    _new_user(world)
+    world.contents["content-21"] = content(21)
+    world.candidates["user-new", "content-21"] = 1.0
+
+
+def _new_candidate(world: World) -> None:
+    world.candidates["user-000", "content-05"] = 1.0
+
+
+def _remove_candidate(world: World) -> None:
+    del world.candidates["user-003", "content-03"]
+
+
+def _remove_user(world: World) -> None:
+    del world.users["user-005"]
+
+
+def _remove_content(world: World) -> None:
+    del world.contents["content-01"]
+
+
+def _projector(world: World) -> None:
+    world.projector = "projector-2"
+
+
+def _base_model(world: World) -> None:
+    world.base_model, world.projector = "base-2", "projector-2"
+
+
+def _base_model_alone(world: World) -> None:
+    world.base_model = "base-2"
+
+
+def _prompt(world: World) -> None:
+    world.config = with_task(world.config, "headline", "prompts", {"ja": {"cue_before": "\n題:"}})
+
+
+def _content_room(world: World) -> None:
+    data = world.config.model_dump(mode="json") | {"storage": {}}
+    data["tasks"]["headline"]["max_content_tokens"] = 99
+    world.config = JobConfig.model_validate(data)
+
+
+def _sampling(world: World) -> None:
+    world.config = with_task(world.config, "explanation", "sampling", {"seed": 5})
+
+
+def _limits(world: World) -> None:
+    world.config = with_task(world.config, "headline", "limits", {"max_chars": 180})
+
+
+def _checks(world: World) -> None:
+    world.config = world.config.model_copy(
+        update={"checks": world.config.checks.model_copy(update={"deny": ("secret",)})}
+    )
+
+
+EDITS = [
+    _change_vector, _change_space, _opt_out, _opt_in, _change_title, _change_body, _new_user, _new_content,
+    _new_user_of_new_content, _new_candidate, _remove_candidate, _remove_user, _remove_content, _projector, _base_model,
+    _base_model_alone, _prompt, _content_room, _sampling, _limits, _checks,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_each_change_writes_exactly_what_it_concerns(world: World, edit: Callable[[World], None]) -> None:
+    edit(world)
+    assert world.wanted() != world.shown
+    assert_exact(world, world.run)
+    assert_nothing_to_do(world)
+
+
+def assert_nothing_to_do(world: World) -> None:
+    version = world.table().version()
+    report = world.run(engine=no_engine)
+    assert report.version is not None
+    assert (report.version.version, report.version.already_published) == (version, True)
+    assert world.table().version() == version
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_edits_run_after_run(seed: int, world: World) -> None:
+    chance = random.Random(seed)
+    for _ in range(3):
+        edit_at_random(world, chance)
+        if world.changed() or set(world.rows()) != set(world.wanted()):
+            assert_exact(world, world.run)
+        else:
+            assert_nothing_to_do(world)
+
+
+def test_many_changes_at_once(world: World) -> None:
+    for edit in (
+        _change_vector,
+        _opt_in,
+        _change_title,
+        _new_user,
+        _new_content,
+        _remove_candidate,
+        _prompt,
+        _sampling,
+    ):
+        edit(world)
+    assert len(world.causes()) >= 6
+    assert_exact(world, world.run)
+
+
+def test_unchanged_inputs_need_no_engine_however_they_are_written(world: World) -> None:
+    assert_nothing_to_do(world)
+    world.users = dict(reversed(world.users.items()))
+    world.candidates = dict(reversed(world.candidates.items()))
+    assert_nothing_to_do(world)
+    world.config = world.config.model_copy(
+        update={"plan": world.config.plan.model_copy(update={"requests_per_shard": 500})}
+    )
+    assert_nothing_to_do(world)
+
+
+@pytest.mark.parametrize("requests_per_shard", [3, 500])
+def test_another_shard_size_carries_everything_else_over(world: World, requests_per_shard: int) -> None:
+    plan = world.config.plan.model_copy(update={"requests_per_shard": requests_per_shard, "max_group_requests": 2})
+    world.config = world.config.model_copy(update={"plan": plan})
+    _change_vector(world)
+    assert_exact(world, world.run)
+
+
+def test_a_report_is_read_back_as_it_was(world: World) -> None:
+    _change_vector(world)
+    first = world.run()
+    again = world.run(engine=no_engine)
+    assert first.version is not None
+    assert again == replace(first, version=replace(first.version, already_published=True))
+    for info in list(world.storage.list_objects(f"{world.config.output.uri}/runs")):
+        world.storage.delete(info.uri)
+    assert world.run(engine=no_engine).run_id == first.run_id
+
+
+# -- drafts
+
+
+def _drafts(world: World) -> dict[Key, str | None]:
+    updates = {i.uri.split("/shards/")[0] for i in world.storage.list_objects(f"{world.config.output.uri}/updates")}
+    (uri,) = {uri for uri in updates if not uri.endswith(".json") and "/dead_letters" not in uri}
+    names = [i.uri.rpartition("/")[2].removesuffix(".parquet") for i in world.storage.list_objects(f"{uri}/shards")]
+    groups = [g for name in names if not name.startswith("carried") for g in read_shard(world.storage, uri, name)]
+    return {tuple(r.key): r.draft for group in groups for r in group.requests}  # type: ignore[misc]
+
+
+def test_published_texts_are_drafts_where_the_engine_wrote_them_the_same_way(world: World) -> None:
+    before = world.rows()
+    world.contents["content-00"] = replace(world.contents["content-00"], body="")  # its texts become titles
+    assert_exact(world, world.run)
+    before = world.rows()
+    assert {row["arm"] for row in before.values()} == {"soft_token", "no_soft_token", "title"}
+    for info in list(world.storage.list_objects(f"{world.config.output.uri}/updates")):
+        world.storage.delete(info.uri)
+    _projector(world)
+    _opt_out(world)
+    _opt_in(world)
+    _new_candidate(world)
+    report = world.run()
+    drafts = _drafts(world)
+    assert set(drafts) == set(world.wanted())
+    for key, draft in drafts.items():
+        is_personal = isinstance(world.wanted()[key].user, tuple)
+        arm = before[key]["arm"] if key in before else None
+        same_way = arm == ("soft_token" if is_personal else "no_soft_token")
+        assert draft == (before[key]["text"] if same_way else None)
+    with_draft = {key for key, draft in drafts.items() if draft is not None}
+    assert report.num_drafts == len(with_draft) > 0
+    after = world.rows()
+    assert report.num_texts_kept == sum(after[key]["text"] == drafts[key] for key in with_draft)
+    assert 0 < report.num_accepted_tokens <= report.num_draft_tokens
+
+
+def test_an_accepted_share_counts_texts_that_changed(world: World) -> None:
+    for number, user in enumerate(world.users):
+        if number % 2:
+            world.users[user] = replace(world.users[user], vector=vector(500 + number))
+    before = world.rows()
+    report = world.run()
+    written = {key: row for key, row in world.rows().items() if row["run_id"] == report.run_id}
+    changed = sum(
+        row["text"] != before[key]["text"] for key, row in written.items() if before[key]["arm"] == row["arm"]
+    )
+    assert report.num_drafts - report.num_texts_kept == changed > 0
+    assert 0 < report.num_accepted_tokens < report.num_draft_tokens
+
+
+# -- consent
+
+
+def _without_switch(world: World, user: str) -> None:
+    """The users table changes after the plan was made: only publishing sees it."""
+    table = world.storage.read_table(world.config.inputs.users_uri)
+    ids, switches = table["user_id"].to_pylist(), table["personalize"].to_pylist()
+    switches[ids.index(user)] = False
+    world.storage.write_table(
+        world.config.inputs.users_uri,
+        table.set_column(table.schema.get_field_index("personalize"), "personalize", [switches]),
+    )
+
+
+def _opting_out_during(world: World, user: str) -> Callable[[JobConfig, Storage], Any]:
+    def engine(config: JobConfig, storage: Storage) -> Any:
+        _without_switch(world, user)
+        return world.engine(config, storage)
+
+    return engine
+
+
+def test_suppressed_at_publish_and_opted_in_again(world: World) -> None:
+    _change_vector(world)
+    world.users["user-006"] = replace(world.users["user-006"], vector=vector(66))
+    world.run(engine=_opting_out_during(world, "user-004"))
+    theirs = {key for key in world.shown if key[0] == "user-004"}
+    rows = world.rows()
+    assert {rows[key]["fingerprint"] for key in theirs} == {""}
+    report = world.run()  # the same inputs as were planned, but not what is shown
+    assert report.causes == {"suppressed_before": len(theirs)}
+    after = world.rows()
+    assert {key for key, row in after.items() if row["run_id"] == report.run_id} == theirs
+    assert {after[key]["status"] for key in theirs} == {"ok"}
+    assert all(after[key] == rows[key] for key in set(rows) - theirs)
+    assert_nothing_to_do(world)
+
+
+def test_a_deferred_row_of_somebody_who_opted_out_is_not_shown(world: World) -> None:
+    _opt_out(world)
+    world.users["user-006"] = replace(world.users["user-006"], vector=vector(66))
+    world.candidates |= {("user-006", name): 9.0 for name in ("content-00", "content-01", "content-02")}
+    before, theirs = world.rows(), {key for key in world.wanted() if key[0] == "user-004"}
+    report = world.run(Limits(max_requests=2, priority=Priority.parse("score")))
+    rows = world.rows()
+    assert {rows[key]["run_id"] for key in theirs} == {before[key]["run_id"] for key in theirs}
+    assert {before[key]["status"] for key in theirs} == {"ok"}
+    assert {(rows[key]["status"], rows[key]["personalized"]) for key in theirs} == {("suppressed", False)}
+    assert {rows[key]["text"] for key in theirs} == {world.contents[key[1]].title for key in theirs}
+    assert report.num_deferred == len(world.changed()) - 2
+    causes = world.run().causes
+    assert causes["suppressed_before"] == len(theirs)
+
+
+# -- killed, and started again
+
+
+class _KilledError(Exception):
+    pass
+
+
+def test_killed_between_update_and_publish(world: World) -> None:
+    _change_vector(world)
+    _new_content(world)
+    assert_exact(world, lambda: (world.run(publish_it=False), world.run(engine=no_engine))[1] and _recount(world))
+
+
+def _recount(world: World) -> Any:
+    """The report of the run that was published; the engine was asked by the call before."""
+    wanted = world.wanted()
+    report = world.run(engine=no_engine)
+    rows = world.rows()
+    world.calls.update(
+        k for k, row in rows.items() if row["run_id"] == report.run_id and isinstance(wanted[k].user, tuple)
+    )
+    return report
+
+
+@pytest.mark.parametrize("num_carried", [0, 1, 2])
+def test_killed_while_the_update_is_written(world: World, num_carried: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = list[int]()
+
+    def dying(*arguments: Any) -> list[str]:
+        if len(calls) == num_carried:
+            raise _KilledError
+        calls.append(1)
+        return write_carried(*arguments)
+
+    monkeypatch.setattr(e2p_ray.update.update, "write_carried", dying)
+    _change_vector(world)
+    _remove_candidate(world)
+    with pytest.raises(_KilledError):
+        world.run()
+    monkeypatch.setattr(e2p_ray.update.update, "write_carried", write_carried)
+    assert_exact(world, world.run)
+
+
+def test_full_writes_everything_anew_and_resumes(world: World) -> None:
+    before = world.rows()
+    world.run(full=True, publish_it=False)
+    assert world.table().version() == 0
+    report = world.run(full=True, engine=no_engine)
+    after = world.rows()
+    assert set(after) == set(before)
+    assert {row["run_id"] for row in after.values()} == {report.run_id} != {row["run_id"] for row in before.values()}
+    assert all(after[key]["text"] == row["text"] for key, row in before.items())
+    assert_nothing_to_do(world)
+    again = world.run(full=True)
+    assert (again.num_rows_generated, again.run_id == report.run_id) == (len(before), False)
+
+
+# -- somebody else at the table
+
+
+def test_deleted_rows_are_written_again(world: World) -> None:
+    world.table().delete("user_id = 'user-004' AND task = 'headline'")
+    gone = {key for key in world.shown if key[0] == "user-004" and key[2] == "headline"}
+    assert set(world.rows()) == set(world.shown) - gone
+    for key in gone:
+        del world.shown[key]
+    assert world.changed() == gone
+    assert_exact(world, world.run)
+    assert_nothing_to_do(world)
+
+
+def test_rows_deleted_before_publishing_do_not_come_back(world: World) -> None:
+    _change_vector(world)
+    world.run(publish_it=False)
+    world.table().delete("user_id = 'user-005'")
+    after_delete = world.rows()
+
+    def deleting(config: JobConfig, storage: Storage) -> Any:
+        world.table().delete("user_id = 'user-006'")
+        return world.engine(config, storage)
+
+    with pytest.raises(PublishConflictError, match="was changed since version 1"):
+        world.run(engine=deleting)
+    assert set(world.rows()) == {key for key in after_delete if key[0] != "user-006"}
+    report = world.run()
+    assert {key[0] for key, row in world.rows().items() if row["run_id"] == report.run_id} == {
+        "user-004",
+        "user-005",
+        "user-006",
+    }
+
+
+def test_upkeep_before_publishing_is_no_conflict(world: World) -> None:
+    _change_vector(world)
+    world.run(publish_it=False)
+    world.table().optimize.compact()
+    assert world.table().version() == 1
+    assert_exact(world, world.run)
+
+
+def test_a_restored_version_is_the_one_that_is_compared(world: World) -> None:
+    shown, at_zero = dict(world.shown), world.rows()
+    _change_vector(world)
+    world.run()
+    world.table().restore(0)
+    assert world.rows() == at_zero
+    world.shown = shown
+    assert_exact(world, world.run)
+
+
+def test_a_row_that_somebody_wrote_twice_is_written_anew(world: World) -> None:
+    first = min(world.shown)
+    row = world.table().to_pyarrow_table().filter((pc.field("user_id") == first[0]) & (pc.field("task") == first[2]))
+    row = row.filter(pc.field("content_id") == first[1])
+    write_deltalake(world.table(), row, mode="append")
+    del world.shown[first]
+    report = world.run()
+    assert report.causes == {"new_candidate": 1}
+    assert {key for key, found in world.rows().items() if found["run_id"] == report.run_id} == {first}
+
+
+def test_control_a_row_with_a_flipped_fingerprint_is_written_anew(world: World) -> None:
+    path = world.table().file_uris()[1]
+    rows = world.storage.read_table(path)
+    prints = rows["fingerprint"].to_pylist()
+    flipped = ("1" if prints[0][0] == "0" else "0") + prints[0][1:]
+    index = rows.schema.get_field_index("fingerprint")
+    changed = rows.set_column(index, rows.schema.field(index), [pa.array([flipped, *prints[1:]])])
+    world.storage.write_bytes(path, parquet_bytes(changed))
+    (victim,) = zip(*(rows[name].to_pylist()[:1] for name in ("user_id", "content_id", "task")), strict=True)
+    _new_candidate(world)
+    expected = world.changed()
+    assert victim not in expected
+    report = world.run()
+    assert {key for key, row in world.rows().items() if row["run_id"] == report.run_id} == expected | {victim}
+    assert report.causes == {"new_candidate": len(expected), "content_changed": 1}
+
+
+def test_deletion_vectors_are_refused(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_vectors(storage: Storage, table_uri: str) -> Any:
+        table = read_published(storage, table_uri)
+        assert table is not None
+        return replace(table, has_deletion_vectors=True)
+
+    monkeypatch.setattr("jobs.generate.read_published", with_vectors)
+    _change_vector(world)
+    with pytest.raises(IncompatibleError, match="deletion vectors"):
+        world.run()
+    assert world.run(full=True).num_rows_generated == len(world.wanted())
+
+
+def test_control_a_lost_request_stops_the_update(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = ShardWriter.add
+
+    def losing(self: Any, bucket: Any, changed: Any) -> None:
+        add(self, bucket, changed.head(max(changed.height - 1, 0)))
+
+    _projector(world)
+    monkeypatch.setattr(ShardWriter, "add", losing)
+    with pytest.raises(ConservationError, match=r"key\(s\) of the plan are missing"):
+        world.run()
+    monkeypatch.setattr(ShardWriter, "add", add)
+    assert_exact(world, world.run)
+
+
+# -- limits
+
+
+def _until_nothing_is_left(world: World, limits: Limits) -> list[set[Key]]:
+    """The keys of each run of the same command."""
+    written = []
+    for _ in range(60):
+        version = world.table().version()
+        report = world.run(limits)
+        if world.table().version() == version:
+            break
+        written.append({key for key, row in world.rows().items() if row["run_id"] == report.run_id})
+        assert report.num_deferred == len(world.changed()) - sum(map(len, written))
+        assert sum(report.causes.values()) == report.num_deferred + len(written[-1])
+    assert_nothing_to_do(world)
+    return written
+
+
+def _texts(world: World) -> dict[Key, tuple[str, str, str]]:
+    return {key: (row["text"], row["status"], row["fingerprint"]) for key, row in world.rows().items()}
+
+
+def test_limited_runs_come_to_the_same_as_a_full_one(world: World) -> None:
+    _projector(world)
+    _new_content(world)
+    _remove_candidate(world)
+    changed, new = world.changed(), {key for key in world.wanted() if key not in world.shown}
+    written = _until_nothing_is_left(world, Limits(max_requests=11))
+    assert [len(keys) for keys in written] == [11] * (len(changed) // 11) + [len(changed) % 11]
+    assert set().union(*written) == changed
+    assert new <= written[0]  # what has no text at all comes first
+    limited = _texts(world)
+    world.run(full=True)
+    assert _texts(world) == limited
+
+
+@pytest.mark.parametrize(("priority", "sign"), [("score", 1), ("rank", 1), ("score:asc", -1), ("rank:desc", -1)])
+def test_the_most_important_come_first(world: World, priority: str, sign: int) -> None:
+    _projector(world)
+    changed = world.changed()
+    written = _until_nothing_is_left(world, Limits(max_requests=17, priority=Priority.parse(priority)))
+    scores = [[sign * world.candidates[key[:2]] for key in keys] for keys in written]
+    assert all(min(earlier) >= max(later) for earlier, later in pairwise(scores))
+    assert sum(map(len, written)) == len(changed)
+
+
+def test_a_deferred_request_keeps_its_old_row_or_is_a_dead_letter(world: World) -> None:
+    before = world.rows()
+    _projector(world)
+    _new_content(world)
+    new = {key for key in world.wanted() if key not in world.shown}
+    report = world.run(Limits(max_requests=1))
+    (chosen,) = (key for key, row in world.rows().items() if row["run_id"] == report.run_id)
+    assert chosen in new
+    assert set(world.rows()) == set(world.shown) | {chosen}
+    assert {key: row for key, row in world.rows().items() if key != chosen} == before
+    assert report.run_dead_letters == {ErrorCode.DEFERRED: len(new) - 1}
+    letters = [
+        world.storage.read_table(info.uri)
+        for info in world.storage.list_objects(f"{world.config.output.uri}/runs/{report.run_id}/dead_letters")
+    ]
+    columns = [pa.concat_tables(letters)[name].to_pylist() for name in ("user_id", "content_id", "task")]
+    assert set(zip(*columns, strict=True)) == new - {chosen}
+
+
+def test_a_first_run_may_be_limited_and_its_deferred_are_no_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gates = {"max_fallback_share": 1.0, "max_dead_letter_share": 0.0, "max_same_text_share": 1.0}
+    world = make_world(tmp_path, monkeypatch, gates=gates)
+    report = world.run(Limits(max_requests=10))
+    assert (report.num_rows_generated, report.num_deferred) == (10, len(world.wanted()) - 10)
+    assert len(world.rows()) == 10
+    written = _until_nothing_is_left_after(world, 10)
+    assert written == len(world.wanted()) - 10
+    assert set(world.rows()) == set(world.wanted())
+
+
+def _until_nothing_is_left_after(world: World, num_first: int) -> int:
+    total = 0
+    for _ in range(99):
+        report = world.run(Limits(max_requests=25))
+        if report.version is None or report.version.already_published:
+            return total
+        total += report.num_rows_generated
+        assert report.num_deferred == len(world.wanted()) - num_first - total
+    raise AssertionError("there is no end to it")
+
+
+def test_no_shard_is_begun_after_the_time(world: World) -> None:
+    _projector(world)
+    changed, before = world.changed(), world.rows()
+    limits = Limits(max_seconds=1e-9, priority=Priority.parse("score"))
+    report = world.run(limits)
+    rows = world.rows()
+    written = {key for key, row in rows.items() if row["run_id"] == report.run_id}
+    assert 0 < len(written) <= 7  # a worker's first shard is always done
+    assert report.num_deferred == len(changed) - len(written)
+    assert {key: row for key, row in rows.items() if key not in written} == {
+        key: row for key, row in before.items() if key not in written
+    }
+    scores = sorted((world.candidates[key[:2]] for key in changed), reverse=True)
+    tier = -(-len(changed) // 8)
+    assert min(world.candidates[key[:2]] for key in written) >= scores[tier]
+    rest = _until_nothing_is_left_in_time(world, limits)
+    assert set().union(written, *rest) == changed
+    limited = _texts(world)
+    world.run(full=True)
+    assert _texts(world) == limited
+
+
+def _until_nothing_is_left_in_time(world: World, limits: Limits) -> list[set[Key]]:
+    found: list[set[Key]] = []
+    for _ in range(99):
+        report = world.run(limits)
+        if report.version is None or report.version.already_published:
+            return found
+        found.append({key for key, row in world.rows().items() if row["run_id"] == report.run_id})
+        assert found[-1]
+    raise AssertionError("there is no end to it")
+
+
+def test_new_requests_wait_as_dead_letters_when_the_time_is_over(world: World) -> None:
+    _projector(world)
+    world.contents |= {f"content-{n}": content(n) for n in range(20, 26)}
+    world.candidates |= {(user, f"content-{n}"): 1.0 for n in range(20, 26) for user in list(world.users)[:4]}
+    new = world.wanted().keys() - world.shown.keys()
+    report = world.run(Limits(max_seconds=1e-9))
+    written = {key for key, row in world.rows().items() if row["run_id"] == report.run_id}
+    assert written <= new
+    assert report.run_dead_letters == {ErrorCode.DEFERRED: len(new - written)}
+    before = world.rows()
+    report = world.run()
+    after = world.rows()
+    assert set(after) == set(world.wanted())
+    assert report.num_rows_generated == len(after) - len(written)
+    assert {key: after[key] for key in written} == {key: before[key] for key in written}
+
+
+def test_wrong_limits_are_refused(world: World) -> None:
+    for make in (
+        lambda: Limits(max_requests=0),
+        lambda: Limits(max_seconds=0),
+        lambda: Limits(max_seconds=float("nan")),
+        lambda: Limits(priority=Priority("score", True)),
+        lambda: Priority.parse("score:up"),
+        lambda: Priority.parse(":asc"),
+        lambda: world.run(Limits(max_requests=1), full=True),
+    ):
+        with pytest.raises(ConfigError):
+            make()
+    _projector(world)
+    for column, said in (("clicks", "no such column"), ("source", "expected a number")):
+        with pytest.raises(InputError, match=said):
+            world.run(Limits(max_requests=1, priority=Priority.parse(column)))
+
+
+# -- what would change
+
+
+def test_jobs_plan_says_beforehand_what_changes(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    for edit in (_change_vector, _change_title, _new_user, _remove_candidate):
+        edit(world)
+    world.write()
+    causes, wanted = world.causes(), world.wanted()
+    removed, carried = len(set(world.shown) - set(wanted)), len(wanted) - causes.total()
+    path = world.folder / "job.yaml"
+    capsys.readouterr()
+    assert run_job(plan_job.JOB, ["--config", str(path), "--rows-per-s", "1"]) == 0
+    shown = {" ".join(line.split()[:-1]): line.split()[-1] for line in capsys.readouterr().out.splitlines() if line}
+    assert {name: int(number) for name, number in shown.items() if name.startswith("write: ")} == {
+        f"write: {cause}": number for cause, number in causes.items()
+    }
+    assert (shown["carry over"], shown["remove"]) == (str(carried), str(removed))
+    assert world.table().version() == 0
+    assert_exact(world, world.run)
