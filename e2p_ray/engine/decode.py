@@ -10,36 +10,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from e2p_ray.engine.admission import Admission, Bounds
 from e2p_ray.engine.contract import EngineStats
 from e2p_ray.engine.drafts import Drafts, RowDraft, TokenIds, chance_needed
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.overhead import measure_overhead_tokens
-from e2p_ray.engine.prefixes import PREFILL_TOKENS, PrefixStore
+from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.row import Row
 from e2p_ray.engine.rows_step import Readers, RowsStep
 from e2p_ray.engine.sampling import Chosen, choose
-from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
+from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.engine.stopping import Stopping
 from e2p_ray.engine.wave import Wave
 from e2p_ray.schema import Completion, ErrorCode, FinishReason
 
 _Ints = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class Bounds:
-    """How large a wave may get."""
-
-    max_rows: int
-    max_bytes: int
 
 
 class Decoder:
@@ -61,11 +54,16 @@ class Decoder:
         self._new_drafts = new_drafts
         self._drafts: Drafts | None = None
         self._num_soft = projector.manifest.num_soft_tokens
-        self.bounds = bounds
+        self._admission = Admission(base, self._num_soft, bounds)
         self.stats = EngineStats()
         self.store = PrefixStore(base, bounds.max_bytes // 2)
         self._pending: deque[Row] = deque()
         self._wave: Wave | None = None
+
+    @property
+    def bounds(self) -> Bounds:
+        """How large a wave may get: what was given, or less once memory has run out."""
+        return self._admission.bounds
 
     def run(self, rows: Iterable[Row]) -> Iterator[Completion]:
         """Decode every row. Out of memory halves the wave, down to one row, which then becomes an error."""
@@ -106,9 +104,7 @@ class Decoder:
         self._wave = self._drafts = None  # guesses make passes larger
         self.store.trim(0)
         self._pending = deque(rows)
-        if self.bounds.max_rows > 1:
-            tried = min(self.bounds.max_rows, max(len(rows), 2))
-            self.bounds = replace(self.bounds, max_rows=tried // 2)
+        if self._admission.halve(len(rows)):
             return []
         return [self._error(self._pending.popleft(), ErrorCode.OUT_OF_MEMORY)]
 
@@ -117,79 +113,18 @@ class Decoder:
     @torch.inference_mode()
     def _admit(self) -> bool:
         """Take as many waiting rows as fit, prefill what they need, choose their first tokens."""
-        rows = self._fitting()
+        rows = self._admission.fitting(self._pending, self._wave, self.store)
         if not rows:
             return False
         if self._wave is None:
-            self._wave = self._new_wave(rows)
+            self._wave = self._admission.new_wave(rows, len(self._pending))
+            self.stats = replace(self.stats, num_waves=self.stats.num_waves + 1)
         computed = self.store.num_computed_tokens
         prefixes = self.store.get([row.segments.left for row in rows])
         self._count(prefix=self.store.num_computed_tokens - computed)
-        for part in self._parts(rows):
+        for part in self._admission.parts(rows):
             self._prefill(self._wave, rows[part], prefixes[part])
         return True
-
-    def _fitting(self) -> list[Row]:
-        """The waiting rows that the bounds allow now; at least one when the wave is empty."""
-        wave = self._wave
-        num_rows, max_tokens = (len(wave), wave.slots.max_tokens) if wave is not None else (0, 0)
-        prefixes = {row.segments.left for row in wave.rows} if wave is not None else set()
-        num_prefix_tokens = sum(map(len, prefixes))
-        fitting: list[Row] = []
-        for row in self._pending:
-            tokens = self._num_slot_tokens(row)
-            if wave is not None and not wave.has_room_for(tokens, row.sampling.max_new_tokens):
-                break  # needs larger slots: they come when this wave is done
-            longest = max(max_tokens, tokens)
-            more = 0 if row.segments.left in prefixes else len(row.segments.left)
-            count = num_rows + len(fitting) + 1
-            num_bytes = count * self._row_bytes(longest) + self.store.bytes_of(num_prefix_tokens + more)
-            if count > self.bounds.max_rows or (num_bytes > self.bounds.max_bytes and count > 1):
-                break
-            fitting.append(row)
-            prefixes.add(row.segments.left)
-            max_tokens, num_prefix_tokens = longest, num_prefix_tokens + more
-        self.store.trim(max(self.bounds.max_bytes - (num_rows + len(fitting)) * self._row_bytes(max_tokens), 0))
-        return fitting
-
-    def _num_slot_tokens(self, row: Row) -> int:
-        return row.num_suffix_tokens(self._num_soft) + row.sampling.max_new_tokens
-
-    def _row_bytes(self, num_tokens: int) -> int:
-        """Slots, logits (kept twice) and a step's activations of one row."""
-        base = self._base
-        kv_bytes = base.kv_bytes_per_token * (4 // base.dtype.itemsize if base.device.type == "cpu" else 1)
-        return num_tokens * kv_bytes + 8 * base.vocab_size + 64 * base.d_model
-
-    def _new_wave(self, rows: list[Row]) -> Wave:
-        """Buffers for these rows, and for as many of their kind as may come in later."""
-        base = self._base
-        max_tokens = max(map(self._num_slot_tokens, rows))
-        affordable = self.bounds.max_bytes // self._row_bytes(max_tokens)
-        num_rows = max(min(self.bounds.max_rows, len(self._pending), affordable), len(rows))
-        slots = SuffixSlots(
-            base.num_layers,
-            num_rows,
-            base.num_kv_heads,
-            max_tokens,
-            base.head_dim,
-            dtype=base.dtype,
-            device=base.device,
-        )
-        self.stats = replace(self.stats, num_waves=self.stats.num_waves + 1)
-        return Wave(slots, max(row.sampling.max_new_tokens for row in rows))
-
-    def _parts(self, rows: list[Row]) -> Iterator[slice]:
-        """Rows whose own tokens are prefilled together: as many as a prefill batch holds."""
-        limit = max(PREFILL_TOKENS, self.bounds.max_rows)
-        start, longest = 0, 0
-        for end, row in enumerate(rows):
-            num_tokens = row.num_suffix_tokens(self._num_soft)
-            if end > start and (end + 1 - start) * max(longest, num_tokens) > limit:
-                yield slice(start, end)
-                start, longest = end, 0
-            longest = max(longest, num_tokens)
-        yield slice(start, len(rows))
 
     def _prefill(self, wave: Wave, rows: list[Row], prefixes: list[Prefix | None]) -> None:
         """Soft tokens and right parts of new rows in one pass, with what their drafts say; then their first tokens."""

@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from e2p_ray.config import EngineConfig, JobConfig, SamplingConfig, TaskConfig
+from e2p_ray.engine.admission import Bounds
 from e2p_ray.engine.contract import EngineStats
-from e2p_ray.engine.decode import Bounds, Decoder
+from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.drafts import Drafts, Experience
 from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.engine.model import BaseModel, pick_device

@@ -1,0 +1,95 @@
+"""Which waiting rows may come into a wave: bounds on rows and bytes, and the buffers that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.prefixes import PREFILL_TOKENS, PrefixStore
+from e2p_ray.engine.row import Row
+from e2p_ray.engine.shared_prefix import SuffixSlots
+from e2p_ray.engine.wave import Wave
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How large a wave may get."""
+
+    max_rows: int
+    max_bytes: int
+
+
+class Admission:
+    """Keeps waves within their bounds, which shrink when memory runs out."""
+
+    def __init__(self, base: BaseModel, num_soft_tokens: int, bounds: Bounds) -> None:
+        self._base, self._num_soft = base, num_soft_tokens
+        self.bounds = bounds
+
+    def halve(self, num_rows: int) -> bool:
+        """Go on with half as many rows as were tried; False when it was a single one."""
+        if self.bounds.max_rows == 1:
+            return False
+        self.bounds = replace(self.bounds, max_rows=min(self.bounds.max_rows, max(num_rows, 2)) // 2)
+        return True
+
+    def fitting(self, pending: Iterable[Row], wave: Wave | None, store: PrefixStore) -> list[Row]:
+        """The waiting rows that the bounds allow now; at least one when there is no wave. Makes room in the store."""
+        num_rows, max_tokens = (len(wave), wave.slots.max_tokens) if wave is not None else (0, 0)
+        prefixes = {row.segments.left for row in wave.rows} if wave is not None else set()
+        num_prefix_tokens = sum(map(len, prefixes))
+        fitting: list[Row] = []
+        for row in pending:
+            tokens = self._num_slot_tokens(row)
+            if wave is not None and not wave.has_room_for(tokens, row.sampling.max_new_tokens):
+                break  # needs larger slots: they come when this wave is done
+            longest = max(max_tokens, tokens)
+            more = 0 if row.segments.left in prefixes else len(row.segments.left)
+            count = num_rows + len(fitting) + 1
+            num_bytes = count * self._row_bytes(longest) + store.bytes_of(num_prefix_tokens + more)
+            if count > self.bounds.max_rows or (num_bytes > self.bounds.max_bytes and count > 1):
+                break
+            fitting.append(row)
+            prefixes.add(row.segments.left)
+            max_tokens, num_prefix_tokens = longest, num_prefix_tokens + more
+        store.trim(max(self.bounds.max_bytes - (num_rows + len(fitting)) * self._row_bytes(max_tokens), 0))
+        return fitting
+
+    def _num_slot_tokens(self, row: Row) -> int:
+        return row.num_suffix_tokens(self._num_soft) + row.sampling.max_new_tokens
+
+    def _row_bytes(self, num_tokens: int) -> int:
+        """Slots, logits (kept twice) and a step's activations of one row."""
+        base = self._base
+        kv_bytes = base.kv_bytes_per_token * (4 // base.dtype.itemsize if base.device.type == "cpu" else 1)
+        return num_tokens * kv_bytes + 8 * base.vocab_size + 64 * base.d_model
+
+    def new_wave(self, rows: Sequence[Row], num_pending: int) -> Wave:
+        """Buffers for these rows, and for as many of the pending ones as may come in later."""
+        base = self._base
+        max_tokens = max(map(self._num_slot_tokens, rows))
+        affordable = self.bounds.max_bytes // self._row_bytes(max_tokens)
+        num_rows = max(min(self.bounds.max_rows, num_pending, affordable), len(rows))
+        slots = SuffixSlots(
+            base.num_layers,
+            num_rows,
+            base.num_kv_heads,
+            max_tokens,
+            base.head_dim,
+            dtype=base.dtype,
+            device=base.device,
+        )
+        return Wave(slots, max(row.sampling.max_new_tokens for row in rows))
+
+    def parts(self, rows: Sequence[Row]) -> Iterator[slice]:
+        """Rows whose own tokens are prefilled together: as many as a prefill batch holds."""
+        limit = max(PREFILL_TOKENS, self.bounds.max_rows)
+        start, longest = 0, 0
+        for end, row in enumerate(rows):
+            num_tokens = row.num_suffix_tokens(self._num_soft)
+            if end > start and (end + 1 - start) * max(longest, num_tokens) > limit:
+                yield slice(start, end)
+                start, longest = end, 0
+            longest = max(longest, num_tokens)
+        yield slice(start, len(rows))
