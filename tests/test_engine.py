@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -355,3 +355,51 @@ def test_memory_bound_limits_the_wave(monkeypatch: pytest.MonkeyPatch) -> None:
     unbounded, largest = largest, 0
     assert texts(run(engine_of(LLAMA, max_rows=64, max_bytes=1 << 20), groups)) == expected
     assert 1 <= largest < unbounded
+
+
+class TestSecondTask:
+    """Two tasks of one content differ in their cues: what stands before is computed once."""
+
+    tasks: ClassVar = {
+        "headline": task("\nHeadline:", max_new_tokens=6),
+        "teaser": task("\nOne line for you:", cue_after=" >", max_new_tokens=6),
+    }
+
+    def groups(self, *names: str) -> list[Group]:
+        contents = tiny_models.contents(5)
+        return [group(content, range(3), task_name=name, without=[1]) for content in contents for name in names]
+
+    def test_only_the_cue_is_computed_and_texts_are_the_same(self) -> None:
+        expected: dict[RequestKey, Completion] = {}
+        for name in self.tasks:
+            expected |= run(engine_of(LLAMA, tasks=self.tasks), self.groups(name))
+        engine = engine_of(LLAMA, tasks=self.tasks)
+        found = run(engine, self.groups("headline", "teaser"))
+        assert texts(found) == texts(expected)
+        assert [found[key].mean_logprob for key in found] == pytest.approx([expected[k].mean_logprob for k in found])
+        segments = [
+            [engine.layout.segments(item.content, name) for name in self.tasks] for item in self.groups("headline")
+        ]
+        once = sum(len(first.left) + len(second.left) - second.num_stem for first, second in segments)
+        assert engine.stats.num_prefix_tokens == once
+        assert once < 0.6 * sum(len(first.left) + len(second.left) for first, second in segments)
+
+    def test_across_calls_and_when_there_is_room_for_little(self) -> None:
+        engine = engine_of(LLAMA, tasks=self.tasks)
+        expected = run(engine, self.groups("headline", "teaser"))
+        later = engine_of(LLAMA, tasks=self.tasks)
+        found = run(later, self.groups("teaser")) | run(later, self.groups("headline"))
+        assert later.stats.num_prefix_tokens < engine.stats.num_prefix_tokens * 1.2
+        small = engine_of(LLAMA, tasks=self.tasks, max_rows=2, max_bytes=1 << 20)
+        assert texts(found) == texts(expected) == texts(run(small, self.groups("headline", "teaser")))
+
+    def test_other_words_before_the_content_share_nothing(self) -> None:
+        other = task("\nHeadline:", max_new_tokens=6)
+        prompt = other.prompts["default"].model_copy(update={"head": "Weather. "})
+        tasks = self.tasks | {"teaser": other.model_copy(update={"prompts": {"default": prompt}})}
+        engine = engine_of(LLAMA, tasks=tasks)
+        run(engine, self.groups("headline", "teaser"))
+        lefts = [
+            len(engine.layout.segments(item.content, item.task).left) for item in self.groups("headline", "teaser")
+        ]
+        assert engine.stats.num_prefix_tokens == sum(lefts)

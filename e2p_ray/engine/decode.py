@@ -120,7 +120,7 @@ class Decoder:
             self._wave = self._admission.new_wave(rows, len(self._pending))
             self.stats = replace(self.stats, num_waves=self.stats.num_waves + 1)
         computed = self.store.num_computed_tokens
-        prefixes = self.store.get([row.segments.left for row in rows])
+        prefixes = self.store.get([row.segments.left for row in rows], [row.segments.num_stem for row in rows])
         self._count(prefix=self.store.num_computed_tokens - computed)
         for part in self._admission.parts(rows):
             self._prefill(self._wave, rows[part], prefixes[part])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from e2p_ray.engine.model import BaseModel
-from e2p_ray.engine.shared_prefix import PrefillDoneError, PrefillStep, Prefix
+from e2p_ray.engine.rows_step import Readers, RowsStep
+from e2p_ray.engine.shared_prefix import PrefillDoneError, PrefillStep, Prefix, SuffixSlots
 
 TokenIds = tuple[int, ...]
 
@@ -18,18 +21,22 @@ TokenIds = tuple[int, ...]
 PREFILL_TOKENS = 2048
 # Contents of one prefill batch may differ in length by this much: padding is wasted work.
 MAX_PADDING = 1.15
+_MAX_CONTINUED = 128  # left parts of one pass that go on from a stem: cues are a few tokens each
 
 
 class PrefixStore:
     """Keys and values by token ids, least recently used dropped first beyond `max_bytes`.
 
     Rows hold the `Prefix` they read, so dropping one here never takes it from a row. The ids are the whole key: layout
-    and cue are part of them, and a store belongs to one base model.
+    and cue are part of them, and a store belongs to one base model. A content's second task begins as its first one
+    did, with its stem, and only its cue is computed.
     """
 
     def __init__(self, base: BaseModel, max_bytes: int) -> None:
         self._base, self.max_bytes = base, max_bytes
         self._kept: OrderedDict[TokenIds, Prefix] = OrderedDict()
+        self._with_stem: dict[TokenIds, TokenIds] = {}  # a kept left part for every stem
+        self._stem_of: dict[TokenIds, TokenIds] = {}
         self._num_kept_tokens = 0
         self.num_computed_tokens = 0
 
@@ -42,17 +49,23 @@ class PrefixStore:
         """Bytes that the keys and values of so many tokens take."""
         return num_tokens * self._base.kv_bytes_per_token
 
-    def get(self, lefts: Sequence[TokenIds]) -> list[Prefix | None]:
-        """The prefix of every left part, None for an empty one; those not kept are computed, alike lengths together."""
-        wanted = dict.fromkeys(left for left in lefts if left)
-        found = {left: self._kept[left] for left in wanted if left in self._kept}
-        for batch in _batches(sorted((left for left in wanted if left not in found), key=len)):
+    def get(self, lefts: Sequence[TokenIds], num_stems: Sequence[int] | None = None) -> list[Prefix | None]:
+        """The prefix of every left part, None for an empty one; those not kept are computed, alike lengths together.
+
+        num_stems: how many tokens of each other left parts may begin with as well.
+        """
+        stems = {left: left[:num] for left, num in zip(lefts, num_stems or [0] * len(lefts), strict=True) if left}
+        found = {left: self._kept[left] for left in stems if left in self._kept}
+        missing = [left for left in stems if left not in found]
+        whole, begun = self._split(missing, stems)
+        for batch in _batches(sorted(whole, key=len)):
             found.update(zip(batch, self._prefill(batch), strict=True))
-        for left in wanted:
-            if left not in self._kept:
-                self._kept[left] = found[left]
-                self._num_kept_tokens += len(left)
-            self._kept.move_to_end(left)
+        sources = {left: found.get(source) or self._kept[source] for left, source in begun.items()}
+        for start in range(0, len(sources), _MAX_CONTINUED):
+            part = list(sources.items())[start : start + _MAX_CONTINUED]
+            found.update(self._continue([(left, len(stems[left]), source) for left, source in part]))
+        for left, stem in stems.items():
+            self._keep(left, stem, found[left])
         self.trim(self.max_bytes)
         return [found.get(left) for left in lefts]
 
@@ -61,6 +74,61 @@ class PrefixStore:
         while self._kept and self.num_bytes > max_bytes:
             left, _ = self._kept.popitem(last=False)
             self._num_kept_tokens -= len(left)
+            stem = self._stem_of.pop(left)
+            if self._with_stem.get(stem) == left:
+                del self._with_stem[stem]
+
+    def _keep(self, left: TokenIds, stem: TokenIds, prefix: Prefix) -> None:
+        if left not in self._kept:
+            self._kept[left] = prefix
+            self._num_kept_tokens += len(left)
+            self._stem_of[left] = stem
+            if stem:
+                self._with_stem.setdefault(stem, left)
+        self._kept.move_to_end(left)
+
+    def _split(
+        self, missing: Sequence[TokenIds], stems: Mapping[TokenIds, TokenIds]
+    ) -> tuple[list[TokenIds], dict[TokenIds, TokenIds]]:
+        """Left parts to be computed whole, and those that go on from another one with their stem."""
+        whole, begun = list[TokenIds](), dict[TokenIds, TokenIds]()
+        first: dict[TokenIds, TokenIds] = {}
+        for left in missing:
+            stem = stems[left]
+            source = first.get(stem) or self._with_stem.get(stem)
+            if not stem or source is None:
+                whole.append(left)
+                first[stem] = left
+            else:
+                begun[left] = source
+        return whole, begun
+
+    @torch.no_grad()
+    def _continue(self, rows: list[tuple[TokenIds, int, Prefix]]) -> dict[TokenIds, Prefix]:
+        """Prefixes of left parts whose first tokens another prefix has: only what follows is computed."""
+        base = self._base
+        rests = [left[num_stem:] for left, num_stem, _ in rows]
+        counts = np.array([len(rest) for rest in rests])
+        longest = int(counts.max())
+        slots = SuffixSlots(
+            base.num_layers, len(rows), base.num_kv_heads, max(longest, 1), base.head_dim,
+            dtype=base.dtype, device=base.device,
+        )  # fmt: skip
+        asked = np.flatnonzero(counts)
+        if len(asked):
+            readers = Readers.of([rows[at][2] for at in asked], [rows[at][1] for at in asked])
+            step = RowsStep(slots, 0, np.zeros(len(asked), np.int64), counts[asked], readers)
+            ids = np.zeros((len(asked), longest), np.int64)
+            for place, at in enumerate(asked):
+                ids[place, : counts[at]] = rests[at]
+            embeds = base.embed(torch.from_numpy(ids[step.row, step.offset]).to(base.device))
+            base.hidden(embeds[None], step.position_ids, step)
+            self.num_computed_tokens += int(counts.sum())
+        slot_of = np.cumsum(counts > 0) - 1
+        return {
+            left: _joined(source, num_stem, slots, int(slot_of[at]), int(counts[at]))
+            for at, (left, num_stem, source) in enumerate(rows)
+        }
 
     @torch.no_grad()
     def _prefill(self, batch: list[TokenIds]) -> list[Prefix]:
@@ -74,6 +142,20 @@ class PrefixStore:
             self._base.hidden(self._base.embed(ids.to(self._base.device)), positions, step)
         self.num_computed_tokens += sum(lengths)
         return step.prefixes()
+
+
+def _joined(source: Prefix, num_stem: int, slots: SuffixSlots, slot: int, count: int) -> Prefix:
+    """The first num_stem tokens of a prefix, and behind them `count` tokens of a slot."""
+
+    def join(before: Tensor, behind: Tensor) -> Tensor:
+        stem = before[:, :, :num_stem]
+        if not count:
+            return stem
+        return torch.cat([stem, behind[slot : slot + 1, :, :count].to(stem.dtype)], dim=2)
+
+    keys = tuple(map(join, source.keys, slots.keys))
+    values = tuple(map(join, source.values, slots.values))
+    return Prefix(keys, values, num_stem + count)
 
 
 def _batches(lefts: Sequence[TokenIds]) -> Iterator[list[TokenIds]]:

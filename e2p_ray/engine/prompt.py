@@ -32,6 +32,7 @@ class Segments:
     left: tuple[int, ...]
     right: tuple[int, ...]
     truncated: bool  # the content lost its tail
+    num_stem: int = 0  # of the left part, what other tasks of the content begin with as well: all but the cue
 
     @property
     def num_tokens(self) -> int:
@@ -101,7 +102,7 @@ class PromptLayout:
             body = self._cut(body, room)
         if self._layout == "soft_first":
             return Segments((), (*head, *body, *before, *after), truncated)
-        return Segments((*head, *body, *before), tuple(after), truncated)
+        return Segments((*head, *body, *before), tuple(after), truncated, len(head) + len(body))
 
     def _encode(self, text: str) -> list[int]:
         """Our own template text: special tokens written in it are meant."""
