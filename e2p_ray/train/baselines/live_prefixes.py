@@ -52,8 +52,8 @@ class LivePrefixes(PrefixStore):
         super().__init__(base, max_bytes=0)
         self._learned = learned
 
-    def get(self, lefts: Sequence[TokenIds]) -> list[Prefix | None]:
-        """The prefix of every left part; for an empty one it is what was learned."""
+    def get(self, lefts: Sequence[TokenIds], num_stems: Sequence[int] | None = None) -> list[Prefix | None]:
+        """The prefix of every left part, computed whole; for an empty one it is what was learned."""
         return [prefix or self._learned() for prefix in super().get(lefts)]
 
     def _prefill(self, batch: list[TokenIds]) -> list[Prefix]:
