@@ -145,6 +145,22 @@ def test_a_draft_with_an_insertion_is_found_again() -> None:
     assert engine.stats.num_accepted_tokens >= 8
 
 
+def test_a_draft_begins_as_the_texts_before_it_did() -> None:
+    """This model writes no blank first: after a few texts, drafts are tried without one."""
+    engine = engine_of(GREEDY)
+    experience = Experience()
+    drafts = Drafts(tiny_models.byte_tokenizer(), tiny_models.EOS, experience)
+    row = replace(next(iter(engine._rows(groups_of(1, 1), 0, []))), draft="abc")
+    blank, plain = (tuple(tiny_models.byte_tokenizer().encode(text, add_special_tokens=False)) for text in (" a", "a"))
+    assert drafts._given(row)[0][: len(blank)] == blank
+    for _ in range(3):
+        drafts.tell(row, plain)
+    assert drafts._given(row)[0][:1] == plain
+    for _ in range(3):
+        drafts.tell(row, blank)
+    assert drafts._given(row)[0][: len(blank)] == blank
+
+
 class TestPolicy:
     def test_guesses_reach_further_the_more_a_pass_costs(self) -> None:
         agreement = Agreement()
@@ -152,6 +168,12 @@ class TestPolicy:
         assert reach == sorted(reach)
         assert reach[0] == 0
         assert reach[-1] == 16
+
+    def test_a_guess_saves_less_where_no_row_waits_for_the_place(self) -> None:
+        drafts = Drafts(tiny_models.byte_tokenizer(), tiny_models.EOS, Experience())
+        assert drafts.saved_share(16, others_wait=True) == drafts.saved_share(1, others_wait=False) == 1.0
+        assert 0 < drafts.saved_share(16, others_wait=False) < drafts.saved_share(4, others_wait=False) < 0.5
+        assert chance_needed(16, 32, 1.0) < chance_needed(16, 32, 0.1) < 1
 
     def test_the_rate_follows_what_is_seen(self) -> None:
         good, bad = Agreement(), Agreement()

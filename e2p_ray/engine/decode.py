@@ -132,7 +132,7 @@ class Decoder:
         num_own = np.array([row.num_suffix_tokens(self._num_soft) for row in rows])
         drafts = [self._drafts.of(row) if self._drafts is not None else None for row in rows]
         room = np.array([row.sampling.max_new_tokens for row in rows]) - 1
-        ahead = self._ahead(drafts, room)
+        ahead = self._ahead(drafts, room, others_wait=len(self._pending) > len(rows))
         visible = [row.num_visible(self._num_soft) for row in rows]
         counts = num_own + [len(tokens) for tokens in ahead]
         step = RowsStep(wave.slots, first, np.zeros(len(rows), np.int64), counts, Readers.of(prefixes, visible))
@@ -172,7 +172,8 @@ class Decoder:
         wave = self._wave
         assert wave is not None
         n = len(wave)
-        ahead = self._ahead(wave.drafts, wave.max_new[:n] - wave.num_written[:n] - 1)
+        room = wave.max_new[:n] - wave.num_written[:n] - 1
+        ahead = self._ahead(wave.drafts, room, others_wait=bool(self._pending))
         counts = np.array([1 + len(tokens) for tokens in ahead])
         step = RowsStep(wave.slots, 0, wave.num_own[:n], counts, wave.readers())
         ids = np.zeros((n, int(counts.max())), np.int64)
@@ -184,11 +185,12 @@ class Decoder:
         self.stats = replace(self.stats, num_steps=self.stats.num_steps + 1)
         self._write(wave, 0, hidden, step, ahead)
 
-    def _ahead(self, drafts: Sequence[RowDraft | None], room: _Ints) -> list[TokenIds]:
+    def _ahead(self, drafts: Sequence[RowDraft | None], room: _Ints, *, others_wait: bool) -> list[TokenIds]:
         """For each row the tokens to try in the next pass."""
-        if not any(draft is not None and draft.guess is not None for draft in drafts):
+        if self._drafts is None or not any(draft is not None and draft.guess is not None for draft in drafts):
             return [()] * len(drafts)
-        needed = chance_needed(len(drafts), self._overhead_tokens())
+        share = self._drafts.saved_share(len(drafts), others_wait=others_wait)
+        needed = chance_needed(len(drafts), self._overhead_tokens(), share)
         spaces = room.tolist()
         return [() if d is None else d.ahead(needed, space) for d, space in zip(drafts, spaces, strict=True)]
 

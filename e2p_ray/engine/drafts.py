@@ -25,6 +25,8 @@ _MAX_TEXTS = 32  # that are remembered of one content
 _MAX_CONTENTS = 256
 _MAX_REALIGNED = 3  # a row whose draft went wrong is set on it again this many times
 _REACH = 8  # tokens around the place that it left
+_BLANKS = (" ", "\u0120", "\u2581")  # how tokenizers write the blank that a token begins with
+_MAX_SEEN = 64
 _MEMORY = 2048  # observations after which older ones count half
 
 
@@ -55,13 +57,14 @@ def _class_of(streak: int) -> int:
     return 0 if streak == 0 else 1 if streak < 4 else 2
 
 
-def chance_needed(num_rows: int, overhead_tokens: float) -> float:
+def chance_needed(num_rows: int, overhead_tokens: float, saved_share: float = 1.0) -> float:
     """How likely a guess must be to pay in a pass over so many rows.
 
-    A pass costs as much as `overhead_tokens` tokens besides those in it. A guess that holds saves its row one token and
-    the row's share of a pass, so it pays while its chance is above 1 / (1 + overhead / rows).
+    A pass costs as much as `overhead_tokens` tokens besides those in it. A guess that holds saves its row one token,
+    and the row's share of a pass to that part that shortens the call: all of it where other rows wait for the place. So
+    it pays while its chance is above 1 / (1 + saved_share * overhead / rows).
     """
-    return 1 / (1 + overhead_tokens / max(num_rows, 1))
+    return 1 / (1 + saved_share * overhead_tokens / max(num_rows, 1))
 
 
 def num_ahead(agreement: Agreement, streak: int, needed: float) -> int:
@@ -181,6 +184,7 @@ class Experience:
 
     given: Agreement = field(default_factory=Agreement)
     told: Agreement = field(default_factory=lambda: Agreement([5.0, 15.0, 18.0], [10.0, 20.0, 20.0]))
+    num_after_blank: int = 1  # texts that began with a blank, less those that did not
 
 
 class Drafts:
@@ -192,6 +196,13 @@ class Drafts:
         self._experience = experience
         self._told: OrderedDict[tuple[TokenIds, TokenIds], Told] = OrderedDict()
 
+    def saved_share(self, num_rows: int, *, others_wait: bool) -> float:
+        """What part of a pass's overhead a row saves that is done early.
+
+        Where no row waits, the passes go on for the longest row: they end early only if the other rows' guesses hold.
+        """
+        return 1.0 if others_wait else float(self._experience.given.rate(0) ** (num_rows - 1))
+
     def of(self, row: Row) -> RowDraft:
         """The guesses for a row that comes in."""
         told = self._told_of(row)
@@ -201,6 +212,9 @@ class Drafts:
     def tell(self, row: Row, tokens: TokenIds) -> None:
         """A row is done: what it wrote is a guess for those that come."""
         self._told_of(row).add(tokens, row.user_embedding)
+        first = str(self._tokenizer.convert_ids_to_tokens(tokens[0]))
+        seen = self._experience.num_after_blank + (1 if first.startswith(_BLANKS) else -1)
+        self._experience.num_after_blank = max(-_MAX_SEEN, min(seen, _MAX_SEEN))
 
     def _told_of(self, row: Row) -> Told:
         key = (row.segments.left, row.segments.right)
@@ -211,11 +225,12 @@ class Drafts:
         return told
 
     def _given(self, row: Row) -> list[TokenIds]:
-        """A draft as tokens, as models begin a text behind a cue: after a blank, or right away."""
+        """A draft as tokens, begun after a blank or right away: first the way that was seen more often."""
         if not row.draft:
             return []
         found = []
-        for text in (" " + row.draft, row.draft):
+        texts = (" " + row.draft, row.draft)
+        for text in texts if self._experience.num_after_blank > 0 else reversed(texts):
             ids = tuple(self._tokenizer.encode(text, add_special_tokens=False)) + self._end
             if ids not in found:
                 found.append(ids)
