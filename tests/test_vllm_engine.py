@@ -147,7 +147,7 @@ def hf_texts(folder: Path, engine: VllmEngine, given: list[Group], *, swap: int 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     embed, tokenizer, found = model.get_input_embeddings(), byte_tokenizer(), {}
     for item in given:
-        segments = engine._layout.segments(item.content, item.task)
+        segments = engine.layout.segments(item.content, item.task)
         vectors = [request.user_embedding for request in item.requests]
         for at, request in enumerate(item.requests):
             vector = vectors[(at + swap) % len(vectors)]

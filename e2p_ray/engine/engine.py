@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from e2p_ray.config import EngineConfig, JobConfig, SamplingConfig, TaskConfig
+from e2p_ray.config import EngineConfig, JobConfig, TaskConfig
 from e2p_ray.engine.admission import Bounds
 from e2p_ray.engine.contract import EngineStats
 from e2p_ray.engine.decode import Decoder
@@ -16,17 +16,15 @@ from e2p_ray.engine.drafts import Drafts, Experience
 from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.engine.model import BaseModel, pick_device
 from e2p_ray.engine.projector import Projector
-from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
-from e2p_ray.engine.row import Row
-from e2p_ray.engine.sampling import stream_key
+from e2p_ray.engine.prompt import load_tokenizer
+from e2p_ray.engine.prompted import PromptedEngine
 from e2p_ray.engine.score import MAX_SCORED_ROWS, Scorer
 from e2p_ray.engine.stopping import Stopping
-from e2p_ray.errors import IncompatibleError, RowError
-from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group, RequestKey, TextScore
+from e2p_ray.schema import Completion, Group, RequestKey, TextScore
 from e2p_ray.storage import Storage
 
 
-class Engine:
+class Engine(PromptedEngine):
     """A frozen base model and a projector; the contract is `engine.contract.TextEngine`."""
 
     def __init__(
@@ -39,26 +37,18 @@ class Engine:
         *,
         retry_temperature: float = 0.7,
     ) -> None:
-        manifest = projector.manifest
-        if manifest.d_model != base.d_model:
-            raise IncompatibleError(
-                f"projector {manifest.projector_id} makes soft tokens of width {manifest.d_model}, the base model's "
-                f"tokens have {base.d_model}. Use the base model it was trained for: {manifest.base_model_id}"
-            )
-        self._manifest = manifest
-        self._tasks = tasks
-        self._retry_temperature = retry_temperature
-        self.layout = PromptLayout(
+        super().__init__(
+            projector.manifest,
+            base.d_model,
             tokenizer,
-            manifest.layout,
             tasks,
-            num_soft_tokens=manifest.num_soft_tokens,
             max_positions=base.max_positions,
+            retry_temperature=retry_temperature,
         )
         samplings = {name: task.sampling for name, task in tasks.items()}
-        stopping = Stopping(tokenizer, base.vocab_size, _end_tokens(base, tokenizer), samplings)
-        projector = projector.to(base.device)
         ends = _end_tokens(base, tokenizer)
+        stopping = Stopping(tokenizer, base.vocab_size, ends, samplings)
+        projector = projector.to(base.device)
         new_drafts = functools.partial(Drafts, tokenizer, ends[0] if ends else None, Experience())
         self._decoder = Decoder(
             base, projector, stopping, Bounds(config.max_rows, config.max_bytes), new_drafts if config.drafts else None
@@ -74,27 +64,8 @@ class Engine:
         )
 
     @property
-    def projector_id(self) -> str:
-        return self._manifest.projector_id
-
-    @property
-    def base_model_id(self) -> str:
-        return self._manifest.base_model_id
-
-    @property
-    def embedding_space(self) -> str:
-        return self._manifest.embedding_space
-
-    @property
-    def embedding_dim(self) -> int:
-        return self._manifest.embedding_dim
-
-    @property
     def stats(self) -> EngineStats:
         return self._decoder.stats
-
-    def prompt_id(self, task: str, language: str) -> str:
-        return self.layout.prompt_id(task, language)
 
     def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
         """See `TextEngine.generate`. Completions come as rows finish; groups are read a wave ahead at most."""
@@ -108,25 +79,6 @@ class Engine:
     def score(self, groups: Iterable[Group], texts: Mapping[RequestKey, str]) -> Iterator[TextScore]:
         """See `ScoringEngine.score`; each content is prefilled once, for scoring and generating alike."""
         return self._scorer.run(groups, texts)
-
-    def _rows(self, groups: Iterable[Group], attempt: int, refused: list[Completion]) -> Iterator[Row]:
-        for group in groups:
-            sampling = self._sampling(group.task, attempt)
-            try:
-                segments = self.layout.segments(group.content, group.task)
-            except RowError as error:
-                code = ErrorCode(error.code)
-                refused += [Completion(r.key, "", FinishReason.ERROR, 0, 0, 0.0, code) for r in group.requests]
-                continue
-            for request in group.requests:
-                stream = stream_key(request.key, sampling.seed, attempt)
-                yield Row(request.key, segments, request.user_embedding, sampling, stream, request.draft)
-
-    def _sampling(self, task: str, attempt: int) -> SamplingConfig:
-        sampling = self._tasks[task].sampling
-        if attempt == 0:
-            return sampling
-        return sampling.model_copy(update={"temperature": max(sampling.temperature, self._retry_temperature)})
 
 
 def _end_tokens(base: BaseModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

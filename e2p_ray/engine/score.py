@@ -67,13 +67,18 @@ class Scorer:
             except RowError as error:
                 yield from (TextScore(r.key, 0.0, 0, ErrorCode(error.code)) for r in group.requests)
                 continue
-            for piece in self._pieces(segments, group, texts):
+            targets = [self._ids(texts[request.key]) for request in group.requests]
+            codes = [self._refusal(segments, target) for target in targets]
+            for request, target, code in zip(group.requests, targets, codes, strict=True):
+                if code is not None or not target:
+                    yield TextScore(request.key, 0.0, 0, code)
+            kept = [at for at, target in enumerate(targets) if target and codes[at] is None]
+            for piece in self._pieces(segments, [(group.requests[at], targets[at]) for at in kept]):
                 pieces = waiting[piece.requests[0].user_embedding is not None]
                 if sum(len(other.requests) for other in pieces) + len(piece.requests) > self._max_rows:
                     yield from self._scores(pieces)
                     pieces.clear()
                 pieces.append(piece)
-            yield from self._refused(segments, group, texts)
         for pieces in waiting.values():
             yield from self._scores(pieces)
 
@@ -85,22 +90,12 @@ class Scorer:
         num_tokens = segments.num_tokens + self._projector.manifest.num_soft_tokens + len(target)
         return ErrorCode.PROMPT_TOO_LONG if num_tokens > self._base.max_positions else None
 
-    def _pieces(self, segments: Segments, group: Group, texts: Mapping[RequestKey, str]) -> Iterator[_Piece]:
+    def _pieces(self, segments: Segments, rows: list[tuple[Request, list[int]]]) -> Iterator[_Piece]:
         for soft in (True, False):
-            chosen = [request for request in group.requests if (request.user_embedding is not None) == soft]
-            targets = [self._ids(texts[request.key]) for request in chosen]
-            kept = [at for at, target in enumerate(targets) if target and self._refusal(segments, target) is None]
-            for start in range(0, len(kept), self._max_rows):
-                part = kept[start : start + self._max_rows]
-                yield _Piece(segments, [chosen[at] for at in part], [targets[at] for at in part])
-
-    def _refused(self, segments: Segments, group: Group, texts: Mapping[RequestKey, str]) -> Iterator[TextScore]:
-        """The requests that no piece has: their text is too long, or has no token at all."""
-        for request in group.requests:
-            target = self._ids(texts[request.key])
-            code = self._refusal(segments, target)
-            if code is not None or not target:
-                yield TextScore(request.key, 0.0, 0, code)
+            chosen = [row for row in rows if (row[0].user_embedding is not None) == soft]
+            for start in range(0, len(chosen), self._max_rows):
+                part = chosen[start : start + self._max_rows]
+                yield _Piece(segments, [request for request, _ in part], [target for _, target in part])
 
     def _scores(self, pieces: list[_Piece]) -> Iterator[TextScore]:
         if not pieces:

@@ -25,11 +25,12 @@ from e2p_ray.config import JobConfig, SamplingConfig, TaskConfig
 from e2p_ray.engine.contract import EngineStats
 from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.engine.projector import Projector
-from e2p_ray.engine.prompt import PromptLayout, Segments, load_tokenizer
-from e2p_ray.engine.sampling import stream_key
+from e2p_ray.engine.prompt import Segments, load_tokenizer
+from e2p_ray.engine.prompted import PromptedEngine
+from e2p_ray.engine.row import Row
 from e2p_ray.engine.stopping import Stopping
 from e2p_ray.engine.vllm_core import end_tokens, num_positions, read_config, read_token_embedding, start_vllm
-from e2p_ray.errors import ConfigError, IncompatibleError, RowError
+from e2p_ray.errors import ConfigError
 from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group, RequestKey, UserEmbedding
 from e2p_ray.storage import Storage
 
@@ -59,7 +60,7 @@ class _Running:
     num_chars: int = 0  # an upper bound
 
 
-class VllmEngine:
+class VllmEngine(PromptedEngine):
     """A base model served by vLLM and a projector. Prompts are embedded here, texts end as in our own engine."""
 
     def __init__(
@@ -75,65 +76,29 @@ class VllmEngine:
         retry_temperature: float = 0.7,
     ) -> None:
         config = read_config(folder)
-        self._check(config.hidden_size, projector, tasks)
+        super().__init__(
+            projector.manifest,
+            config.hidden_size,
+            tokenizer,
+            tasks,
+            max_positions=num_positions(config, tasks),
+            retry_temperature=retry_temperature,
+        )
+        _refuse_penalties(tasks)
         self._vllm = vllm_engine
         self._projector = projector
-        self._manifest = projector.manifest
-        self._tasks = tasks
         self._max_rows = max_rows
-        self._retry_temperature = retry_temperature
         self._embedding = read_token_embedding(folder).to(dtype)
-        self._layout = PromptLayout(
-            tokenizer,
-            self._manifest.layout,
-            tasks,
-            num_soft_tokens=self._manifest.num_soft_tokens,
-            max_positions=num_positions(config, tasks),
-        )
         self._end_tokens = end_tokens(folder, tokenizer)
         samplings = {name: task.sampling for name, task in tasks.items()}
         self._stopping = Stopping(tokenizer, config.vocab_size, self._end_tokens, samplings)
         self._numbers = itertools.count()  # vLLM's request ids
         self.stats = EngineStats()
 
-    @staticmethod
-    def _check(d_model: int, projector: Projector, tasks: Mapping[str, TaskConfig]) -> None:
-        manifest = projector.manifest
-        if manifest.d_model != d_model:
-            raise IncompatibleError(
-                f"projector {manifest.projector_id} makes soft tokens of width {manifest.d_model}, the base model's "
-                f"tokens have {d_model}. Use the base model it was trained for: {manifest.base_model_id}"
-            )
-        for name, task in tasks.items():
-            if task.sampling.repetition_penalty != 1.0 or task.sampling.no_repeat_ngram_tokens:
-                raise ConfigError(
-                    f"tasks.{name}.sampling: vLLM has no penalties for prompts that are embeddings. Set "
-                    "repetition_penalty to 1 and no_repeat_ngram_tokens to 0, or engine.kind to native"
-                )
-
-    @property
-    def projector_id(self) -> str:
-        return self._manifest.projector_id
-
-    @property
-    def base_model_id(self) -> str:
-        return self._manifest.base_model_id
-
-    @property
-    def embedding_space(self) -> str:
-        return self._manifest.embedding_space
-
-    @property
-    def embedding_dim(self) -> int:
-        return self._manifest.embedding_dim
-
-    def prompt_id(self, task: str, language: str) -> str:
-        return self._layout.prompt_id(task, language)
-
     def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
         """See `TextEngine.generate`. At most max_rows requests are with vLLM; drafts are not used."""
         refused: list[Completion] = []
-        rows = self._rows(groups, attempt, refused)
+        rows = self._embedded(self._rows(groups, attempt, refused), refused)
         running: dict[str, _Running] = {}
         try:
             while True:
@@ -149,28 +114,14 @@ class VllmEngine:
 
     # -- requests go in ----------------------------------------------------------------------------------------------
 
-    def _rows(self, groups: Iterable[Group], attempt: int, refused: list[Completion]) -> Iterator[_Row]:
-        for group in groups:
-            sampling = self._sampling(group.task, attempt)
-            try:
-                segments = self._layout.segments(group.content, group.task)
-            except RowError as error:
-                code = ErrorCode(error.code)
-                refused += [Completion(r.key, "", FinishReason.ERROR, 0, 0, 0.0, code) for r in group.requests]
-                continue
-            for request in group.requests:
-                soft = None if request.user_embedding is None else self._soft(request.user_embedding)
-                row = _Row(request.key, segments, soft, sampling, stream_key(request.key, sampling.seed, attempt))
-                if soft is not None and not bool(torch.isfinite(soft).all()):
-                    refused.append(_error(row, ErrorCode.NON_FINITE_LOGITS))
-                else:
-                    yield row
-
-    def _sampling(self, task: str, attempt: int) -> SamplingConfig:
-        sampling = self._tasks[task].sampling
-        if attempt == 0:
-            return sampling
-        return sampling.model_copy(update={"temperature": max(sampling.temperature, self._retry_temperature)})
+    def _embedded(self, rows: Iterable[Row], refused: list[Completion]) -> Iterator[_Row]:
+        for given in rows:
+            soft = None if given.user_embedding is None else self._soft(given.user_embedding)
+            row = _Row(given.key, given.segments, soft, given.sampling, given.stream)
+            if soft is not None and not bool(torch.isfinite(soft).all()):
+                refused.append(_error(row, ErrorCode.NON_FINITE_LOGITS))
+            else:
+                yield row
 
     @torch.inference_mode()
     def _soft(self, user_embedding: UserEmbedding) -> Tensor:
@@ -272,6 +223,15 @@ class VllmEngine:
         if reason is None and is_end:
             return FinishReason.END_TOKEN
         return FinishReason.MAX_TOKENS if reason is None and is_last else reason
+
+
+def _refuse_penalties(tasks: Mapping[str, TaskConfig]) -> None:
+    for name, task in tasks.items():
+        if task.sampling.repetition_penalty != 1.0 or task.sampling.no_repeat_ngram_tokens:
+            raise ConfigError(
+                f"tasks.{name}.sampling: vLLM has no penalties for prompts that are embeddings. Set "
+                "repetition_penalty to 1 and no_repeat_ngram_tokens to 0, or engine.kind to native"
+            )
 
 
 def _error(row: _Row, code: ErrorCode) -> Completion:

@@ -1,0 +1,83 @@
+"""What engines have in common that write with a projector and a prompt layout: ids, and requests turned into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from transformers import PreTrainedTokenizerBase
+
+from e2p_ray.config import SamplingConfig, TaskConfig
+from e2p_ray.engine.manifest import ProjectorManifest
+from e2p_ray.engine.prompt import PromptLayout
+from e2p_ray.engine.row import Row
+from e2p_ray.engine.sampling import stream_key
+from e2p_ray.errors import IncompatibleError, RowError
+from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
+
+
+class PromptedEngine:
+    """The part of `TextEngine` that does not depend on what runs the model.
+
+    Raises IncompatibleError for a projector whose soft tokens have another width than the base model's tokens.
+    """
+
+    def __init__(
+        self,
+        manifest: ProjectorManifest,
+        d_model: int,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: Mapping[str, TaskConfig],
+        *,
+        max_positions: int,
+        retry_temperature: float,
+    ) -> None:
+        if manifest.d_model != d_model:
+            raise IncompatibleError(
+                f"projector {manifest.projector_id} makes soft tokens of width {manifest.d_model}, the base model's "
+                f"tokens have {d_model}. Use the base model it was trained for: {manifest.base_model_id}"
+            )
+        self._manifest = manifest
+        self._tasks = tasks
+        self._retry_temperature = retry_temperature
+        self.layout = PromptLayout(
+            tokenizer, manifest.layout, tasks, num_soft_tokens=manifest.num_soft_tokens, max_positions=max_positions
+        )
+
+    @property
+    def projector_id(self) -> str:
+        return self._manifest.projector_id
+
+    @property
+    def base_model_id(self) -> str:
+        return self._manifest.base_model_id
+
+    @property
+    def embedding_space(self) -> str:
+        return self._manifest.embedding_space
+
+    @property
+    def embedding_dim(self) -> int:
+        return self._manifest.embedding_dim
+
+    def prompt_id(self, task: str, language: str) -> str:
+        return self.layout.prompt_id(task, language)
+
+    def _rows(self, groups: Iterable[Group], attempt: int, refused: list[Completion]) -> Iterator[Row]:
+        """The requests as rows; those whose prompt cannot be made go to `refused`."""
+        for group in groups:
+            sampling = self._sampling(group.task, attempt)
+            try:
+                segments = self.layout.segments(group.content, group.task)
+            except RowError as error:
+                code = ErrorCode(error.code)
+                refused += [Completion(r.key, "", FinishReason.ERROR, 0, 0, 0.0, code) for r in group.requests]
+                continue
+            for request in group.requests:
+                stream = stream_key(request.key, sampling.seed, attempt)
+                yield Row(request.key, segments, request.user_embedding, sampling, stream, request.draft)
+
+    def _sampling(self, task: str, attempt: int) -> SamplingConfig:
+        sampling = self._tasks[task].sampling
+        if attempt == 0:
+            return sampling
+        return sampling.model_copy(update={"temperature": max(sampling.temperature, self._retry_temperature)})
