@@ -12,8 +12,10 @@ from torch import Tensor
 
 from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
+from e2p_ray.engine.fused import FUSED_MODEL_TYPES
 from e2p_ray.engine.manifest import Layout
 from e2p_ray.engine.packed import PackedLinear
+from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.errors import UnsupportedModelError
 from e2p_ray.schema import Content, Group, RequestKey
 from tests import tiny_models
@@ -104,16 +106,91 @@ def test_logits_equal_plain_forward(
     assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"
 
 
-@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
-def test_packed_weights_give_the_same_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ARCHITECTURES[name]
-    engine = tiny_models.engine_of(config)
+@torch.no_grad()
+def shake(model: Any) -> None:
+    """Give norms and biases, which begin as ones and zeros, numbers that matter."""
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+        assert parameter.ndim in (1, 2), name
+
+
+def packed_engine(name: str, layout: Layout, cue_after: str, dtype: torch.dtype) -> tuple[Any, Engine]:
+    """A model, and an engine with the same weights, packed."""
+    model, twin = (tiny_models.random_model(ARCHITECTURES[name]) for _ in range(2))
+    shake(model)
+    twin.load_state_dict(model.state_dict())
+    engine = tiny_models.engine_of(
+        ARCHITECTURES[name],
+        layout=layout,
+        tasks={"headline": tiny_models.task(cue_after=cue_after)},
+        max_rows=7,
+        model=twin.to(dtype),
+    )
     engine._decoder._base.pack()
-    packed = [module for module in engine._decoder._base.model.modules() if isinstance(module, PackedLinear)]
+    return model, engine
+
+
+@pytest.mark.parametrize(
+    ("layout", "cue_after"), [("content_first", ""), ("content_first", " headline:"), ("soft_first", "")]
+)
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_packed_weights_give_the_same_logits(
+    name: str, layout: Layout, cue_after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine = packed_engine(name, layout, cue_after, torch.float32)
+    base = engine._decoder._base
+    assert (base.fused is not None) == (ARCHITECTURES[name].model_type in FUSED_MODEL_TYPES)
+    packed = [module for module in base.model.modules() if isinstance(module, PackedLinear)]
     assert packed or name == "gpt2", "gpt2 has no linear layers, but convolutions of width 1"
-    groups = [tiny_models.group(content, range(3)) for content in tiny_models.contents(3)]
+    short = of_length(8, "short")  # a window must reach back to a soft token that comes first
+    groups = [tiny_models.group(content, range(5), without=[1]) for content in (short, *tiny_models.contents(3))]
     trace = run_traced(engine, groups, monkeypatch)
-    model = tiny_models.random_model(config)
+    assert largest_difference(model, engine, groups, trace) < TOLERANCE
+    assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"
+
+
+@pytest.mark.parametrize("name", sorted(FUSED_MODEL_TYPES))
+def test_fused_layers_in_bf16_are_as_near_as_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, engine = packed_engine(name, "content_first", "", torch.bfloat16)
+    groups = [tiny_models.group(content, range(5)) for content in tiny_models.contents(3)]
+    trace = run_traced(engine, groups, monkeypatch)
+    ours = largest_difference(model, engine, groups, trace)
+    rounded = tiny_models.random_model(ARCHITECTURES[name])
+    rounded.load_state_dict(model.state_dict())
+    plain = tiny_models.engine_of(ARCHITECTURES[name], max_rows=7, model=rounded.to(torch.bfloat16))
+    theirs = largest_difference(model, plain, groups, run_traced(plain, groups, monkeypatch))
+    print(ours, theirs, largest_difference(model, engine, groups, trace, swap=True))
+    assert 0 < ours < 1.5 * theirs
+    assert largest_difference(model, engine, groups, trace, swap=True) > 1.5 * theirs, "the control must fail"
+
+
+def of_length(num_bytes: int, content_id: str) -> Content:
+    letters = np.random.default_rng(list(content_id.encode())).choice(list("abcdefgh "), num_bytes)
+    return Content(content_id, "", "".join(letters), "en")
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_contents_with_few_readers_are_read_together(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neighbours of one prefill batch, of equal and of unequal length, all with two users; then one with three."""
+    lengths = (66, 60, 60, 61, 63, 60, 66, 40)
+    groups = [
+        tiny_models.group(of_length(length, f"c{at}"), range(3 * at, 3 * at + 2 + (at == 5)))
+        for at, length in enumerate(lengths)
+    ]
+    engine = tiny_models.engine_of(ARCHITECTURES[name])
+    widest: list[int] = []
+    step_of = RowsStep.__init__
+
+    def spy(self: RowsStep, *args: Any) -> None:
+        step_of(self, *args)
+        widest.append(max(end - first for first, end in self._runs))
+
+    monkeypatch.setattr(RowsStep, "__init__", spy)
+    trace = run_traced(engine, groups, monkeypatch)
+    assert max(widest) >= 3, "some were read together"
+    model = tiny_models.random_model(ARCHITECTURES[name])
     assert largest_difference(model, engine, groups, trace) < TOLERANCE
     assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"
 

@@ -160,11 +160,12 @@ def engine_of(
     max_rows: int = 64,
     max_bytes: int = 1 << 30,
     drafts: bool = True,
+    model: PreTrainedModel | None = None,
 ) -> Engine:
-    """An engine over a tiny random model."""
+    """An engine over a tiny random model, or over the given one."""
     projector = random_projector(config.hidden_size, layout=layout, num_soft_tokens=num_soft_tokens)
     return Engine(
-        BaseModel(random_model(config)),
+        BaseModel(model or random_model(config)),
         projector,
         byte_tokenizer(),
         tasks or {"headline": task()},

@@ -60,10 +60,10 @@ class Admission:
         return row.num_suffix_tokens(self._num_soft) + row.sampling.max_new_tokens
 
     def _row_bytes(self, num_tokens: int) -> int:
-        """Slots, logits (kept twice) and a step's activations of one row."""
+        """Slots, logits (three times: as they are, controlled, normalised) and a step's activations of one row."""
         base = self._base
         kv_bytes = base.kv_bytes_per_token * (4 // base.dtype.itemsize if base.device.type == "cpu" else 1)
-        return num_tokens * kv_bytes + 8 * base.vocab_size + 64 * base.d_model
+        return num_tokens * kv_bytes + 12 * base.vocab_size + 64 * base.d_model
 
     def new_wave(self, rows: Sequence[Row], num_pending: int) -> Wave:
         """Buffers for these rows, and for as many of the pending ones as may come in later."""

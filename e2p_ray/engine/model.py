@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from e2p_ray.engine.attention import ATTENTION_NAME, Step, step_attention
+from e2p_ray.engine.fused import FusedDecoder, fits
 from e2p_ray.engine.packed import can_pack, pack
 from e2p_ray.errors import ConfigError, UnsupportedModelError
 
@@ -80,6 +81,7 @@ class BaseModel:
         self.vocab_size: int = config.vocab_size
         self.max_positions: int = config.max_position_embeddings
         self._decoder = model.base_model
+        self.fused: FusedDecoder | None = None  # once packed, in place of the model's own layers
         head = model.get_output_embeddings()
         assert isinstance(head, nn.Module), "a causal language model has output embeddings"
         self._head = head
@@ -108,6 +110,8 @@ class BaseModel:
     def pack(self) -> None:
         """Speed up a model that is only run, never trained through or hashed again; nothing where that cannot be."""
         if can_pack(self.dtype, self.device):
+            if fits(self.model):
+                self.fused = FusedDecoder(self.model)
             pack(self.model)
             head = self.model.get_output_embeddings()
             assert isinstance(head, nn.Module)
@@ -141,6 +145,9 @@ class BaseModel:
 
     def hidden(self, inputs_embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:
         """Run the decoder on (n, q, d_model) at position_ids (n, q); keys and values go to and come from `step`."""
+        if self.fused is not None:
+            fused: Tensor = self.fused(inputs_embeds, position_ids, step)
+            return fused
         output = self._decoder(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,  # never left to the cache's length, which is the suffix's alone

@@ -18,10 +18,10 @@ _ACTIVATIONS = {"SiLUActivation": ("swish", ""), "SiLU": ("swish", ""), "GELUTan
 class PackedLinear(nn.Module):
     """A frozen `nn.Linear` with its weight packed; without gradient."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
-        self.bias = linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.bias = None if bias is None else bias.detach()
 
     def forward(self, states: Tensor) -> Tensor:
         """The product and the bias."""
@@ -37,6 +37,11 @@ class PackedLinear(nn.Module):
         output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(states, other, self.packed, self.bias, "mul")
         return output
 
+    def plus(self, states: Tensor, other: Tensor) -> Tensor:
+        """The same, added to `other`."""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(states, other, self.packed, self.bias, "add")
+        return output
+
 
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)) with packed weights, as Llama and its kin have it."""
@@ -48,8 +53,15 @@ class GatedMLP(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., d_model) to the same."""
-        output: Tensor = self.down(self.up.times(states, self.gate.then(states, *self._activation)))
+        output: Tensor = self.down(self._inner(states))
         return output
+
+    def plus(self, states: Tensor, other: Tensor) -> Tensor:
+        """The same, added to `other`."""
+        return self.down.plus(self._inner(states), other)
+
+    def _inner(self, states: Tensor) -> Tensor:
+        return self.up.times(states, self.gate.then(states, *self._activation))
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -59,6 +71,11 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in _DTYPES and bool(torch.backends.mkldnn.enabled) and found
 
 
+def activation_of(module: nn.Module | None) -> tuple[str, str] | None:
+    """What oneDNN calls this activation, None if it has none such."""
+    return _ACTIVATIONS.get(type(module).__name__)
+
+
 def pack(module: nn.Module) -> None:
     """Pack every linear layer below a frozen module, in place: its own weights are freed unless something shares them.
 
@@ -66,7 +83,7 @@ def pack(module: nn.Module) -> None:
     """
     for name, child in list(module.named_children()):
         if type(child) is nn.Linear:
-            setattr(module, name, PackedLinear(child))
+            setattr(module, name, PackedLinear(child.weight, child.bias))
             continue
         pack(child)
         if (fused := _gated(child)) is not None:
@@ -76,7 +93,7 @@ def pack(module: nn.Module) -> None:
 def _gated(module: nn.Module) -> GatedMLP | None:
     """The fused form of an MLP that is made of gate, up and down and an activation that oneDNN has."""
     parts = dict(module.named_children())
-    activation = _ACTIVATIONS.get(type(parts.pop("act_fn", None)).__name__)
+    activation = activation_of(parts.pop("act_fn", None))
     if activation is None or parts.keys() != {"gate_proj", "up_proj", "down_proj"}:
         return None
     gate, up, down = (parts[name] for name in ("gate_proj", "up_proj", "down_proj"))

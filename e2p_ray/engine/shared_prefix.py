@@ -12,12 +12,25 @@ from e2p_ray.engine.attention import Shape, attention
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class PrefillBatch:
+    """Keys and values of contents that were prefilled together: per layer (n, Hkv, longest, D), padding included."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """Keys and values of one content's shared prefix: per layer (1, Hkv, length, D). Freed with its last row."""
+    """Keys and values of one content's shared prefix: per layer (1, Hkv, length, D). Freed with its last row.
+
+    `batch` and its `place` there let neighbours be read in one call; a prefix that was made otherwise has none.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     length: int
+    batch: PrefillBatch | None = None
+    place: int = 0
 
 
 class PrefillDoneError(Exception):
@@ -41,6 +54,7 @@ class PrefillStep:
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
         assert layer == len(self._keys), "layers come in order"
+        keys, values = keys.to(values.dtype).contiguous(), values.contiguous()
         self._keys.append(keys)
         self._values.append(values)
         if layer == self._num_layers - 1:
@@ -53,15 +67,16 @@ class PrefillStep:
         if shape.window is not None and length > shape.window:
             at = torch.arange(length, device=queries.device)
             visible = at[None, :] > at[:, None] - shape.window
-        return attention(queries, keys, values, shape, causal=True, visible=visible)[0]
+        return attention(queries.to(keys.dtype), keys, values, shape, causal=True, visible=visible)[0]
 
     def prefixes(self) -> list[Prefix]:
-        """The prefix of every content in the batch: own memory when alone, views of the batch otherwise."""
+        """The prefix of every content in the batch, views of it."""
+        batch = PrefillBatch(tuple(self._keys), tuple(self._values))
         found = []
         for row, length in enumerate(self.lengths):
-            keys = tuple(k[row : row + 1, :, :length] for k in self._keys)
-            values = tuple(v[row : row + 1, :, :length] for v in self._values)
-            found.append(Prefix(keys, values, length))
+            keys = tuple(k[row : row + 1, :, :length] for k in batch.keys)
+            values = tuple(v[row : row + 1, :, :length] for v in batch.values)
+            found.append(Prefix(keys, values, length, batch, row))
         return found
 
 

@@ -51,10 +51,11 @@ class TeachingStep:
         self.position_ids = (before[:, None] + at)[real][None]  # (1, T)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
-        return keys, values
+        return keys.to(values.dtype), values
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
         """Attention output (1, H, T, D) for packed queries; keys and values (1, Hkv, T, D)."""
+        queries = queries.to(values.dtype)
         in_grid = self._unpacked(queries), self._unpacked(keys), self._unpacked(values)
         if not any(prefix.length for prefix in self._prefixes) and shape.window is None and shape.cap is None:
             # Nothing stands before: no log-sum-exp is needed, and the library's kernel has a fused backward.

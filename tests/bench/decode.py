@@ -94,7 +94,7 @@ def measure(case: Case, *, max_rows: int, num_repeats: int, hf_rows: int) -> lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--max-rows", type=int, default=256)
+    parser.add_argument("--max-rows", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", help="one case by name, for example 8x64")
     parser.add_argument("--quick", action="store_true", help="one repeat, fewer HF rows")

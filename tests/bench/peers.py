@@ -127,7 +127,7 @@ def parse() -> tuple[list[Case], Options]:
     parser.add_argument("--language", choices=("en", "ja"), default="en")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--max-rows", type=int, default=256, help="rows the engine decodes together")
+    parser.add_argument("--max-rows", type=int, default=512, help="rows the engine decodes together")
     # vLLM's best of 256 and 512 rows, blocks of 32 and 128, 1,024 to 8,192 tokens a step, compiled (bf16 1.35x) or not
     parser.add_argument("--vllm-rows", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
