@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,9 +13,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from e2p_ray.errors import InputError
+from e2p_ray.errors import ConfigError, InputError
 
 UserEmbedding = npt.NDArray[np.float32]
+
+_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}")  # no separators, no dots: an id never leaves its folder
+
+
+def checked_id(text: str) -> str:
+    """The id of a run, plan or shard itself; ConfigError when it could name anything outside its own folder."""
+    if not _ID.fullmatch(text):
+        raise ConfigError(f"{text!r} is not an id: letters, digits, - and _ only, at most 128")
+    return text
 
 
 class Status(StrEnum):
@@ -70,6 +80,7 @@ class ErrorCode(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     NON_FINITE_LOGITS = "non_finite_logits"
     OUT_OF_MEMORY = "out_of_memory"
+    POISON = "poison"  # every process that wrote it ended or failed
     DEFERRED = "deferred"  # nothing is wrong with it: a limit left it for a later run
 
 

@@ -34,7 +34,7 @@ def backfill_run(
     """`generate_run` with this projector in place of the configured one."""
     if projector_uri is not None:
         config = config.model_copy(update={"projector": ProjectorConfig(uri=projector_uri)})
-    return generate_run(config, publish_it=publish_it, engine_factory=engine_factory, limits=limits)
+    return generate_run(config, publish_it=publish_it, engine_factory=engine_factory, limits=limits, action="backfill")
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

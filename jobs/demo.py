@@ -23,9 +23,8 @@ from e2p_ray.storage import Storage
 from jobs.cli import guarded
 from jobs.evaluate import RESULT_FILE, read_evaluation, run_evaluation
 from jobs.generate import generate_run
-from jobs.progress import duration_text
 from jobs.steps import say
-from jobs.tables import print_table
+from jobs.tables import duration_text, print_table
 from jobs.train import train_projector
 
 C = TypeVar("C", bound=Config)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from e2p_ray.batch import BatchSummary, EngineFactory, run_batch
 from e2p_ray.commit import PublishedTable, PublishedVersion, Run, load_run, publish, read_published
+from e2p_ray.commit.audit import published_ids, record
 from e2p_ray.config import JobConfig
 from e2p_ray.downstream.report import Report, build_report, read_report, render_terminal, write_report
 from e2p_ray.errors import ConfigError, GateError
@@ -41,11 +42,12 @@ def generate_run(
     engine_factory: EngineFactory | None = None,
     full: bool = False,
     limits: Limits | None = None,
+    action: str = "generate",
 ) -> Report:
     """Plan, generate what the published table lacks, report and publish; with `full`, everything.
 
     The report is written before the gates, so that it can say why one closed. Where the table shows all of it already,
-    nothing is done and the report is that of the run it shows.
+    nothing is done and the report is that of the run it shows. `action` is what the audit log calls it.
     """
     limits = limits or Limits()
     if full and limits:
@@ -59,7 +61,10 @@ def generate_run(
     if work is None:
         assert table is not None, "without a table there is something to do"
         return _nothing_to_do(config, setup, plan, table)
-    return _done(config, setup, work, publish_it, engine_factory, limits)
+    report = _done(config, setup, work, publish_it, engine_factory, limits)
+    if report.version is not None:
+        record(setup.storage, config.output.uri, action, published_ids(work.run, report.version))
+    return report
 
 
 def _work(
@@ -94,6 +99,7 @@ def _done(
             engine_factory=engine_factory,
             on_progress=progress,
             max_seconds=limits.max_seconds,
+            max_dead_letters=_max_dead_letters(config, work),
         )
     _defer(setup, run, summary)
     changes = work.changes or Changes()
@@ -105,6 +111,15 @@ def _done(
         report = report.with_version(_published(config, setup, run))
         write_report(storage, run, report)
     return report
+
+
+def _max_dead_letters(config: JobConfig, work: Work) -> int | None:
+    """What the gate leaves to the shards of a full run; an update's share counts the rows that it carries over, too."""
+    if work.changes is not None:
+        return None
+    counts, num_planned = work.plan.counts, sum(work.plan.counts.dead_letters.values())
+    allowed = int(config.gates.max_dead_letter_share * (counts.num_requests + num_planned))
+    return max(allowed - num_planned, 0)
 
 
 def _defer(setup: Setup, run: Run, summary: BatchSummary) -> None:

@@ -14,9 +14,8 @@ from e2p_ray.errors import RowError
 from e2p_ray.plan import Plan, read_shard
 from e2p_ray.update import Changes, Limits, survey
 from jobs.cli import Job, run_job
-from jobs.progress import duration_text
 from jobs.steps import Setup, full_run, planned, say, set_up, source_id_of, update_job, update_run
-from jobs.tables import bytes_text, print_pairs, print_table
+from jobs.tables import bytes_text, duration_text, print_pairs, print_table
 
 _SAMPLE_SHARDS, _SAMPLE_GROUPS = 4, 200
 _CHARS_PER_TOKEN = 3.0  # where no tokenizer can be loaded

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TextIO
 
 from e2p_ray.batch import BatchProgress
+from jobs.tables import duration_text
 
 _TERMINAL_S, _PLAIN_S = 1.0, 10.0
 _BAR_CHARS = 20
@@ -77,13 +78,3 @@ def progress_text(progress: BatchProgress, elapsed_s: float) -> str:
     if progress.attempt > 1:
         parts.append(f"attempt {progress.attempt}")
     return ", ".join(parts)
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds as people say them: 42 s, 3 min 10 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"

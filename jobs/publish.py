@@ -7,6 +7,7 @@ import json
 import sys
 
 from e2p_ray.commit import Run, load_run, pending_shards, publish
+from e2p_ray.commit.audit import published_ids, record
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError, IncompleteRunError
 from e2p_ray.storage import Storage
@@ -19,6 +20,7 @@ def publish_run(config: JobConfig, options: argparse.Namespace) -> None:
     storage = Storage(config.storage)
     run = load_run(storage, config.output.uri, options.run) if options.run else latest_complete(storage, config)
     version = publish(storage, run, config.gates, config.inputs.users_uri)
+    record(storage, config.output.uri, "publish", published_ids(run, version))
     print_pairs(
         {
             "run": run.run_id,

@@ -46,3 +46,13 @@ def bytes_text(num_bytes: float) -> str:
             return f"{num_bytes:,.0f} {unit}" if unit == "B" else f"{num_bytes:,.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:,.1f} TiB"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as people say them: 42 s, 3 min 10 s, 2 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"

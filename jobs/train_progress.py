@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TextIO
 
 from e2p_ray.train.job.board import TrainProgress
-from jobs.progress import duration_text
+from jobs.tables import duration_text
 
 _TERMINAL_S, _PLAIN_S = 1.0, 10.0
 _BAR_CHARS = 20

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -17,9 +19,9 @@ from e2p_ray.batch.worker import ShardWorker, _said
 from e2p_ray.commit import Run, open_run, pending_shards, read_markers, verify
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.fake import FakeEngine
-from e2p_ray.errors import ConfigError, IncompatibleError, IncompleteRunError, StorageError
+from e2p_ray.errors import ConfigError, GateError, IncompatibleError, IncompleteRunError, StorageError
 from e2p_ray.plan import make_plan, read_shard
-from e2p_ray.schema import Completion, Group
+from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
 from e2p_ray.storage import Storage
 from tests.small_job import DIM, SPACE, fake_engine, write_small_job
 
@@ -160,7 +162,7 @@ def tries(tmp_path: Path) -> Path:
 
 
 def test_a_failing_shard_fails_alone_and_is_named(tmp_path: Path, tries: Path) -> None:
-    job = opened(tmp_path)
+    job = opened(tmp_path, workers={"max_poison_requests": 0})
     poisoned = Poisoned(tries, raising=keys_of(job, 1))
     with pytest.raises(IncompleteRunError) as caught:
         run_batch(job.config, job.storage, job.run, engine_factory=poisoned)
@@ -185,12 +187,126 @@ def test_a_passing_trouble_is_tried_again(tmp_path: Path, tries: Path) -> None:
 
 
 def test_a_shard_that_kills_its_worker_takes_no_other_along(tmp_path: Path, tries: Path) -> None:
-    job = opened(tmp_path)
+    job = opened(tmp_path, workers={"max_poison_requests": 0})
     poisoned = Poisoned(tries, killing=keys_of(job, 1))
     with pytest.raises(IncompleteRunError, match=r"1 of .*\n.*worker died"):
         run_batch(job.config, job.storage, job.run, engine_factory=poisoned)
     assert pending_shards(job.storage, job.run) == [job.run.shard_ids[1]]
     assert poisoned.num_tries() == 2  # one an attempt: Ray's own retries would go on for ever
+
+
+def rows_by_key(job: Opened, shard_id: str) -> dict[tuple[str, ...], tuple[Any, ...]]:
+    """Everything of a shard's rows but the run they are of."""
+    table = job.storage.read_table(job.run.data_uri(shard_id)).drop_columns(["run_id", "generated_at"])
+    names = table.column_names
+    rows = table.to_pylist()
+    return {(r["user_id"], r["content_id"], r["task"]): tuple(str(r[name]) for name in names) for r in rows}
+
+
+def test_a_poisonous_request_is_found_and_the_rest_of_its_shard_is_committed(tmp_path: Path, tries: Path) -> None:
+    small = {"num_users": 6, "plan": {"requests_per_shard": 4}}
+    clean = opened(tmp_path / "clean", **small)
+    run_batch(clean.config, clean.storage, clean.run, engine_factory=fake_engine)
+    job = opened(tmp_path / "poisoned", workers={"max_shard_attempts": 1}, **small)
+    assert job.run.shard_ids == clean.run.shard_ids
+    killing, raising = keys_of(job, 1, 2)
+    poisoned = Poisoned(tries, killing=(killing,), raising=(raising,))
+    summary = run_batch(job.config, job.storage, job.run, engine_factory=poisoned)
+    assert not pending_shards(job.storage, job.run)
+    assert summary.num_done == len(job.run.shard_ids)
+    letters = {
+        "/".join(letter[:3]): letter[3]
+        for shard_id in job.run.shard_ids[1:3]
+        for letter in zip(*job.storage.read_table(job.run.dead_letter_uri(shard_id)).to_pydict().values(), strict=True)
+        if letter[3] == "poison"
+    }
+    assert letters.keys() == {killing, raising}
+    for shard_id in job.run.shard_ids:
+        expected = rows_by_key(clean, shard_id)
+        for key in (killing, raising):
+            expected.pop(tuple(key.split("/")), None)
+        assert rows_by_key(job, shard_id) == expected
+    assert verify(job.storage, job.run).num_dead_letters == verify(clean.storage, clean.run).num_dead_letters + 2
+    assert not list(job.storage.list_objects(f"{job.run.uri}/pieces"))
+    # One attempt, halves of a shard of some four requests, and two tries alone, of each of the two.
+    assert 2 * 3 <= poisoned.num_tries() <= 2 * 6
+
+
+def test_control_where_everything_dies_the_search_stops(tmp_path: Path, tries: Path) -> None:
+    job = opened(tmp_path, workers={"max_shard_attempts": 1, "max_poison_requests": 1})
+    groups = read_shard(job.storage, job.run.plan_uri, job.run.shard_ids[0])
+    every = tuple("/".join(request.key) for group in groups for request in group.requests)
+    poisoned = Poisoned(tries, raising=every)
+    with pytest.raises(IncompleteRunError):
+        run_batch(job.config, job.storage, job.run, engine_factory=poisoned)
+    assert pending_shards(job.storage, job.run) == [job.run.shard_ids[0]]
+    # The fix came: the same command again leaves nothing of the search.
+    assert run_batch(job.config, job.storage, job.run, engine_factory=fake_engine).num_dead_letters == 0
+
+
+class Hanging:
+    """An engine factory whose engine stops for ever at one request, once, holding Python's lock or not."""
+
+    def __init__(self, folder: Path, key: str, *, with_lock: bool):
+        self._mark, self._key, self._with_lock = folder / "hung", key, with_lock
+
+    def __call__(self, config: JobConfig, storage: Storage) -> FakeEngine:
+        engine = fake_engine(config, storage)
+        generate = engine.generate
+
+        def hanging(groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+            known = list(groups)
+            keys = {"/".join(request.key) for group in known for request in group.requests}
+            if self._key in keys and not self._mark.exists():
+                self._mark.touch()
+                if self._with_lock:
+                    ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the lock: no Python thread runs any more
+                time.sleep(600)
+            yield from generate(known, attempt=attempt)
+
+        engine.generate = hanging  # type: ignore[method-assign]
+        return engine
+
+
+@pytest.mark.parametrize("with_lock", [False, True])
+def test_a_worker_whose_engine_hangs_is_replaced(with_lock: bool, tmp_path: Path, tries: Path) -> None:
+    job = opened(tmp_path, workers={"max_step_s": 2.0})
+    hanging = Hanging(tries, keys_of(job, 1)[0], with_lock=with_lock)
+    summary = run_batch(job.config, job.storage, job.run, engine_factory=hanging)
+    assert (tries / "hung").exists()
+    assert not pending_shards(job.storage, job.run)
+    assert summary.num_attempts == 2, "the shard was tried again by another process"
+    assert summary.num_dead_letters == 0
+
+
+def without_logits(config: JobConfig, storage: Storage) -> FakeEngine:
+    """An engine whose every answer is an error."""
+    engine = fake_engine(config, storage)
+    generate = engine.generate
+
+    def erring(groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+        for completion in generate(groups, attempt=attempt):
+            yield replace(completion, text="", finish_reason=FinishReason.ERROR, error_code=ErrorCode.NON_FINITE_LOGITS)
+
+    engine.generate = erring  # type: ignore[method-assign]
+    return engine
+
+
+def test_too_many_dead_letters_stop_a_run_within_a_shard(tmp_path: Path) -> None:
+    job = opened(tmp_path)
+    with pytest.raises(GateError, match=r"non_finite_logits .*/dead_letters; nothing") as caught:
+        run_batch(job.config, job.storage, job.run, engine_factory=without_logits, max_dead_letters=50)
+    assert caught.value.exit_code == 4
+    first = read_markers(job.storage, job.run)
+    num_dead = [sum(marker["error_codes"].values()) for marker in first]
+    assert sum(num_dead) > 50
+    # One more shard may have been begun before the driver heard of the one that was too many.
+    assert sum(sorted(num_dead)[: len(num_dead) - 2]) <= 50 < len(job.run.shard_ids) * 40
+    with pytest.raises(GateError, match="is stopped"):
+        run_batch(job.config, job.storage, job.run, engine_factory=without_logits, max_dead_letters=50)
+    assert len(read_markers(job.storage, job.run)) <= len(first) + 1, "the next call stops before it begins"
+    summary = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine, max_dead_letters=400)
+    assert summary.num_dead_letters == 0
 
 
 def test_a_refusal_stops_the_run_at_once(tmp_path: Path) -> None:

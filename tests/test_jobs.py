@@ -24,8 +24,8 @@ from e2p_ray.errors import E2PError, IncompleteRunError, PublishConflictError, S
 from e2p_ray.storage import Storage
 from jobs import backfill, evaluate, generate, plan, publish, train, validate
 from jobs.cli import Job, guarded, run_job
-from jobs.progress import ProgressLine, duration_text, progress_text
-from jobs.tables import bytes_text
+from jobs.progress import ProgressLine, progress_text
+from jobs.tables import bytes_text, duration_text
 from tests.s3 import S3Server
 from tests.small_job import (
     NUM_BAD_CANDIDATES,

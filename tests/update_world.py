@@ -42,6 +42,7 @@ def serial_batch(
     engine_factory: EngineFactory | None = None,
     on_progress: Callable[[BatchProgress], None] | None = None,
     max_seconds: float | None = None,
+    max_dead_letters: int | None = None,
 ) -> BatchSummary:
     """`run_batch` with one worker in this process, so that many runs take no Ray."""
     pending = pending_shards(storage, run)
@@ -49,7 +50,7 @@ def serial_batch(
     if pending:
         worker = ShardWorker(config, storage, run, engine_factory, max_seconds)
         for shard_id in pending:
-            (row,) = worker(pa.table({"shard_id": [shard_id]})).to_pylist()
+            (row,) = worker(pa.table({"shard_id": [shard_id], "first": [None], "end": [None]})).to_pylist()
             outcome = ShardOutcome(**row)
             assert not outcome.error_type, outcome
             tally.add(outcome)

@@ -2,13 +2,14 @@
 
 Ray Data gets one row a shard, each its own block. A worker reads the shard, generates and commits it; what comes back
 is one small row of counts. A shard that fails is a row too, never an exception, and a shard whose worker died leaves no
-row at all: after each pass the markers alone say what is left.
+row at all: after each pass the markers alone say what is left. A shard that ends its workers in every attempt is halved
+down to the requests that do it; these become dead letters, and the rest of the shard is committed.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,8 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from e2p_ray import errors
+from e2p_ray.batch.limit import DeadLetterLimit
+from e2p_ray.batch.poison import PoisonSearch
 from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import BatchProgress, BatchSummary, ShardOutcome, Tally
 from e2p_ray.batch.worker import EngineFactory, ShardWorker, last_line
@@ -39,26 +42,39 @@ def run_batch(
     engine_factory: EngineFactory | None = None,
     on_progress: Callable[[BatchProgress], None] | None = None,
     max_seconds: float | None = None,
+    max_dead_letters: int | None = None,
 ) -> BatchSummary:
     """Generate and commit every pending shard of an opened run.
 
-    No shard is begun after `max_seconds` of generation, counted by each worker from its first one; the summary says
-    which were left, and shards that failed and could not be tried again are among them.
+    `max_dead_letters` is how many dead letters its shards may have and the run still be published: with more it stops
+    at once, by GateError. No shard is begun after `max_seconds` of generation, counted by each worker from its first
+    one; the summary says which were left, and shards that failed and could not be tried again are among them.
 
-    Raises IncompleteRunError when shards are left after `workers.max_shard_attempts` tries each, or the RunError that
-    a worker met when no shard can be generated at all. Either way, what is committed stays, and calling again resumes.
+    Raises IncompleteRunError when shards are left after `workers.max_shard_attempts` tries each and the search for what
+    ends their workers, or the RunError that a worker met when no shard can be generated at all. Either way, what is
+    committed stays, and calling again resumes.
     """
     pending = pending_shards(storage, run)
     tally = Tally(len(run.shard_ids), len(run.shard_ids) - len(pending), on_progress)
+    limit = DeadLetterLimit(storage, run, max_dead_letters)
+    limit.check(tally)
+
+    def one_pass(pieces: Sequence[Mapping[str, Any]]) -> None:
+        left_s = None if max_seconds is None else max_seconds - tally.progress().generating_s
+        _one_pass(config, pieces, (config, storage, run, engine_factory, left_s), tally, limit)
+
     if pending:
         with ray_session(config.workers.ray_address):
             while pending and tally.attempt < config.workers.max_shard_attempts:
                 tally.next_attempt()
-                left_s = None if max_seconds is None else max_seconds - tally.progress().generating_s
-                _one_pass(config, storage, run, pending, engine_factory, tally, left_s)
+                one_pass([{"shard_id": shard_id, "first": None, "end": None} for shard_id in pending])
                 pending = pending_shards(storage, run)
                 if tally.num_late:
                     break
+            if pending and not tally.num_late:
+                search = PoisonSearch(storage, run, config.workers.max_poison_requests, tally, one_pass)
+                search.among(pending)
+                pending = pending_shards(storage, run)
     if pending and not (tally.num_late and tally.done):
         raise IncompleteRunError(_what_is_left(run, pending, tally))
     return tally.summary(pending)
@@ -66,19 +82,17 @@ def run_batch(
 
 def _one_pass(
     config: JobConfig,
-    storage: Storage,
-    run: Run,
-    pending: list[str],
-    engine_factory: EngineFactory | None,
+    pieces: Sequence[Mapping[str, Any]],
+    arguments: tuple[Any, ...],
     tally: Tally,
-    max_seconds: float | None,
+    limit: DeadLetterLimit,
 ) -> None:
-    """Each pending shard once."""
+    """Each of these shards or pieces once; `arguments` make a worker."""
     check_resources(config)
     tally.pass_failure = ""
     context = DataContext.get_current().copy()
     with DataContext.current(_configured(context, config)), quiet_ray_data_log():
-        rows = _dataset(config, pending, (config, storage, run, engine_factory, max_seconds))
+        rows = _dataset(config, pieces, arguments)
         try:
             for block in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
                 for row in pa.table(block).to_pylist():
@@ -86,6 +100,7 @@ def _one_pass(
                     tally.add(outcome)
                     if outcome.fatal:
                         raise _as_raised(outcome)
+                    limit.check(tally)
         except E2PError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever Ray Data gave up on, the markers know what is left
@@ -107,11 +122,11 @@ def _configured(context: DataContext, config: JobConfig) -> DataContext:
     return context
 
 
-def _dataset(config: JobConfig, pending: list[str], arguments: tuple[Any, ...]) -> ray.data.Dataset:
-    """The outcomes of the pending shards; `arguments` make a worker."""
+def _dataset(config: JobConfig, pieces: Sequence[Mapping[str, Any]], arguments: tuple[Any, ...]) -> ray.data.Dataset:
+    """The outcomes of these shards or pieces."""
     workers = config.workers
-    max_size = min(max(workers.max_size, workers.min_size), len(pending))
-    items = ray.data.from_items([{"shard_id": shard_id} for shard_id in pending], override_num_blocks=len(pending))
+    max_size = min(max(workers.max_size, workers.min_size), len(pieces))
+    items = ray.data.from_items([dict(piece) for piece in pieces], override_num_blocks=len(pieces))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # max_restarts and max_task_retries have no named parameter in this Ray
         return items.map_batches(
@@ -128,7 +143,7 @@ def _dataset(config: JobConfig, pending: list[str], arguments: tuple[Any, ...]) 
             runtime_env={"env_vars": _thread_variables(config)},
             # A shard is not tried twice within a pass, so each kills an actor once at most; a few more for spot nodes.
             max_task_retries=0,
-            max_restarts=len(pending) + 2 * max_size,
+            max_restarts=len(pieces) + 2 * max_size,
         )
 
 

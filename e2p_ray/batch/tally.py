@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 
 import pyarrow as pa
 
+from e2p_ray import errors
+
 
 @dataclass(frozen=True, slots=True)
 class ShardOutcome:
@@ -24,6 +26,12 @@ class ShardOutcome:
     message: str = ""
     fatal: bool = False  # no other shard will fare better
     late: bool = False  # not begun, because the run's time was over
+    is_piece: bool = False  # of a part of the shard: the shard is not done with it
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the failure is one of storage or data, which no smaller piece would escape."""
+        return hasattr(errors, self.error_type)
 
 
 _KINDS = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
@@ -93,13 +101,17 @@ class Tally:
             self.num_late += 1
         elif outcome.error_type:
             self.failures.append(outcome)
-        else:
+        elif not outcome.is_piece:
             self.done[outcome.shard_id] = outcome
         self._report()
 
     def _report(self) -> None:
         if self._on_progress is not None:
             self._on_progress(self.progress())
+
+    @property
+    def num_dead_letters(self) -> int:
+        return self._total("num_dead_letters")
 
     def _total(self, name: str) -> int:
         return sum(getattr(outcome, name) for outcome in self.done.values())
@@ -124,7 +136,7 @@ class Tally:
             num_done_before=self.num_done_before,
             num_done=len(self.done),
             num_requests=self._total("num_requests"),
-            num_dead_letters=self._total("num_dead_letters"),
+            num_dead_letters=self.num_dead_letters,
             num_prompt_tokens=self._total("num_prompt_tokens"),
             num_computed_tokens=self._total("num_computed_tokens"),
             num_output_tokens=self._total("num_output_tokens"),

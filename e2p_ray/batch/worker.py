@@ -1,4 +1,4 @@
-"""One worker of the pool: the engine, loaded once, and one shard at a time."""
+"""One worker of the pool: the engine, loaded once, and one shard, or one piece of a shard, at a time."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 import pyarrow as pa
 
+from e2p_ray.batch.logs import ActorLog
+from e2p_ray.batch.metrics import BatchMetrics
+from e2p_ray.batch.pieces import Piece, write_piece
 from e2p_ray.batch.tally import OUTCOME, ShardOutcome
+from e2p_ray.batch.watchdog import Watchdog
 from e2p_ray.commit import Run, ShardStats, commit_shard
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.contract import TextEngine
 from e2p_ray.errors import E2PError, RunError
 from e2p_ray.generate import Generator
 from e2p_ray.plan import read_shard
-from e2p_ray.schema import Generation, Group
+from e2p_ray.schema import DeadLetter, Generation, Group
 from e2p_ray.storage import Storage
 
 EngineFactory = Callable[[JobConfig, Storage], TextEngine]
@@ -30,7 +34,10 @@ _NUMBERS = re.compile(r"[\[(][^\[\]()]*\d\.\d[^\[\]()]*[\])]?")
 
 
 class ShardWorker:
-    """An actor's state: the engine, loaded once. Called with one shard id, returns one `ShardOutcome` as a row."""
+    """An actor's state: the engine, loaded once. Called with one `Piece` as a row, returns one `ShardOutcome` as a row.
+
+    A piece without ends is its whole shard.
+    """
 
     def __init__(
         self,
@@ -42,25 +49,37 @@ class ShardWorker:
     ) -> None:
         self._storage, self._run = storage, run
         self._max_seconds, self._began_s = max_seconds, math.inf  # the time counts from the worker's first shard
+        self._max_step_s = config.workers.max_step_s
         self._worker = f"{socket.gethostname()}:{os.getpid()}"
         self._refusal: RunError | None = None
+        self._metrics = BatchMetrics()
+        self._log = ActorLog(on=config.workers.log_shards, run_id=run.run_id, worker=self._worker)
+        clock = time.perf_counter()
         try:
             self._engine = (engine_factory or _load_engine)(config, storage)
             self._generator = Generator(self._engine, config, run.run_id)
         except RunError as error:  # the same on every node: said once instead of tried again
             self._refusal = error
+            self._log.error("worker_refused", error_type=type(error).__name__, message=str(error))
+        else:
+            ids = {"projector_id": self._engine.projector_id, "base_model_id": self._engine.base_model_id}
+            self._log.info("worker_ready", seconds_s=round(time.perf_counter() - clock, 3), **ids)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        shard_id = batch.column("shard_id")[0].as_py()
+        row = batch.to_pylist()[0]
+        shard_id = row["shard_id"]
+        piece = Piece(**row) if row.get("end") is not None else None
         started_at = datetime.now(UTC)
         try:
             if self._refusal is not None:
                 raise self._refusal
             if self._is_over():
                 return _as_row(ShardOutcome(shard_id, late=True))
-            outcome = self._write(shard_id, started_at)
+            outcome = self._write(shard_id, piece, started_at)
         except Exception as error:  # noqa: BLE001 - one shard's trouble must not become the trouble of the others
-            outcome = _failed(shard_id, error, started_at)
+            outcome = replace(_failed(shard_id, error, started_at), is_piece=piece is not None)
+            self._metrics.shard_failed()
+            self._log.error("shard_failed", shard_id=shard_id, error_type=outcome.error_type, message=outcome.message)
         return _as_row(outcome)
 
     def _is_over(self) -> bool:
@@ -69,10 +88,13 @@ class ShardWorker:
         self._began_s = min(self._began_s, now_s)
         return self._max_seconds is not None and now_s > self._began_s + max(self._max_seconds, 0.0)
 
-    def _write(self, shard_id: str, started_at: datetime) -> ShardOutcome:
+    def _write(self, shard_id: str, piece: Piece | None, started_at: datetime) -> ShardOutcome:
         groups = read_shard(self._storage, self._run.plan_uri, shard_id)
+        if piece is not None:
+            groups = piece.of(groups)
         before, clock = self._engine.stats, time.perf_counter()
-        generations, dead_letters = self._generator.generate(groups, shard_id=shard_id)
+        with Watchdog(self._engine, self._max_step_s):
+            generations, dead_letters = self._generator.generate(groups, shard_id=shard_id)
         work = self._engine.stats - before
         finished_at = datetime.now(UTC)
         stats = ShardStats(
@@ -89,7 +111,11 @@ class ShardWorker:
             num_accepted_tokens=work.num_accepted_tokens,
             **_drafts(groups, generations),
         )
-        commit_shard(self._storage, self._run, shard_id, generations, dead_letters, stats)
+        if piece is None:
+            commit_shard(self._storage, self._run, shard_id, generations, dead_letters, stats)
+        else:
+            write_piece(self._storage, self._run, piece, generations, dead_letters, stats)
+        self._tell(shard_id, piece is not None, generations, dead_letters, stats)
         return ShardOutcome(
             shard_id=shard_id,
             num_requests=stats.num_requests,
@@ -99,6 +125,26 @@ class ShardWorker:
             num_output_tokens=stats.num_output_tokens,
             started_at_s=started_at.timestamp(),
             finished_at_s=finished_at.timestamp(),
+            is_piece=piece is not None,
+        )
+
+    def _tell(
+        self,
+        shard_id: str,
+        is_piece: bool,
+        generations: Sequence[Generation],
+        dead_letters: Sequence[DeadLetter],
+        stats: ShardStats,
+    ) -> None:
+        """Metrics and log of a committed shard, or of a written piece of one."""
+        self._metrics.shard_done(generations, dead_letters, stats, is_piece=is_piece)
+        self._log.info(
+            "piece_done" if is_piece else "shard_done",
+            shard_id=shard_id,
+            num_requests=stats.num_requests,
+            num_dead_letters=len(dead_letters),
+            num_output_tokens=stats.num_output_tokens,
+            seconds_s=round(stats.seconds_s, 3),
         )
 
 

@@ -12,6 +12,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from e2p_ray.commit.consent import suppress, without_consent
+from e2p_ray.commit.data_files import not_in_table
 from e2p_ray.commit.published import open_table, same_rows_since, shown_by
 from e2p_ray.commit.run import Run
 from e2p_ray.commit.spool import HashSpool
@@ -48,7 +49,7 @@ def publish(storage: Storage, run: Run, gates: GatesConfig, users_uri: str) -> P
     suppressed = suppress(storage, run, summary.files, refused)
     num_suppressed = sum(now != before for now, before in zip(suppressed, summary.files, strict=True))
     files = [file for file in suppressed if file.num_rows]
-    digest = _digest(files)
+    digest = digest_of(files)
     published = _published(base, run, files, digest)
     return published or _commit(storage, run, base, files, _metadata(run, summary, files, num_suppressed))
 
@@ -76,7 +77,7 @@ def _metadata(run: Run, summary: RunSummary, files: list[DataFile], num_suppress
         "num_rows": sum(file.num_rows for file in files),
         "num_deferred": summary.num_deferred,
         "num_files_suppressed": num_suppressed,
-        "files_digest": _digest(files),
+        "files_digest": digest_of(files),
     }
     return {name: str(value) for name, value in metadata.items()}
 
@@ -98,7 +99,8 @@ def _commit(
     storage: Storage, run: Run, base: DeltaTable | None, files: list[DataFile], metadata: dict[str, str]
 ) -> PublishedVersion:
     now_ms = int(time.time() * 1000)
-    actions = [AddAction(file.path, file.size_bytes, {}, now_ms, True, file.statistics) for file in files]
+    added = not_in_table(storage, run.table_uri, base, files)
+    actions = [AddAction(file.path, file.size_bytes, {}, now_ms, True, file.statistics) for file in added]
     # Without retries the library cannot put our files beside those of a publisher that came first.
     properties = CommitProperties(custom_metadata=metadata, max_commit_retries=0)
     schema = Schema.from_arrow(GENERATIONS)
@@ -125,7 +127,7 @@ def _after_failure(
 ) -> PublishedVersion:
     """Find out who was first: another publisher of this run, of another run, or ourselves before an answer was lost."""
     now = open_table(storage, run.table_uri)
-    if published := _published(now, run, files, _digest(files)):
+    if published := _published(now, run, files, digest_of(files)):
         return published
     changed = now is not None and (base is None or now.version() > base.version())
     if changed or isinstance(error, CommitFailedError):
@@ -134,6 +136,7 @@ def _after_failure(
     raise StorageError(f"could not publish to {run.table_uri}: {error}") from error
 
 
-def _digest(files: Iterable[DataFile]) -> str:
+def digest_of(files: Iterable[DataFile]) -> str:
+    """Names a set of data files; a version says by it what it was made of."""
     lines = sorted(f"{file.path} {file.size_bytes}\n" for file in files)
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]

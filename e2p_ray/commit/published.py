@@ -14,7 +14,7 @@ from e2p_ray.errors import StorageError
 from e2p_ray.storage import Storage, is_s3
 
 _MAX_HISTORY = 200
-_UPKEEP = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "FSCK", "ADD FEATURE"})
+UPKEEP = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "FSCK", "ADD FEATURE"})
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,13 @@ def read_published(storage: Storage, table_uri: str) -> PublishedTable | None:
     )
 
 
-def open_table(storage: Storage, table_uri: str) -> DeltaTable | None:
-    """The Delta table, or None when there is none."""
+def open_table(storage: Storage, table_uri: str, version: int | None = None) -> DeltaTable | None:
+    """The Delta table as it is now or was at a version, or None when there is none.
+
+    StorageError when it cannot be opened, or not at this version.
+    """
     try:
-        return DeltaTable(table_uri, storage_options=storage.delta_options(table_uri))
+        return DeltaTable(table_uri, version=version, storage_options=storage.delta_options(table_uri))
     except TableNotFoundError:
         return None
     except (DeltaError, OSError) as error:
@@ -95,7 +98,7 @@ def shown_by(table: DeltaTable) -> Shown | None:
         if operation == "RESTORE":
             version = int(entry["operationParameters"].get("version") or -1)
             rows_deleted = False
-        elif operation == "DELETE" or operation in _UPKEEP:
+        elif operation == "DELETE" or operation in UPKEEP:
             rows_deleted |= operation == "DELETE"
             version -= 1
         else:
@@ -107,7 +110,7 @@ def same_rows_since(table: DeltaTable, version: int) -> bool:
     """Whether nothing but upkeep happened to the table since a version."""
     history = _history(table)
     later = range(version + 1, table.version() + 1)
-    return version <= table.version() and all(history.get(v, {}).get("operation") in _UPKEEP for v in later)
+    return version <= table.version() and all(history.get(v, {}).get("operation") in UPKEEP for v in later)
 
 
 def _history(table: DeltaTable) -> dict[int, dict[str, Any]]:

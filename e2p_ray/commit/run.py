@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -12,20 +11,13 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from e2p_ray.errors import ConfigError, IncompatibleError, ObjectNotFoundError
+from e2p_ray.schema import checked_id
 from e2p_ray.storage import Storage
 
 _T = TypeVar("_T")
 _ITEM = TypeVar("_ITEM")
 
-_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}")  # no separators, no dots: an id never leaves its folder
 _MAX_AHEAD = 8  # objects fetched at once
-
-
-def checked_id(text: str) -> str:
-    """The id itself; ConfigError when it could name anything but an object of its own folder."""
-    if not _ID.fullmatch(text):
-        raise ConfigError(f"{text!r} is not an id: letters, digits, - and _ only, at most 128")
-    return text
 
 
 @dataclass(frozen=True)

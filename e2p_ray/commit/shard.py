@@ -23,7 +23,7 @@ from e2p_ray.errors import ShardError
 from e2p_ray.schema import DEAD_LETTERS, GENERATIONS, DeadLetter, ErrorCode, Generation, RequestKey, to_table
 from e2p_ray.storage import Storage, parquet_bytes
 
-_FOOTER = b"e2p_ray.shard"
+FOOTER = b"e2p_ray.shard"
 _KEY_COLUMNS = list(RequestKey._fields)
 
 
@@ -77,8 +77,12 @@ def commit_shard(
 
     Raises ShardError when the results' keys are not exactly the planned ones.
     """
-    rows = to_table(sorted(generations, key=lambda row: (row.content_id, row.task, row.user_id)), GENERATIONS)
-    commit_rows(storage, run, shard_id, rows, dead_letters, stats)
+    commit_rows(storage, run, shard_id, rows_of(generations), dead_letters, stats)
+
+
+def rows_of(generations: Sequence[Generation]) -> pa.Table:
+    """Generations as a data file has them, sorted."""
+    return to_table(sorted(generations, key=lambda row: (row.content_id, row.task, row.user_id)), GENERATIONS)
 
 
 def commit_rows(
@@ -89,14 +93,14 @@ def commit_rows(
     results = request_keys(rows) + [letter.key for letter in dead_letters]
     _refuse_difference(key_difference(planned, results), shard_id)
     data_uri = run.data_uri(shard_id)
-    data = _data_bytes(rows, dead_letters, stats)
+    data = data_bytes(rows, dead_letters, stats)
     if not storage.put_if_absent(data_uri, data):
         data = storage.read_bytes(data_uri)
     shard = parse_data(data, data_uri)
     _refuse_difference(key_difference(planned, shard.keys()), shard_id, f"delete {data_uri}, it has ")
     if shard.dead_letters:
         storage.write_table(run.dead_letter_uri(shard_id), to_table(shard.dead_letters, DEAD_LETTERS))
-    storage.put_if_absent(run.marker_uri(shard_id), _marker_bytes(run, shard_id, shard, data))
+    storage.put_if_absent(run.marker_uri(shard_id), marker_bytes(run.run_id, shard_id, shard, data))
 
 
 def planned_keys(storage: Storage, run: Run, shard_id: str) -> list[RequestKey]:
@@ -137,7 +141,7 @@ def parse_data(data: bytes, uri: str) -> ShardData:
     """A shard's data file from its bytes; ShardError when they are none."""
     try:
         rows = pq.read_table(pa.BufferReader(data), use_threads=False)
-        footer = json.loads((rows.schema.metadata or {})[_FOOTER])
+        footer = json.loads((rows.schema.metadata or {})[FOOTER])
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise ShardError(f"{uri} is not a shard's data file. Delete it and generate again") from error
     rows = rows.replace_schema_metadata(None)
@@ -149,19 +153,21 @@ def parse_data(data: bytes, uri: str) -> ShardData:
     return ShardData(rows, tuple(letters), footer["stats"])
 
 
-def _data_bytes(rows: pa.Table, dead_letters: Sequence[DeadLetter], stats: ShardStats) -> bytes:
+def data_bytes(rows: pa.Table, dead_letters: Sequence[DeadLetter], stats: ShardStats) -> bytes:
+    """A data file: rows of the schema `GENERATIONS`, the rest in its footer."""
     footer = {
         "dead_letters": [asdict(letter) for letter in sorted(dead_letters, key=lambda letter: letter.key)],
         "stats": asdict(stats),
     }
     text = json.dumps(footer, ensure_ascii=False, default=datetime.isoformat)
-    return parquet_bytes(rows.replace_schema_metadata({_FOOTER: text.encode()}))
+    return parquet_bytes(rows.replace_schema_metadata({FOOTER: text.encode()}))
 
 
-def _marker_bytes(run: Run, shard_id: str, shard: ShardData, data: bytes) -> bytes:
+def marker_bytes(run_id: str, shard_id: str, shard: ShardData, data: bytes) -> bytes:
+    """The marker of a shard, a function of its data file alone."""
     rows = shard.rows
     marker = {
-        "run_id": run.run_id,
+        "run_id": run_id,
         "shard_id": shard_id,
         "num_requests": rows.num_rows + len(shard.dead_letters),
         "num_rows": rows.num_rows,

@@ -152,7 +152,7 @@ class EngineConfig(Section):
 
     kind: Literal["native", "vllm"] = Field("native", description="vllm: for models on several GPUs; extra [vllm]")
     tensor_parallel: int = Field(1, ge=1, description="GPUs that share one model; vllm only")
-    max_rows: int = Field(256, ge=1, description="rows decoded together; 128-256 on CPU, 1,000-4,000 on a large GPU")
+    max_rows: int = Field(512, ge=1, description="rows decoded together; 256-512 on CPU, 1,000-4,000 on a large GPU")
     max_bytes: int = Field(2 << 30, ge=1 << 20, description="keys, values and activations above the model")
     num_threads: int | None = Field(None, ge=1, description="CPU threads of one engine; null: the actor's num_cpus")
     drafts: bool = Field(True, description="verify guessed texts where that saves time; texts are the same either way")
@@ -167,7 +167,16 @@ class WorkersConfig(Section):
     max_size: int = Field(1, ge=1)
     max_shard_attempts: int = Field(3, ge=1)
     max_stall_s: float = Field(1800.0, gt=0, description="an attempt without any finished shard for this long ends")
+    max_step_s: float = Field(
+        600.0, gt=0, description="a worker whose engine makes no step for this long is ended and replaced"
+    )
+    max_poison_requests: int = Field(
+        8,
+        ge=0,
+        description="requests a run may lose because whoever writes them dies; 0: no shard is searched for them",
+    )
     ray_address: str | None = Field(None, description="null: the cluster of this process, else a local one")
+    log_shards: bool = Field(True, description="one JSON line a shard in the actors' logs, which Ray keeps")
 
 
 class GatesConfig(Section):

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 
 from e2p_ray.config import StorageConfig
 from e2p_ray.errors import ConfigError, InputError, ObjectNotFoundError, StorageError
-from e2p_ray.storage.local import LocalPlace, local_path, temp_path
-from e2p_ray.storage.objects import ObjectInfo, Place
+from e2p_ray.storage.local import LocalPlace, local_path, refuse_links_out, temp_path
+from e2p_ray.storage.objects import DatedObject, ObjectInfo, Place
 from e2p_ray.storage.s3 import S3Place, split
 
-__all__ = ["ObjectInfo", "Storage", "is_s3", "parquet_bytes"]
+__all__ = ["DatedObject", "ObjectInfo", "Storage", "is_s3", "parquet_bytes"]
 
 _PART_BYTES = 64 << 20  # a download is retried in pieces of this size
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -100,6 +100,15 @@ class Storage:
     def list_objects(self, uri: str) -> Iterator[ObjectInfo]:
         """Every object below a folder, at any depth, sorted by URI; nothing when the folder is missing."""
         yield from self._place(uri).list_below(uri.rstrip("/") or "/")
+
+    def list_dated(self, uri: str) -> list[DatedObject]:
+        """`list_objects` with the time of each, and with what killed writers left behind: for upkeep."""
+        return self._place(uri).list_dated(uri.rstrip("/") or "/")
+
+    def refuse_links_out(self, uri: str) -> None:
+        """StorageError for a link below a local folder that leads out of it; S3 has no links."""
+        if not is_s3(uri):
+            refuse_links_out(local_path(uri), local_path(uri))
 
     def open_parquet(self, place: str | ObjectInfo) -> pq.ParquetFile:
         """A Parquet file that fetches only the ranges it is asked for; use it in a `with`."""

