@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from e2p_ray.config import BaseModelConfig, JobConfig
 from e2p_ray.errors import ConfigError, IncompatibleError, ObjectNotFoundError
 from e2p_ray.storage import Storage
+from e2p_ray.storage.local import refuse_links_out
 
 SCHEMA_VERSION = 1
 Kind = Literal["residual", "mlp", "linear", "constant"]
@@ -64,6 +65,7 @@ class ProjectorManifest:
 def read_manifest(storage: Storage, uri: str) -> ProjectorManifest:
     """Read and check a projector's config.json. Raises ConfigError, IncompatibleError for another schema version."""
     place = f"{uri}/{CONFIG_FILE}"
+    storage.refuse_links_out(uri)
     try:
         values = json.loads(storage.read_bytes(place))
     except ObjectNotFoundError as error:
@@ -110,6 +112,8 @@ def resolve_base_model(config: BaseModelConfig, storage: Storage) -> BaseModelFo
         path = storage.fetch_folder(config.uri, cache)
     elif Path(config.uri).is_dir():
         path = Path(config.uri)
+        # A hub cache has its files in blobs/, and links to them in snapshots/REVISION/.
+        refuse_links_out(path, path.parent.parent if path.resolve().parent.name == "snapshots" else path)
     else:
         path = _fetch_from_hub(config)
         return BaseModelFolder(path, f"{config.uri}@{path.name}", _tokenizer_hash(path))

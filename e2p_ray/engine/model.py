@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -60,6 +62,23 @@ def pick_device(device: str) -> torch.device:
         raise ConfigError(f"base_model.device {device!r}: use auto, cpu, cuda or cuda:N") from error
 
 
+def _refuse_unsafe(folder: Path) -> None:
+    """ConfigError unless the weights are whole safetensors files of this folder; reads their headers only."""
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise ConfigError(f"{folder}: no .safetensors weights. Convert the model; pickle files are never loaded")
+    for path in found:
+        try:
+            with safe_open(path, "pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path}: not a whole safetensors file ({error}). Copy the model again") from error
+    for path in folder.glob("*.safetensors.index.json"):
+        named = set(json.loads(path.read_bytes())["weight_map"].values())
+        if outside := sorted(named - {weights.name for weights in found}):
+            raise ConfigError(f"{path}: names {outside[0]!r}, which is no weights file of this folder")
+
+
 class BaseModel:
     """A frozen causal language model whose attention goes through a `Step`.
 
@@ -94,8 +113,7 @@ class BaseModel:
 
         Raises ConfigError for a folder without safetensors, UnsupportedModelError before any weight is read.
         """
-        if not any(folder.glob("*.safetensors")):
-            raise ConfigError(f"{folder}: no .safetensors weights. Convert the model; pickle files are never loaded")
+        _refuse_unsafe(folder)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         refuse_unsupported(config, str(folder))
         model = AutoModelForCausalLM.from_pretrained(

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -134,11 +135,26 @@ class Projector(nn.Module):
             blobs[name] = storage.read_bytes(f"{uri}/{name}")
             if hashlib.sha256(blobs[name]).hexdigest() != manifest.files.get(name):
                 raise IncompatibleError(f"{uri}/{name}: not the file that config.json names. Copy the artifact again")
-        projector = cls(manifest, ReferenceStatistics(**load_tensors(blobs[REFERENCE_FILE])))
+        projector = cls(manifest, _reference(blobs[REFERENCE_FILE], f"{uri}/{REFERENCE_FILE}"))
         try:
-            projector.load_state_dict(load_tensors(blobs[WEIGHTS_FILE]))
+            projector.load_state_dict(_tensors(blobs[WEIGHTS_FILE], f"{uri}/{WEIGHTS_FILE}"))
         except RuntimeError as error:
             raise IncompatibleError(f"{uri}/{WEIGHTS_FILE}: does not fit config.json: {error}") from error
         if not all(bool(torch.isfinite(value).all()) for value in projector.state_dict().values()):
             raise IncompatibleError(f"{uri}/{WEIGHTS_FILE}: holds NaN or Inf. Retrain the projector")
         return projector.eval().requires_grad_(False)
+
+
+def _tensors(data: bytes, place: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; IncompatibleError for anything else, a pickle or a forged header as well."""
+    try:
+        return load_tensors(data)
+    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+        raise IncompatibleError(f"{place}: not a whole safetensors file ({error}). Copy the artifact again") from error
+
+
+def _reference(data: bytes, place: str) -> ReferenceStatistics:
+    try:
+        return ReferenceStatistics(**_tensors(data, place))
+    except TypeError as error:
+        raise IncompatibleError(f"{place}: holds other tensors than reference statistics. Retrain") from error

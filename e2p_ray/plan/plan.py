@@ -16,6 +16,7 @@ from e2p_ray.plan.dataflow import Job, Outcome, plan_by_shuffles, plan_on_one_no
 from e2p_ray.plan.inputs import InputTable, Space, scan_inputs
 from e2p_ray.plan.pairs import num_buckets
 from e2p_ray.plan.shards import ShardEntry, shard_uri
+from e2p_ray.schema import checked_id
 from e2p_ray.storage import Storage
 
 _FORMAT = 2  # counts up when the same inputs give another plan
@@ -102,7 +103,7 @@ def load_plan(storage: Storage, plan_uri: str) -> Plan:
         embedding_space=manifest["embedding_space"],
         embedding_dim=manifest["embedding_dim"],
         tasks=tuple(manifest["tasks"]),
-        shards=tuple(ShardEntry(*row) for row in manifest["shards"]),
+        shards=tuple(ShardEntry(checked_id(shard_id), *row) for shard_id, *row in manifest["shards"]),
         counts=PlanCounts(**manifest["counts"]),
     )
 

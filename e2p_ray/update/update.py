@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import polars as pl
 
 from e2p_ray.commit import PublishedTable, Run
-from e2p_ray.commit.run import checked_id
 from e2p_ray.commit.spool import HashSpool
 from e2p_ray.errors import ConservationError
 from e2p_ray.plan import Plan, load_plan
 from e2p_ray.plan.plan import manifest_of, manifest_uri
+from e2p_ray.schema import checked_id
 from e2p_ray.storage import Storage
 from e2p_ray.update.compare import Comparison, UpdateJob
 from e2p_ray.update.limits import Limits
@@ -77,7 +77,9 @@ def make_update(job: UpdateJob, run: Run, limits: Limits, say: Callable[[str], N
 def load_update(storage: Storage, update_uri: str) -> Update:
     """A finished update; ObjectNotFoundError when there is none."""
     manifest = json.loads(storage.read_bytes(manifest_uri(update_uri)))
-    return Update(load_plan(storage, update_uri), Changes(**manifest["changes"]), tuple(manifest["carried_ids"]))
+    return Update(
+        load_plan(storage, update_uri), Changes(**manifest["changes"]), tuple(map(checked_id, manifest["carried_ids"]))
+    )
 
 
 def _write(comparison: Comparison, run: Run, limits: Limits, changes: Changes, order: Order) -> Update:
