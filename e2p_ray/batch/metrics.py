@@ -33,7 +33,7 @@ OUTPUT_TOKENS = MetricName("e2p_output_tokens_total", (), "New tokens")
 DRAFT_TOKENS = MetricName("e2p_draft_tokens_total", (), "Guessed tokens, run through the model")
 ACCEPTED_TOKENS = MetricName("e2p_accepted_draft_tokens_total", (), "Guessed tokens that the model wrote as well")
 GENERATING = MetricName("e2p_generating_seconds_total", (), "Time in the engine and the checks, summed over actors")
-SHARDS = MetricName("e2p_shards_total", ("outcome",), "Shards by outcome: done, piece (a part of one), failed (each try)")
+SHARDS = MetricName("e2p_shards_total", ("outcome",), "Shards by outcome: done, piece (part of one), failed (each try)")
 
 METRICS = (
     ROWS,
