@@ -1,6 +1,6 @@
 """A real S3 server for the tests: Ceph's gateway where it is installed, moto's server elsewhere.
 
-`E2P_TEST_S3=ceph` or `=moto` chooses one by force.
+`E2P_TEST_S3=ceph` or `=moto` chooses one by force. `E2P_TEST_LONG=1` runs on it also what is the same everywhere.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from botocore.config import Config
 
 from e2p_ray.config import StorageConfig
 
+IS_LONG = bool(os.environ.get("E2P_TEST_LONG"))
+PLACES = ("local", "s3") if IS_LONG else ("local",)  # of tests whose like runs on S3 anyway
 _KEY_ID, _SECRET = "AKTEST", "SKTEST"
 _PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin", "setpriv")
 _CEPH_CONF = """

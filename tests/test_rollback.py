@@ -24,7 +24,7 @@ from e2p_ray.errors import ConfigError, InputError, PublishConflictError
 from e2p_ray.schema import RequestKey
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
-from tests.s3 import S3Server
+from tests.s3 import PLACES, S3Server
 from tests.test_commit import World, run_at, users_table, write_plan
 from tests.update_world import make_world
 
@@ -43,7 +43,7 @@ def make(storage: Storage, output_uri: str) -> World:
     return world
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=PLACES)
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
     if request.param == "local":
         return make(Storage(), str(tmp_path / "out"))
@@ -71,6 +71,7 @@ def commit_actions(world: World, version: int) -> tuple[set[str], set[str]]:
     return tuple({line[kind]["path"] for line in lines if kind in line} for kind in ("add", "remove"))  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("world", ["local", "s3"], indirect=True)
 def test_back_to_a_version_in_one_commit(world: World) -> None:
     before = world.delta().version()
     old = DeltaTable(world.run.table_uri, 0, storage_options=world.storage.delta_options(world.run.table_uri))

@@ -16,12 +16,12 @@ from e2p_ray.commit.progress import run_progress
 from e2p_ray.storage import Storage
 from e2p_ray.update import Limits
 from jobs.status import main
-from tests.s3 import S3Server
+from tests.s3 import PLACES, S3Server
 from tests.test_commit import NOW, STATS, World, run_at, users_table, write_plan
 from tests.update_world import make_world
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=PLACES)
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
     """Four shards of 18 requests, none done, and a manifest as a plan ends with."""
     if request.param == "local":
@@ -46,6 +46,7 @@ def commit(world: World, shard_id: str, start_s: float, stop_s: float, **changes
     commit_shard(world.storage, world.run, shard_id, *world.results(shard_id), replace(STATS, **moments, **changes))
 
 
+@pytest.mark.parametrize("world", ["local", "s3"], indirect=True)
 def test_progress_at_every_stage(world: World) -> None:
     storage, run = world.storage, world.run
     none = run_progress(storage, run)

@@ -11,26 +11,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _HOST = r"[a-z0-9](?:[a-z0-9-]{0,62})"
-_DOT = r"(?:\.|[ \t]{0,2}(?:\[\.\]|\(\.\)|\(dot\)|\[dot\]|。)[ \t]{0,2}|[ \t]{1,2}\.[ \t]{0,2}|[ \t]dot[ \t])"
+_DOT = r"(?:\.|[ \t]{0,2}(?:\[\.\]|\(\.\)|\(dot\)|\[dot\]|。|点|ドット)[ \t]{0,2}|[ \t]{1,2}\.[ \t]{0,2}|[ \t]dot[ \t])"
 _PLAIN_TLD = (
     "(?:com|net|org|info|biz|edu|gov|co|io|ai|jp|uk|de|fr|cn|kr|tv|app|dev|xyz|ru|eu|ly|gg|shop|online|site|club|link|"
-    "page|blog|news|store|tokyo|ca|au|br|nl|es|pl|se|ch)"
+    "page|blog|news|store|tokyo|ca|au|br|nl|es|pl|se|ch|top|icu|vip|cc|tk|mobi)"
 )
 # With blanks around the dot, a short ending is more often the first word of the next sentence.
 _SPACED_TLD = "(?:com|net|org|info|biz|jp)"
 _END = "(?![a-z0-9-])"
 _PATH = r"(?:/[a-z0-9\-._~:/?#@!$&'*+,;=%]{0,500})?"
+_SOME_PATH = r"/[a-z0-9][a-z0-9\-._~:/?#@!$&'*+,;=%]{0,500}"  # behind it, any ending is a host's
 
 _URL = re.compile(
     rf"(?<![a-z0-9])(?:https?|ftp)[ \t]?:[ \t]?//[ \t]?(?P<full>[a-z0-9\-._~:/?#@!$&'*+,;=%\[\]]{{1,500}})"
     rf"|(?<![a-z0-9.@-])www\.(?P<www>[a-z0-9\-._~:/?#@!$&'*+,;=%]{{1,500}})"
-    rf"|(?<![a-z0-9.-])(?P<plain>{_HOST}(?:\.{_HOST}){{0,4}}\.{_PLAIN_TLD}{_END}{_PATH})"
+    rf"|(?<![a-z0-9.-])(?P<plain>{_HOST}(?:\.{_HOST}){{0,4}}\."
+    rf"(?:{_PLAIN_TLD}{_END}{_PATH}|[a-z]{{2,24}}{_SOME_PATH}))"
+    r"|(?<![a-z0-9._%+@-])(?P<handle>@[a-z0-9_][a-z0-9_.-]{2,30})"  # of a person or firm on a social network
     rf"|(?<![a-z0-9.-])(?P<spaced>{_HOST}(?:{_DOT}{_HOST}){{0,3}}"
     rf"(?:{_DOT}{_SPACED_TLD}|\.[ \t]{{1,2}}(?:com|org|jp)){_END}{_PATH})",
     re.IGNORECASE,
 )
+# A host in other letters: from its last dot on, because nothing but a blank or a particle shows where it starts.
+_WIDE_ENDING = re.compile(rf"(?<=[^\W\d_])(?<![a-z0-9])\.{_PLAIN_TLD}{_END}{_PATH}", re.IGNORECASE)
+_WIDE_LABEL = re.compile("(?:[^\\W\u3040-\u309f]{1,63}|\\w{1,63})$")
+_LETTER_BY_LETTER = re.compile(r"(?<![a-z0-9])(?:[a-z0-9.:/@-][ ]){5,60}[a-z0-9](?![a-z0-9])", re.IGNORECASE)
 _MAIL = re.compile(
-    r"(?<![a-z0-9._%+-])(?P<user>[a-z0-9._%+-]{1,64})[ \t]{0,2}(?:@|\(at\)|\[at\]|\(a\)|◎)[ \t]{0,2}"
+    r"(?<![a-z0-9._%+-])(?P<user>[a-z0-9._%+-]{1,64})[ \t]{0,2}(?:@|\(at\)|\[at\]|\(a\)|◎|アットマーク)[ \t]{0,2}"
     rf"(?P<host>{_HOST}(?:{_DOT}{_HOST}){{1,4}})"
     r"|(?<![a-z0-9._%+-])(?P<user2>[a-z0-9._%+-]{1,64})[ \t]at[ \t]"
     rf"(?P<host2>{_HOST}(?:[ \t]dot[ \t]{_HOST}){{1,4}})",
@@ -131,6 +138,19 @@ def _urls(text: str) -> Iterator[tuple[str, str]]:
         key = re.split(r"[?#]", key.rstrip(".,;:!?'/"), maxsplit=1)[0].removeprefix("www.")
         if key:
             yield piece, key
+    yield from _disguised_urls(text)
+
+
+def _disguised_urls(text: str) -> Iterator[tuple[str, str]]:
+    """Hosts in letters other than ASCII, and those written with a blank between all letters."""
+    for match in _WIDE_ENDING.finditer(text):
+        label = _WIDE_LABEL.search(text[max(0, match.start() - 63) : match.start()])
+        piece = (label.group() if label else "") + match.group()
+        yield piece, piece.lower().rstrip(".,;:!?'/")
+    for match in _LETTER_BY_LETTER.finditer(text):
+        joined = match.group().replace(" ", "").lower()
+        if _URL.search(joined):
+            yield match.group(), joined
 
 
 def _mails(text: str) -> Iterator[tuple[str, str]]:

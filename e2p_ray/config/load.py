@@ -24,7 +24,9 @@ from e2p_ray.errors import ConfigError
 class Config(BaseSettings):
     """The configuration of one kind of job."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, env_prefix="E2P_", env_nested_delimiter="__")
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix="E2P_", env_nested_delimiter="__", hide_input_in_errors=True
+    )  # no message shows a value: it may be a secret
 
     def resolved(self) -> dict[str, Any]:
         """The whole configuration as plain JSON, secrets masked: what is stored with what the job makes."""
