@@ -71,7 +71,8 @@ def run_batch(
                 pending = pending_shards(storage, run)
                 if tally.num_late:
                     break
-            if pending and not tally.num_late:
+            # A pass that Ray Data gave up on says nothing of single shards: no worker started, or none got on.
+            if pending and not tally.num_late and not tally.pass_failure:
                 search = PoisonSearch(storage, run, config.workers.max_poison_requests, tally, one_pass)
                 search.among(pending)
                 pending = pending_shards(storage, run)
