@@ -50,6 +50,7 @@ _MESSAGES = {
         "the prompt leaves no room in the model's window; shorten the template or lower max_content_tokens"
     ),
     ErrorCode.NON_FINITE_LOGITS: "the model gave NaN or Inf; try dtype float32, and check the projector",
+    ErrorCode.CANCELLED: "nobody waited for it any more",
     ErrorCode.OUT_OF_MEMORY: "one request alone did not fit; lower max_content_tokens or raise engine.max_bytes",
 }
 _BLANKS = re.compile("[ \t\r\n\u2028\u2029]+")
@@ -99,6 +100,10 @@ class Generator:
         dead_letters = [result for result in results if isinstance(result, DeadLetter)]
         _require_same_keys((request.key for group in groups for request in group.requests), results)
         return rows, dead_letters
+
+    def fingerprint_of(self, request: Request, content: Content) -> str:
+        """What the fingerprint of this request's row would be."""
+        return _Labels(self._engine, self._config, self._run_id, "", datetime.now(UTC)).fingerprint(request, content)
 
     def _write(self, groups: Sequence[Group]) -> dict[RequestKey, _Written]:
         """All texts that the groups' requests need, by request key and by the keys of unpersonalised texts."""
@@ -188,7 +193,7 @@ class _Labels:
             num_output_tokens=0 if completion is None else completion.num_output_tokens,
             mean_logprob=None if completion is None else _finite(completion.mean_logprob),
             finish_reason=None if completion is None else completion.finish_reason,
-            fingerprint=fingerprint(request, self._content_part(content), settings.part),
+            fingerprint=self.fingerprint(request, content),
             projector_id=self._engine.projector_id,
             base_model_id=self._engine.base_model_id,
             prompt_id=settings.prompt_id,
@@ -196,6 +201,10 @@ class _Labels:
             run_id=self._run_id,
             generated_at=self._now,
         )
+
+    def fingerprint(self, request: Request, content: Content) -> str:
+        settings = self._settings_of(request.key.task, content.language)
+        return fingerprint(request, self._content_part(content), settings.part)
 
     def _dead_letter(self, request: Request, code: ErrorCode) -> DeadLetter:
         message = _MESSAGES.get(code, code.value)

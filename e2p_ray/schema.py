@@ -82,6 +82,7 @@ class ErrorCode(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     POISON = "poison"  # every process that wrote it ended or failed
     DEFERRED = "deferred"  # nothing is wrong with it: a limit left it for a later run
+    CANCELLED = "cancelled"  # nobody waits for it any more: online only
 
 
 class FinishReason(StrEnum):

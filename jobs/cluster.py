@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jobs.cli import guarded
-from jobs.cluster_files import KINDS, SETTINGS, load_settings, render
+from jobs.cluster_files import KINDS, render
+from jobs.cluster_settings import SETTINGS, load_settings
 from jobs.cluster_submit import ACCOUNT, IN_CLUSTER, Api, submit
 from jobs.steps import say
 
@@ -37,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         help="print manifests: python -m jobs.cluster render generate --config job.yaml | kubectl apply -f -",
         description="generate, train: a RayJob. schedule: a CronJob that makes the RayJob of generate. raycronjob:\n"
-        "the operator's own schedule. aws: the file for `ray up`. Every key of the settings is an option as well.",
+        "the operator's own schedule. serve: a RayService. aws: the file for `ray up`. Every key of the settings is\n"
+        "an option as well.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     rendering.add_argument("kind", choices=KINDS)

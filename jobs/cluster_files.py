@@ -9,110 +9,22 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
-from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from e2p_ray.config import JobConfig, TrainConfig, load_config
+from e2p_ray.config import JobConfig, ServeConfig, TrainConfig, load_config
 from e2p_ray.config.load import Config
-from e2p_ray.config.options import explain, parse_words
-from e2p_ray.config.sections import Section
 from e2p_ray.errors import ConfigError
+from jobs.cluster_settings import FOLDER, AwsSettings, ClusterSettings, GroupSettings
 
-Kind = Literal["generate", "train", "schedule", "raycronjob", "aws"]
-KINDS: tuple[Kind, ...] = ("generate", "train", "schedule", "raycronjob", "aws")
-FOLDER = Path(__file__).resolve().parent.parent / "cluster"
-SETTINGS = FOLDER / "settings.yaml"
-
+Kind = Literal["generate", "train", "schedule", "raycronjob", "serve", "aws"]
+KINDS: tuple[Kind, ...] = ("generate", "train", "schedule", "raycronjob", "serve", "aws")
 _END_S = 10  # between the end of a pod's preStop and its death
-_SECRETS = ("access_key_id", "secret_access_key")
+_SECRETS = {"storage": ("access_key_id", "secret_access_key"), "api": ("tokens",)}
 _POD_FOLDER = "/etc/e2p"
-Name = Annotated[
-    str, StringConstraints(pattern=r"^[a-z]([-a-z0-9]{0,25}[a-z0-9])?$")
-]  # RayCronJob: 36 with "-schedule"
-Namespace = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
+_SOME_TOKEN = ("--api.tokens", json.dumps(["stands for those of the Secret"]))
 C = TypeVar("C", bound=Config)
-
-
-class HeadSettings(Section):
-    """The machine of the driver."""
-
-    cpus: int = Field(ge=1)
-    memory_gib: int = Field(ge=2)
-
-
-class GroupSettings(Section):
-    """A group of worker nodes, all alike."""
-
-    cpus: int = Field(ge=1)
-    gpus: int = Field(0, ge=0)
-    memory_gib: int = Field(ge=2)
-    min_nodes: int = Field(0, ge=0)
-    max_nodes: int = Field(ge=1)
-    spot: bool
-
-    @model_validator(mode="after")
-    def _ordered(self) -> GroupSettings:
-        if self.min_nodes > self.max_nodes:
-            raise ValueError(f"min_nodes {self.min_nodes} is more than max_nodes {self.max_nodes}")
-        return self
-
-
-class AwsSettings(Section):
-    """What `ray up` needs besides."""
-
-    region: str = Field(min_length=1)
-    head_type: str = Field(min_length=1)
-    plan_type: str = Field(min_length=1)
-    generate_type: str = Field(min_length=1)
-    disk_gib: int = Field(ge=50)
-    ami: str = Field("", pattern=r"^(ami-[0-9a-f]+)?$")
-    instance_profile: str = Field(min_length=1)
-
-
-class ClusterSettings(Section):
-    """cluster/settings.yaml; its comments say what is what."""
-
-    name: Name
-    image: str = Field(min_length=1)
-    namespace: Namespace
-    service_account: str = Field(min_length=1)
-    secret: str = Field(min_length=1)
-    schedule: str = Field(pattern=r"^\S+ \S+ \S+ \S+ \S+$")
-    time_zone: str = Field(min_length=1)
-    max_hours: float = Field(gt=0)
-    max_retries: int = Field(ge=0)
-    head: HeadSettings
-    plan_workers: GroupSettings
-    generate_workers: GroupSettings
-    spot_grace_s: int = Field(ge=1)
-    spot_labels: dict[str, str]
-    spot_taint: str
-    aws: AwsSettings
-
-
-def load_settings(path: Path, words: Sequence[str] = ()) -> ClusterSettings:
-    """The settings of a file, with `--key VALUE` options over them; ConfigError names every wrong key."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    given = parse_words(words, "jobs.cluster")
-    try:
-        return ClusterSettings.model_validate(_over(values, given))
-    except ValidationError as error:
-        raise ConfigError(explain(error, ClusterSettings, str(path), {"command line": given})) from error
-
-
-def _over(values: Any, given: dict[str, Any]) -> Any:
-    """The options' values instead of the file's."""
-    if not isinstance(values, dict):
-        return given or values
-    merged = dict(values)
-    for name, value in given.items():
-        merged[name] = _over(values.get(name), value) if isinstance(value, dict) else value
-    return merged
 
 
 def render(kind: Kind, settings: ClusterSettings, config: Path | None) -> str:
@@ -122,9 +34,11 @@ def render(kind: Kind, settings: ClusterSettings, config: Path | None) -> str:
     """
     if kind == "aws":
         return _as_yaml([_aws(settings)])
-    job = "train" if kind == "train" else "generate"
     if config is None:
         raise ConfigError(f"render {kind}: give the job's configuration with --config FILE")
+    if kind == "serve":
+        return _as_yaml(_ray_service(settings, config))
+    job = "train" if kind == "train" else "generate"
     text, places = _job_text(config, TrainConfig if job == "train" else JobConfig), _places(settings, job)
     ray_job = _ray_job(settings, job, places)
     config_map = _template("config_map", places)
@@ -164,6 +78,43 @@ def _ray_job(settings: ClusterSettings, job: str, places: dict[str, Any]) -> dic
     cluster["workerGroupSpecs"] = [_worker_group(settings, name, group, places) for name, group in groups.items()]
     ray_job["spec"]["rayClusterSpec"] = cluster
     return ray_job
+
+
+def _ray_service(settings: ClusterSettings, path: Path) -> list[dict[str, Any]]:
+    """The service with its configuration; a new projector in it is swapped in, anything else makes a new cluster."""
+    from e2p_ray.serve.app import serve_file  # Ray Serve takes seconds to import
+
+    text, group, options = _job_text(path, ServeConfig, *_SOME_TOKEN), settings.serve_workers, serve_options(settings)
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    config = load_config(
+        ServeConfig, ["--config", str(path), *words, *_SOME_TOKEN], prog="jobs.cluster", description=""
+    )
+    places = _places(settings, "serve")
+    config_map = _template("config_map", places)
+    config_map["data"] = {"serve.yaml": text}
+    service, cluster = _template("ray_service", places), _template("ray_cluster", places)
+    cluster["workerGroupSpecs"] = [_worker_group(settings, "serve", group, places)]
+    head, worker = (group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]))
+    # The application is built on any node, and all of them answer.
+    worker["volumes"] = head["volumes"]
+    worker["containers"][0]["volumeMounts"] = head["containers"][0]["volumeMounts"]
+    for pod in (head, worker):
+        pod["containers"][0]["ports"].append({"name": "serve", "containerPort": config.api.port})
+    service["spec"]["serveConfigV2"] = _as_yaml([serve_file(config, f"{_POD_FOLDER}/serve.yaml", options)])
+    service["spec"]["rayClusterConfig"] = cluster
+    return [config_map, service]
+
+
+def serve_options(settings: ClusterSettings) -> dict[str, str]:
+    """What is set over a serve.yaml on this cluster: sizes come from the settings, whatever the configuration says."""
+    group = settings.serve_workers
+    return {
+        "api.host": "0.0.0.0",
+        "workers.num_cpus": _actor_cpus(group),
+        "workers.num_gpus": str(min(group.gpus, 1)),
+        "replica.min_replicas": str(group.min_nodes * max(group.gpus, 1)),
+        "replica.max_replicas": str(_num_actors(group)),
+    }
 
 
 def _worker_group(settings: ClusterSettings, name: str, group: GroupSettings, places: dict[str, Any]) -> dict[str, Any]:
@@ -244,14 +195,15 @@ def _places(settings: ClusterSettings, job: str) -> dict[str, Any]:
     }
 
 
-def _job_text(path: Path, model: type[C]) -> str:
+def _job_text(path: Path, model: type[C], *words: str) -> str:
     """The configuration's text; ConfigError when the job would refuse it or when it holds secrets."""
-    config = load_config(model, ["--config", str(path)], prog="jobs.cluster", description="")
+    config = load_config(model, ["--config", str(path), *words], prog="jobs.cluster", description="")
     text = path.read_text(encoding="utf-8")
-    storage = (yaml.safe_load(text) or {}).get("storage") or {}
-    if any(storage.get(name) is not None for name in _SECRETS):
-        remedy = "put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into the Secret of the settings"
-        raise ConfigError(f"{path}: storage holds keys, and a ConfigMap is no place for them; {remedy}")
+    values = yaml.safe_load(text) or {}
+    for section, names in _SECRETS.items():
+        if any((values.get(section) or {}).get(name) for name in names):
+            remedy = "put AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and E2P_API__TOKENS into the Secret of the settings"
+            raise ConfigError(f"{path}: {section} holds keys, and a ConfigMap is no place for them; {remedy}")
     local = [uri for uri in _uris(config.resolved()) if not re.match(r"^[a-z0-9]+://", uri)]
     if local:
         raise ConfigError(f"{path}: no other machine sees {', '.join(local)}; use s3:// places on a cluster")

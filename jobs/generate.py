@@ -10,7 +10,7 @@ from e2p_ray.batch import BatchSummary, EngineFactory, run_batch
 from e2p_ray.commit import PublishedTable, PublishedVersion, Run, load_run, publish, read_published
 from e2p_ray.commit.audit import published_ids, record
 from e2p_ray.config import JobConfig
-from e2p_ray.downstream.report import Report, build_report, read_report, render_terminal, write_report
+from e2p_ray.downstream.report import Report, build_report, read_report, render_terminal, with_consent, write_report
 from e2p_ray.errors import ConfigError, GateError
 from e2p_ray.plan import Plan
 from e2p_ray.update import Changes, Limits, Priority, defer_shards, make_update
@@ -106,9 +106,13 @@ def _done(
     report = build_report(
         storage, run, work.plan, config.resolved(), causes=changes.causes, num_removed=changes.num_removed
     )
+    report = with_consent(storage, report, config.inputs.users_uri)
     write_report(storage, run, report)
     if publish_it:
-        report = report.with_version(_published(config, setup, run))
+        version = _published(config, setup, run)
+        report = report.with_version(version)
+        if version.num_files_suppressed:  # some of these users may have opted out since the report was built
+            report = with_consent(storage, report, config.inputs.users_uri)
         write_report(storage, run, report)
     return report
 

@@ -23,7 +23,7 @@ class ProgressLine:
         self._terminal = self._stream.isatty()
         self._latest: BatchProgress | None = None
         self._started_s = time.monotonic()
-        self._stop = threading.Event()
+        self._stop, self._soon = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._tick, name="progress", daemon=True)
 
     def __enter__(self) -> ProgressLine:
@@ -34,15 +34,22 @@ class ProgressLine:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._stop.set()
+        self._soon.set()
         self._thread.join()
         self._write(last=True)
 
     def __call__(self, progress: BatchProgress) -> None:
         self._latest = progress
+        if progress.waits_for:
+            self._soon.set()
 
     def _tick(self) -> None:
         shown: BatchProgress | None = None
-        while not self._stop.wait(_TERMINAL_S if self._terminal else _PLAIN_S):
+        while not self._stop.is_set():
+            self._soon.wait(_TERMINAL_S if self._terminal else _PLAIN_S)
+            self._soon.clear()
+            if self._stop.is_set():
+                return
             if self._terminal or self._latest is not shown:
                 shown = self._latest
                 self._write()
@@ -71,7 +78,7 @@ def progress_text(progress: BatchProgress, elapsed_s: float) -> str:
         if left_s:
             parts.append(f"{duration_text(left_s)} left")
     else:
-        parts.append("starting")
+        parts.append(f"waiting: {progress.waits_for}" if progress.waits_for else "starting")
     parts.append(f"{duration_text(elapsed_s)} so far")
     if progress.num_failures:
         parts.append(f"{progress.num_failures:,} failed tries")

@@ -9,6 +9,7 @@ import sys
 from e2p_ray.commit import Run, load_run, pending_shards, publish
 from e2p_ray.commit.audit import published_ids, record
 from e2p_ray.config import JobConfig
+from e2p_ray.downstream.report import read_report, with_consent, write_report
 from e2p_ray.errors import ConfigError, IncompleteRunError
 from e2p_ray.storage import Storage
 from jobs.cli import Job, run_job
@@ -21,6 +22,8 @@ def publish_run(config: JobConfig, options: argparse.Namespace) -> None:
     run = load_run(storage, config.output.uri, options.run) if options.run else latest_complete(storage, config)
     version = publish(storage, run, config.gates, config.inputs.users_uri)
     record(storage, config.output.uri, "publish", published_ids(run, version))
+    if (report := read_report(storage, run)) is not None:
+        write_report(storage, run, with_consent(storage, report.with_version(version), config.inputs.users_uri))
     print_pairs(
         {
             "run": run.run_id,

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import UTC
 from typing import Any
 
 from e2p_ray.commit import Run, load_run
@@ -18,6 +19,7 @@ from jobs.cli import Job, run_job
 from jobs.tables import duration_text, print_pairs, print_table
 
 _MAX_NAMED = 10
+_MAX_CHARS = 300  # of a failure's message; --json has all of it
 
 
 def status(config: JobConfig, options: argparse.Namespace) -> None:
@@ -37,9 +39,9 @@ def status(config: JobConfig, options: argparse.Namespace) -> None:
     if rows:
         print_table(("so far", "requests"), rows)
     if progress.pending:
-        print_table(
-            ("pending shard", "requests", "what is known"), [_shard_row(s) for s in progress.pending[:_MAX_NAMED]]
-        )
+        # Those that failed first: there is something to do about them.
+        named = sorted(progress.pending, key=lambda shard: shard.failure is None)[:_MAX_NAMED]
+        print_table(("pending shard", "requests", "what is known"), map(_shard_row, named))
         if len(progress.pending) > _MAX_NAMED:
             print(f"... and {len(progress.pending) - _MAX_NAMED:,} more (--json lists all)")
 
@@ -61,7 +63,10 @@ def as_json(progress: RunProgress) -> dict[str, Any]:
     found = asdict(progress)
     for name in ("started_at", "last_finished_at", "looked_at"):
         found[name] = found[name].isoformat() if found[name] else None
-    derived = ("num_done", "rows_per_s", "left_s", "idle_s")
+    for shard in found["pending"]:
+        if shard["failure"]:
+            shard["failure"]["at"] = shard["failure"]["at"].isoformat()
+    derived = ("num_done", "num_failed", "rows_per_s", "left_s", "idle_s")
     return found | {name: getattr(progress, name) for name in derived}
 
 
@@ -73,9 +78,10 @@ def _pairs(progress: RunProgress) -> dict[str, str]:
         published = f"as version {shown}" + ("" if progress.is_current else " (readers see another one now)")
     else:
         published = "no" if progress.pending else "no: complete, jobs.publish makes it visible"
+    failed = f", {progress.num_failed:,} of these failed" if progress.num_failed else ""
     pairs = {
         "run": progress.run_id,
-        "shards": f"{progress.num_done:,} of {progress.num_shards:,} done, {len(progress.pending):,} pending",
+        "shards": f"{progress.num_done:,} of {progress.num_shards:,} done, {len(progress.pending):,} pending{failed}",
         "requests": f"{progress.num_requests:,} done, {'unknown' if pending is None else f'{pending:,}'} pending",
         "generated": f"{progress.num_generated:,} in {work}",
         "rows/s": "unknown" if progress.rows_per_s is None else f"{progress.rows_per_s:,.1f}",
@@ -103,9 +109,17 @@ def _shard_row(shard: PendingShard) -> tuple[str, str, str]:
     size = "?" if shard.num_requests is None else f"{shard.num_requests:,}"
     if not shard.is_planned:
         return shard.shard_id, size, "cannot be generated: its planned file is gone"
+    known = []
     if shard.num_pieces:
-        return shard.shard_id, size, f"it ended its workers; {shard.num_pieces:,} pieces of it are written"
-    return shard.shard_id, size, "its writer stopped before the marker" if shard.has_data else "no result yet"
+        known.append(f"it ended its workers; {shard.num_pieces:,} pieces of it are written")
+    elif shard.has_data:
+        known.append("its writer stopped before the marker")
+    if (failure := shard.failure) is not None:
+        when = failure.at.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        where = f" on {failure.worker}" if failure.worker else ""
+        message = failure.message if len(failure.message) <= _MAX_CHARS else failure.message[:_MAX_CHARS] + " ..."
+        known.append(f"failed at {when}, attempt {failure.attempt}{where}: {failure.error_type}: {message}")
+    return shard.shard_id, size, "; ".join(known) or "no result yet"
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -122,8 +136,8 @@ def main(words: Sequence[str]) -> int:
 JOB = Job(
     prog="jobs.status",
     description="Say how far a run is (usage: python -m jobs.status [RUN_ID] --config FILE): shards done and pending,\n"
-    "rows by status and reason, dead letters by code, rows per second, the time that is left, and whether it is\n"
-    "published. Reads storage only. What a failed shard's worker said is not there: the job that generates says it.",
+    "failed shards and why, rows by status and reason, dead letters by code, rows per second, the time that is left,\n"
+    "and whether it is published. Reads storage only.",
     config=JobConfig,
     call=status,
     add_options=_options,

@@ -1,10 +1,15 @@
-"""`python -m tests.fake_generate --config FILE`: jobs.generate with a slow engine that needs no model."""
+"""`python -m tests.fake_generate --config FILE`: jobs.generate with a slow engine that needs no model.
+
+Each call of the engine leaves an object beside the output, so that a test can tell what was written more than once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -20,12 +25,21 @@ from tests.small_job import fake_engine
 _PAUSE_S = 0.05
 
 
+def calls_uri(config: JobConfig) -> str:
+    """Where the engine's calls are written down, by every worker of every run of the job."""
+    return f"{config.output.uri}-calls"
+
+
 def slow_engine(config: JobConfig, storage: Storage) -> FakeEngine:
     """The fake engine, slow enough to be killed in the middle of a shard."""
     engine = fake_engine(config, storage)
     generate = engine.generate
 
     def slowly(groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+        groups = list(groups)
+        keys = [request.key for group in groups for request in group.requests if request.key.user_id]
+        call = json.dumps({"attempt": attempt, "keys": keys}).encode()
+        storage.write_bytes(f"{calls_uri(config)}/{time.time_ns()}-{uuid.uuid4().hex}.json", call)
         for completion in generate(groups, attempt=attempt):
             time.sleep(_PAUSE_S / 10)
             yield completion

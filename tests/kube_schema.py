@@ -101,6 +101,12 @@ RAY_JOB_SPEC = closed(
     ttlSecondsAfterFinished=COUNT,
     rayClusterSpec=RAY_CLUSTER,
 )
+RAY_SERVICE_SPEC = closed(
+    "serveConfigV2 rayClusterConfig",
+    serveConfigV2=TEXT,
+    rayClusterConfig=RAY_CLUSTER,
+    upgradeStrategy=closed("type", type={"enum": ["NewCluster", "NewClusterWithIncrementalUpgrade", "None"]}),
+)
 CRON_JOB_SPEC = closed(
     "schedule jobTemplate",
     schedule=CRON,
@@ -128,6 +134,7 @@ KINDS: dict[str, Schema] = {
     "RoleBinding": kind("rbac.authorization.k8s.io/v1", roleRef=ROLE_REF, subjects=listed(SUBJECT, 1)),
     "CronJob": kind("batch/v1", spec=CRON_JOB_SPEC),
     "RayJob": kind("ray.io/v1", spec=RAY_JOB_SPEC),
+    "RayService": kind("ray.io/v1", spec=RAY_SERVICE_SPEC),
     "RayCronJob": kind(
         "ray.io/v1",
         spec=closed("schedule jobTemplate", schedule=CRON, timeZone=TEXT, jobTemplate=RAY_JOB_SPEC),

@@ -24,6 +24,7 @@ import pytest
 from botocore.config import Config
 
 from e2p_ray.config import StorageConfig
+from e2p_ray.storage import Storage
 
 IS_LONG = bool(os.environ.get("E2P_TEST_LONG"))
 PLACES = ("local", "s3") if IS_LONG else ("local",)  # of tests whose like runs on S3 anyway
@@ -85,6 +86,14 @@ class S3Server:
         config = Config(request_checksum_calculation="when_required", s3={"addressing_style": "path"})
         session.client("s3", endpoint_url=self.endpoint_url, config=config).create_bucket(Bucket=bucket)
         return f"s3://{bucket}"
+
+
+def place_on(kind: str, request: pytest.FixtureRequest, tmp_path: Path, name: str = "out") -> tuple[Storage, str]:
+    """A storage, "local" or "s3", and an empty place of this name on it."""
+    if kind == "local":
+        return Storage(), str(tmp_path / name)
+    server: S3Server = request.getfixturevalue("s3_server")
+    return Storage(server.config), f"{server.new_bucket()}/{name}"
 
 
 def chosen_server() -> str:

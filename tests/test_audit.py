@@ -15,6 +15,7 @@ from e2p_ray.commit.audit import Entry, record, verify_log
 from e2p_ray.storage import Storage
 from jobs.backfill import backfill_run
 from jobs.cli import run_job
+from tests.s3 import place_on
 from tests.update_world import make_world
 
 NUM_ENTRIES = 5
@@ -22,10 +23,7 @@ NUM_ENTRIES = 5
 
 @pytest.fixture(params=["local", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Storage, str]:
-    if request.param == "local":
-        return Storage(), str(tmp_path / "out")
-    server = request.getfixturevalue("s3_server")
-    return Storage(server.config), f"{server.new_bucket()}/out"
+    return place_on(request.param, request, tmp_path)
 
 
 @pytest.fixture

@@ -16,14 +16,17 @@ from e2p_ray.batch import BatchProgress, ShardOutcome, run_batch
 from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import Tally
 from e2p_ray.batch.worker import ShardWorker, _said
-from e2p_ray.commit import Run, open_run, pending_shards, read_markers, verify
+from e2p_ray.commit import Run, open_run, pending_shards, publish, read_markers, verify
+from e2p_ray.commit.failures import failures_uri, read_failures
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.errors import ConfigError, GateError, IncompatibleError, IncompleteRunError, StorageError
 from e2p_ray.plan import make_plan, read_shard
 from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
 from e2p_ray.storage import Storage
+from tests.chaos.conservation import assert_conserved, readers_see
 from tests.small_job import DIM, SPACE, fake_engine, write_small_job
+from tests.test_jobs import expected_keys
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -154,6 +157,13 @@ def keys_of(job: Opened, *numbers: int) -> tuple[str, ...]:
     return tuple(found)
 
 
+def assert_published(job: Opened, *, num_users: int, num_dead_letters: int) -> None:
+    """What is left of a run after its trouble can be published, with nothing lost and nothing twice."""
+    gates = job.config.gates.model_copy(update={"max_dead_letter_share": 1.0})
+    publish(job.storage, job.run, gates, job.config.inputs.users_uri)
+    assert assert_conserved(job.config, expected_keys(num_users)).num_dead_letters == num_dead_letters
+
+
 @pytest.fixture
 def tries(tmp_path: Path) -> Path:
     folder = tmp_path / "tries"
@@ -175,7 +185,12 @@ def test_a_failing_shard_fails_alone_and_is_named(tmp_path: Path, tries: Path) -
     assert "same command again" in message
     assert caught.value.exit_code == 5
     assert poisoned.num_tries() == 2
+    (failure,) = read_failures(job.storage, job.run, job.run.shard_ids).values()
+    assert (failure.shard_id, failure.attempt, failure.error_type) == (bad, 2, "ValueError")
+    assert failure.message in message
+    assert ":" in failure.worker
     assert run_batch(job.config, job.storage, job.run, engine_factory=fake_engine).num_done == 1
+    assert not read_failures(job.storage, job.run, job.run.shard_ids), "a shard that is done did not fail"
 
 
 def test_a_passing_trouble_is_tried_again(tmp_path: Path, tries: Path) -> None:
@@ -193,6 +208,8 @@ def test_a_shard_that_kills_its_worker_takes_no_other_along(tmp_path: Path, trie
         run_batch(job.config, job.storage, job.run, engine_factory=poisoned)
     assert pending_shards(job.storage, job.run) == [job.run.shard_ids[1]]
     assert poisoned.num_tries() == 2  # one an attempt: Ray's own retries would go on for ever
+    (failure,) = read_failures(job.storage, job.run, job.run.shard_ids).values()
+    assert (failure.shard_id, failure.attempt, failure.error_type) == (job.run.shard_ids[1], 2, "WorkerDied")
 
 
 def rows_by_key(job: Opened, shard_id: str) -> dict[tuple[str, ...], tuple[Any, ...]]:
@@ -228,6 +245,8 @@ def test_a_poisonous_request_is_found_and_the_rest_of_its_shard_is_committed(tmp
         assert rows_by_key(job, shard_id) == expected
     assert verify(job.storage, job.run).num_dead_letters == verify(clean.storage, clean.run).num_dead_letters + 2
     assert not list(job.storage.list_objects(f"{job.run.uri}/pieces"))
+    assert not list(job.storage.list_objects(failures_uri(job.run)))
+    assert_published(job, num_users=6, num_dead_letters=2)
     # One attempt, halves of a shard of some four requests, and two tries alone, of each of the two.
     assert 2 * 3 <= poisoned.num_tries() <= 2 * 6
 
@@ -277,6 +296,8 @@ def test_a_worker_whose_engine_hangs_is_replaced(with_lock: bool, tmp_path: Path
     assert not pending_shards(job.storage, job.run)
     assert summary.num_attempts == 2, "the shard was tried again by another process"
     assert summary.num_dead_letters == 0
+    if with_lock:
+        assert_published(job, num_users=60, num_dead_letters=0)
 
 
 def without_logits(config: JobConfig, storage: Storage) -> FakeEngine:
@@ -305,6 +326,9 @@ def test_too_many_dead_letters_stop_a_run_within_a_shard(tmp_path: Path) -> None
     with pytest.raises(GateError, match="is stopped"):
         run_batch(job.config, job.storage, job.run, engine_factory=without_logits, max_dead_letters=50)
     assert len(read_markers(job.storage, job.run)) <= len(first) + 1, "the next call stops before it begins"
+    with pytest.raises(IncompleteRunError):
+        publish(job.storage, job.run, job.config.gates, job.config.inputs.users_uri)
+    assert readers_see(job.config) is None
     summary = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine, max_dead_letters=400)
     assert summary.num_dead_letters == 0
 
@@ -359,6 +383,17 @@ def test_a_worker_too_large_for_this_machine_is_refused(tmp_path: Path, monkeypa
     config, _ = write_small_job(tmp_path, workers={"num_cpus": 64, "num_gpus": 1})
     with pytest.raises(ConfigError, match=r"num_gpus 1 .* workers.ray_address"):
         check_resources(config)
+
+
+def test_what_a_cluster_lacks_is_told_until_a_worker_speaks() -> None:
+    told: list[BatchProgress] = []
+    tally = Tally(4, 0, told.append)
+    tally.wait_for("")
+    assert not told
+    tally.wait_for("no node has 8 GPUs")
+    assert told[-1].waits_for == "no node has 8 GPUs"
+    tally.add(ShardOutcome("a"))
+    assert told[-1].waits_for == ""
 
 
 def test_rates_count_from_the_first_shard() -> None:

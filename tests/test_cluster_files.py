@@ -24,11 +24,13 @@ from click import Command, UsageError
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from ray.serve.schema import ServeDeploySchema
 
 from e2p_ray.config import JobConfig, TrainConfig, load_config
 from e2p_ray.errors import ConfigError
 from jobs.cluster import main
-from jobs.cluster_files import KINDS, SETTINGS, Kind, entrypoint, load_settings, render
+from jobs.cluster_files import KINDS, Kind, entrypoint, render
+from jobs.cluster_settings import SETTINGS, load_settings
 from tests.kube_schema import autoscaler_schema, problems, published_schemas
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +51,9 @@ TRAIN = {
     "base_model": {"uri": "s3://bucket/model"},
     "tasks": JOB["tasks"],
 }
-KUBERNETES: tuple[Kind, ...] = ("generate", "train", "schedule", "raycronjob")
+SERVE = {**JOB, "api": {"rate_per_s": 10}}
+JOBS: tuple[Kind, ...] = ("generate", "train", "schedule", "raycronjob")
+KUBERNETES: tuple[Kind, ...] = (*JOBS, "serve")
 AMI = ("--aws.ami", "ami-0123456789abcdef0")
 
 
@@ -59,7 +63,7 @@ def configs(tmp_path: Path) -> dict[Kind, Path]:
     found: dict[Kind, Path] = {}
     for kind in KUBERNETES:
         found[kind] = tmp_path / f"{kind}.yaml"
-        text = yaml.safe_dump(TRAIN if kind == "train" else JOB, allow_unicode=True)
+        text = yaml.safe_dump({"train": TRAIN, "serve": SERVE}.get(kind, JOB), allow_unicode=True)
         found[kind].write_text(text, encoding="utf-8")
     return found
 
@@ -97,7 +101,7 @@ SIZES = [
 def test_manifests_hold_fields_that_exist(kind: Kind, words: tuple[str, ...], configs: dict[Kind, Path]) -> None:
     documents = list(with_hidden(rendered(kind, configs, *words)))
     assert [found for document in documents for found in problems(document)] == []
-    assert {"RayJob", "RayCronJob"} & {document["kind"] for document in documents}
+    assert {"RayJob", "RayCronJob", "RayService"} & {document["kind"] for document in documents}
 
 
 @pytest.mark.parametrize("kind", KUBERNETES)
@@ -150,7 +154,7 @@ def operator_problems(spec: dict[str, Any], name: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", KUBERNETES)
+@pytest.mark.parametrize("kind", JOBS)
 def test_the_operator_would_take_them(kind: Kind, configs: dict[Kind, Path]) -> None:
     documents = rendered(kind, configs, "--name", "n" * 27)
     spec = ray_job_spec(documents)
@@ -193,7 +197,7 @@ def parsed_entrypoint(documents: list[dict[str, Any]], folder: Path) -> JobConfi
     return config
 
 
-@pytest.mark.parametrize("kind", KUBERNETES)
+@pytest.mark.parametrize("kind", JOBS)
 def test_entry_points_parse_and_fit_the_pods(kind: Kind, configs: dict[Kind, Path], tmp_path: Path) -> None:
     documents = rendered(kind, configs)
     config = parsed_entrypoint(documents, tmp_path)
@@ -217,6 +221,37 @@ def test_actors_fill_their_nodes(gpus: int, cpus: int, actor_gpus: int, actor_cp
     assert options["--workers.num_gpus"] == str(actor_gpus)
     assert options["--workers.num_cpus"] == str(actor_cpus)
     assert options["--workers.max_size"] == str(num_actors)
+
+
+def test_a_service_builds_what_the_settings_say(configs: dict[Kind, Path], tmp_path: Path) -> None:
+    """The import path and arguments of the Serve config, called with the ConfigMap as a folder here."""
+    config_map, service = rendered("serve", configs, "--serve_workers.gpus", "0", "--serve_workers.max_nodes", "3")
+    assert not service["metadata"]["name"].endswith("-svc")
+    assert len(service["metadata"]["name"]) + len("-serve-svc") <= 63
+    deploy = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    (application,) = deploy.applications
+    module, _, function = application.import_path.partition(":")
+    cluster = service["spec"]["rayClusterConfig"]
+    pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    for pod in pods:  # any of them may build the application
+        assert pod["volumes"][0]["configMap"]["name"] == config_map["metadata"]["name"]
+        (mount,) = pod["containers"][0]["volumeMounts"]
+        assert application.args["config"] == f"{mount['mountPath']}/serve.yaml"
+        ports = {one["name"]: one["containerPort"] for one in pod["containers"][0]["ports"]}
+        assert ports["serve"] == deploy.http_options.port
+    assert deploy.http_options.host == "0.0.0.0"
+    (tmp_path / "mounted.yaml").write_text(config_map["data"]["serve.yaml"], encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("E2P_API__TOKENS", json.dumps(["a token of the secret"]))
+        build = getattr(importlib.import_module(module), function)
+        options = build({**application.args, "config": str(tmp_path / "mounted.yaml")})._bound_deployment
+    actor = options.ray_actor_options
+    limits = pods[1]["containers"][0]["resources"]["limits"]
+    assert (actor["num_cpus"], actor["num_gpus"]) == (limits["cpu"], 0)
+    scaling = options._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
+    with pytest.raises(ConfigError, match="tokens"):  # the control: nobody gave the secret
+        build({**application.args, "config": str(tmp_path / "mounted.yaml")})
 
 
 def test_control_a_wrong_option_or_module_does_not_parse(configs: dict[Kind, Path], tmp_path: Path) -> None:
@@ -449,6 +484,7 @@ def test_wrong_settings_are_named(words: tuple[str, ...], problem: str) -> None:
     [
         ({"output": {"uri": "/home/me/out"}}, "no other machine sees /home/me/out"),
         ({"storage": {"secret_access_key": "canary"}}, "a ConfigMap is no place"),
+        ({"api": {"tokens": ["canary canary canary"]}}, "a ConfigMap is no place"),
         ({"worker": {}}, "did you mean workers"),
     ],
 )
@@ -457,7 +493,7 @@ def test_a_configuration_that_no_cluster_can_run_is_refused(
 ) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump({**JOB, **changes}), encoding="utf-8")
-    assert main(["render", "generate", "--config", str(path)]) == 2
+    assert main(["render", "serve" if "api" in changes else "generate", "--config", str(path)]) == 2
     printed = capsys.readouterr()
     assert re.search(problem, printed.err)
     assert "canary" not in printed.out + printed.err

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -25,7 +27,8 @@ from deltalake import DeltaTable
 
 from e2p_ray.errors import ConfigError, E2PError
 from jobs.cluster import main
-from jobs.cluster_files import SETTINGS, load_settings, render
+from jobs.cluster_files import render
+from jobs.cluster_settings import SETTINGS, load_settings
 from jobs.cluster_submit import Api, submit
 from tests.small_job import write_small_job
 
@@ -195,9 +198,10 @@ def ray_with_token(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     sizes = {"num-cpus": 2, "object-store-memory": 200 * 2**20}
     words = [f"--{name}={value}" for name, value in (ports | sizes).items()]
     ray = str(Path(sys.executable).parent / "ray")
+    short = tempfile.mkdtemp(prefix="r")  # Ray puts sockets into it, whose paths may have 107 bytes
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(
-            [ray, "start", "--head", "--block", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}/ray", *words],
+            [ray, "start", "--head", "--block", "--dashboard-host=127.0.0.1", f"--temp-dir={short}", *words],
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -212,6 +216,7 @@ def ray_with_token(folder: Path, environment: dict[str, str]) -> Iterator[str]:
         except subprocess.TimeoutExpired:
             os.killpg(head.pid, signal.SIGKILL)
             head.wait()
+        shutil.rmtree(short, ignore_errors=True)
 
 
 def first_answer(address: str) -> int:
@@ -228,21 +233,20 @@ def first_answer(address: str) -> int:
 
 
 def test_a_job_from_a_laptop_runs_and_publishes_and_strangers_are_refused(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
 ) -> None:
-    folder = tmp_path_factory.mktemp("r")  # a short path: Ray puts sockets into it
-    config, path = write_small_job(folder)
+    config, path = write_small_job(tmp_path)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32, "RAY_USAGE_STATS_ENABLED": "0"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    with ray_with_token(folder, environment) as address:
+    with ray_with_token(tmp_path, environment) as address:
         assert first_answer(address) == 401
         words = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--"]
         words += ["python", "-m", "tests.fake_generate", "--config", str(path)]
         stranger = {**environment, "RAY_AUTH_TOKEN": "b" * 32}
         refused = subprocess.run(words, cwd=ROOT, env=stranger, capture_output=True, text=True, check=False)
         assert refused.returncode != 0
-        assert not (folder / "out").exists()
+        assert not (tmp_path / "out").exists()
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         assert "a" * 32 not in done.stdout + done.stderr

@@ -64,7 +64,7 @@ from e2p_ray.schema import (
     to_table,
 )
 from e2p_ray.storage import ObjectInfo, Storage, parquet_bytes
-from tests.s3 import S3Server
+from tests.s3 import place_on
 
 GATES = GatesConfig(max_fallback_share=0.9, max_dead_letter_share=0.9)
 NUM_SHARDS, NUM_USERS, NUM_CONTENTS = 4, 6, 3
@@ -189,28 +189,25 @@ def write_plan(world: World) -> None:
     world.storage.write_table(f"{world.run.plan_uri}/dead_letters/part-0.parquet", to_table(letters, DEAD_LETTERS))
 
 
-@pytest.fixture(params=["local", "s3"])
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
-    """A plan of four shards, a users table, a run that is open and has nothing yet."""
-    if request.param == "local":
-        storage, output_uri = Storage(), str(tmp_path / "out")
-    else:
-        server: S3Server = request.getfixturevalue("s3_server")
-        storage, output_uri = Storage(server.config), f"{server.new_bucket()}/out"
+def opened(storage: Storage, output_uri: str, resolved_config: dict[str, Any] | None = None) -> World:
+    """A world with a plan, a users table and an open run `run1` without a shard."""
     made = World(storage, output_uri, run_at(output_uri, "run1"))
     write_plan(made)
     made.write_users(users_table())
-    open_run(storage, made.run, {"storage": {"secret_access_key": "**********"}})
+    open_run(storage, made.run, resolved_config or {})
     return made
+
+
+@pytest.fixture(params=["local", "s3"])
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
+    """A plan of four shards, a users table, a run that is open and has nothing yet."""
+    return opened(*place_on(request.param, request, tmp_path), {"storage": {"secret_access_key": "**********"}})
 
 
 @pytest.fixture
 def local(tmp_path: Path) -> World:
     """The same on local files only, all shards committed."""
-    made = World(Storage(), str(tmp_path / "out"), run_at(str(tmp_path / "out"), "run1"))
-    write_plan(made)
-    made.write_users(users_table())
-    open_run(made.storage, made.run, {})
+    made = opened(Storage(), str(tmp_path / "out"))
     made.commit_pending()
     return made
 

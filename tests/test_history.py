@@ -12,13 +12,11 @@ from deltalake import DeltaTable
 
 import jobs.history
 import jobs.rollback
-from e2p_ray.commit import open_run
 from e2p_ray.commit.history import read_history
 from e2p_ray.commit.rollback import rollback
-from e2p_ray.storage import Storage
 from jobs.cli import run_job
-from tests.s3 import S3Server
-from tests.test_commit import World, run_at, users_table, write_plan
+from tests.s3 import place_on
+from tests.test_commit import opened
 from tests.update_world import make_world
 
 
@@ -84,15 +82,8 @@ def test_nothing_published(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
 @pytest.mark.parametrize("place", ["local", "s3"])
 def test_a_log_that_no_longer_reaches_back(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Old log entries go when a checkpoint holds what they said."""
-    if place == "local":
-        storage, output_uri = Storage(), str(tmp_path / "out")
-    else:
-        server: S3Server = request.getfixturevalue("s3_server")
-        storage, output_uri = Storage(server.config), f"{server.new_bucket()}/out"
-    world = World(storage, output_uri, run_at(output_uri, "run1"))
-    write_plan(world)
-    world.write_users(users_table())
-    open_run(storage, world.run, {})
+    storage, output_uri = place_on(place, request, tmp_path)
+    world = opened(storage, output_uri)
     world.commit_pending()
     world.publish()
     world.with_run("run2").publish()

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOM_OF_FILE: dict[str, str] = {}
 _BASE = {"errors", "config", "schema", "storage", "ray_session"}
 _MIDDLE = _BASE | {"plan", "check", "commit", "engine", "fingerprint"}
-_UPPER = _MIDDLE | {"generate"}
+_UPPER = _MIDDLE | {"generate", "loaded"}
 MAY_SEE: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
@@ -29,6 +29,7 @@ MAY_SEE: dict[str, set[str]] = {
     "engine": _BASE,
     "fingerprint": {"errors", "config", "schema"},
     "generate": _MIDDLE,
+    "loaded": _MIDDLE | {"generate"},
     "batch": _UPPER,
     "update": _BASE | {"plan", "commit", "fingerprint"},
     "serve": _UPPER,
@@ -41,9 +42,16 @@ MAY_SEE: dict[str, set[str]] = {
 MAY_USE = {
     "ray": {"ray_session", "plan", "batch", "serve", "train", "upstream", "jobs"},
     "torch": {"engine", "train", "evaluate", "demo"},
+    "fastapi": {"serve"},
     "transformers": {"engine", "train", "evaluate", "demo"},
 }
-TORCH_FREE = {"engine/__init__.py", "engine/contract.py", "engine/fake.py", "engine/manifest.py"}
+TORCH_FREE = {
+    "engine/__init__.py",
+    "engine/contract.py",
+    "engine/fake.py",
+    "engine/manifest.py",
+    "engine/node_cache.py",
+}
 _FORBIDDEN = {
     "eval",
     "exec",
@@ -202,6 +210,8 @@ def test_control_good_lines_pass() -> None:
         ("e2p_ray.fingerprint", ("torch", "transformers", "ray", "deltalake")),
         ("jobs.train", ("torch", "transformers")),
         ("jobs.evaluate", ("torch", "transformers")),
+        ("jobs.serve", ("torch", "transformers")),
+        ("e2p_ray.serve.client", ("torch", "transformers", "ray", "deltalake", "fastapi")),
     ],
 )
 def test_a_driver_stays_light(module: str, absent: tuple[str, ...]) -> None:

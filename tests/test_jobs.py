@@ -3,11 +3,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -224,106 +219,6 @@ def test_publish_without_a_run_says_so(tmp_path: Path, capsys: pytest.CaptureFix
     assert run_job(publish.JOB, ["--config", str(path), "--run", "nope"]) == 2
 
 
-# -- killed at any point, started again
-
-
-def _start(path: Path, ray_address: str | None, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.fake_generate", "--config", str(path)]
-    if ray_address:
-        command += ["--workers.ray_address", ray_address]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with log.open("ab") as stream:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
-
-
-def _num_objects(config: JobConfig, storage: Storage) -> int:
-    return sum(1 for _ in storage.list_objects(config.output.uri))
-
-
-def _kill_at(process: subprocess.Popen[bytes], num_objects: int, config: JobConfig, storage: Storage) -> bool:
-    """SIGKILL once the output holds so many objects; False when the job ended before that."""
-    while process.poll() is None:
-        if _num_objects(config, storage) >= num_objects:
-            process.kill()
-            process.wait()
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def _kill_and_resume(
-    config: JobConfig, path: Path, log: Path, num_kills: int, seed: int, ray_address: str | None
-) -> pa.Table:
-    """Kill the job at random points of its progress, each later than the last, then let it finish."""
-    storage = Storage(config.storage)
-    # Plan, run, shards (a planned file, a data file and a marker each), report, table.
-    points = sorted(random.Random(seed).sample(range(1, 32), num_kills))
-    killed = [_kill_at(_start(path, ray_address, log), point, config, storage) for point in points]
-    assert sum(killed) >= num_kills - 1, log.read_text(encoding="utf-8")
-    process = _start(path, ray_address, log)
-    assert process.wait(timeout=240) == 0, log.read_text(encoding="utf-8")[-4000:]
-    return published(config)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> dict[Key, tuple[str, str]]:
-    config, _ = write_small_job(tmp_path_factory.mktemp("whole"))
-    generate.generate_run(config, engine_factory=fake_engine)
-    return texts_of(published(config))
-
-
-@pytest.mark.timeout(600)
-def test_killed_at_random_points_on_a_shared_cluster(
-    tmp_path: Path, ray_cluster: None, uninterrupted: dict[Key, tuple[str, str]]
-) -> None:
-    import ray
-
-    address = ray.get_runtime_context().gcs_address
-    config, path = write_small_job(tmp_path)
-    table = _kill_and_resume(config, path, tmp_path / "log", num_kills=4, seed=1, ray_address=address)
-    assert keys_of(table) == expected_keys()
-    assert texts_of(table) == uninterrupted
-    assert DeltaTable(config.output.table_uri).version() == 0
-
-
-@pytest.mark.timeout(600)
-def test_killed_with_its_own_ray_on_a_real_s3_server(
-    s3_server: S3Server, tmp_path: Path, uninterrupted: dict[Key, tuple[str, str]]
-) -> None:
-    config, path = write_small_job(tmp_path, place=s3_server.new_bucket(), storage=s3_server.config)
-    table = _kill_and_resume(config, path, tmp_path / "log", num_kills=2, seed=2, ray_address=None)
-    assert keys_of(table) == expected_keys()
-    assert texts_of(table) == uninterrupted
-
-
-def test_control_a_lost_shard_is_not_published(
-    tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config, path = write_small_job(tmp_path)
-    report = generate.generate_run(config, engine_factory=fake_engine, publish_it=False)
-    victim = sorted(Path(config.output.table_uri, "data", report.run_id).iterdir())[0]
-    victim.unlink()
-    assert run_job(publish.JOB, ["--config", str(path)]) == 4
-    assert victim.stem in capsys.readouterr().err
-
-
-@pytest.mark.timeout(300)
-def test_interrupt_stops_cleanly_and_says_how_to_resume(tmp_path: Path, ray_cluster: None) -> None:
-    import ray
-
-    config, path = write_small_job(tmp_path)
-    storage, log = Storage(config.storage), tmp_path / "log"
-    process = _start(path, ray.get_runtime_context().gcs_address, log)
-    while process.poll() is None and not list(storage.list_objects(f"{config.output.uri}/runs")):
-        time.sleep(0.05)
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    said = process.wait(timeout=120), log.read_text(encoding="utf-8")
-    assert said[0] == 130, said[1]
-    assert "run the same command again" in said[1]
-    assert "Traceback" not in said[1]
-
-
 # -- words on the terminal
 
 
@@ -345,6 +240,7 @@ def test_progress_says_what_is_left() -> None:
     text = progress_text(_progress(), 15.0)
     assert text == ("[##########..........] 5/10 shards, 400 rows, 50.0 rows/s, 1,000 tokens/s, 10 s left, 15 s so far")
     assert "starting" in progress_text(_progress(num_done=0, num_done_here=0, num_requests=0), 3.0)
+    assert "waiting: no node" in progress_text(_progress(num_requests=0, waits_for="no node"), 3.0)
     assert "2 failed tries, attempt 2" in progress_text(_progress(num_failures=2, attempt=2), 3.0)
 
 

@@ -185,6 +185,8 @@ def test_a_real_run_is_counted_as_the_summary_and_the_rows_say(tmp_path: Path) -
         assert found[name] == {(): number}
     assert found["e2p_generating_seconds_total"][()] > 0
     assert not found["e2p_draft_tokens_total"]  # no request had a draft
+    assert found["e2p_workers_total"] == {("ready",): 2.0}  # one a pass: a failed shard is tried again by another pass
+    assert 0 < found["e2p_loading_seconds_total"][()] < found["e2p_workers_total"][("ready",)] * 60
 
 
 # Logs

@@ -20,6 +20,7 @@ from e2p_ray.engine.projector import Projector, ReferenceStatistics
 from e2p_ray.errors import ConfigError, IncompatibleError
 from e2p_ray.storage import Storage
 from tests import tiny_models
+from tests.s3 import place_on
 
 STORAGE = Storage()
 
@@ -47,10 +48,7 @@ def perturbed(**changes: Any) -> Projector:
 
 @pytest.fixture(params=["local", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Storage, str]:
-    if request.param == "local":
-        return STORAGE, str(tmp_path / "projector")
-    server = request.getfixturevalue("s3_server")
-    return Storage(server.config), f"{server.new_bucket()}/artifacts/projector"
+    return place_on(request.param, request, tmp_path, "artifacts/projector")
 
 
 class TestModule:

@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from deltalake import DeltaTable
 
 import jobs.publish
 import jobs.purge
+from e2p_ray.commit import load_run
 from e2p_ray.commit.audit import verify_log
+from e2p_ray.commit.failures import ShardFailure, write_failure
 from e2p_ray.commit.purge import find_users, purge_users
 from e2p_ray.commit.purge_table import read_state, swap_files
 from e2p_ray.commit.users_in import Users
@@ -311,6 +314,24 @@ def test_a_killed_purge_is_finished_by_the_next(tmp_path: Path, monkeypatch: pyt
     now = list(versions(world))
     assert now[: len(seen)] == seen
     assert len(now) == len(seen) + 1
+
+
+def test_notes_of_failures_that_name_them_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = make_world(tmp_path, monkeypatch)
+    report = world.run(publish_it=False)
+    run = load_run(world.storage, world.config.output.uri, report.run_id)
+    said = [
+        "1 request(s) planned, but without a result: user-004/content-01/headline",
+        "not: user-006/content-01/headline",
+    ]
+    said.append("AssertionError: 1 missing: [RequestKey(user_id='user-007', content_id='content-01')]")
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    for shard_id, message in zip(run.shard_ids[:3], said, strict=True):
+        write_failure(world.storage, run, ShardFailure(shard_id, 1, "ShardError", message, now, "host:1"))
+    assert find_users(world.storage, world.config.output.uri, USERS).by_place()["notes of failures"] == 2
+    purge(world)
+    assert mentions(objects(world)) == {}
+    assert [path.rpartition("/")[2] for path in objects(world) if "/failures/" in path] == [f"{run.shard_ids[1]}.json"]
 
 
 def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

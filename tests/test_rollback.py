@@ -24,8 +24,8 @@ from e2p_ray.errors import ConfigError, InputError, PublishConflictError
 from e2p_ray.schema import RequestKey
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
-from tests.s3 import PLACES, S3Server
-from tests.test_commit import World, run_at, users_table, write_plan
+from tests.s3 import PLACES, place_on
+from tests.test_commit import World, opened, run_at, users_table, write_plan
 from tests.update_world import make_world
 
 NUM_ROWS, NUM_FILES = 4 * 17, 4
@@ -33,10 +33,7 @@ NUM_ROWS, NUM_FILES = 4 * 17, 4
 
 def make(storage: Storage, output_uri: str) -> World:
     """Two published versions: run1, then run2."""
-    world = World(storage, output_uri, run_at(output_uri, "run1"))
-    write_plan(world)
-    world.write_users(users_table())
-    open_run(storage, world.run, {})
+    world = opened(storage, output_uri)
     world.commit_pending("run1")
     world.publish()
     world.with_run("run2").publish()
@@ -45,10 +42,7 @@ def make(storage: Storage, output_uri: str) -> World:
 
 @pytest.fixture(params=PLACES)
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
-    if request.param == "local":
-        return make(Storage(), str(tmp_path / "out"))
-    server: S3Server = request.getfixturevalue("s3_server")
-    return make(Storage(server.config), f"{server.new_bucket()}/out")
+    return make(*place_on(request.param, request, tmp_path))
 
 
 @pytest.fixture

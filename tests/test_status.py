@@ -11,30 +11,22 @@ from typing import Any
 
 import pytest
 
-from e2p_ray.commit import commit_shard, load_run, open_run, pending_shards
+from e2p_ray.commit import commit_shard, load_run, pending_shards
+from e2p_ray.commit.failures import ShardFailure, failures_uri, forget_failures, write_failure
 from e2p_ray.commit.progress import run_progress
-from e2p_ray.storage import Storage
 from e2p_ray.update import Limits
 from jobs.status import main
-from tests.s3 import PLACES, S3Server
-from tests.test_commit import NOW, STATS, World, run_at, users_table, write_plan
+from tests.s3 import PLACES, place_on
+from tests.test_commit import NOW, STATS, World, opened
 from tests.update_world import make_world
 
 
 @pytest.fixture(params=PLACES)
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
     """Four shards of 18 requests, none done, and a manifest as a plan ends with."""
-    if request.param == "local":
-        storage, output_uri = Storage(), str(tmp_path / "out")
-    else:
-        server: S3Server = request.getfixturevalue("s3_server")
-        storage, output_uri = Storage(server.config), f"{server.new_bucket()}/out"
-    made = World(storage, output_uri, run_at(output_uri, "run1"))
-    write_plan(made)
-    made.write_users(users_table())
-    open_run(storage, made.run, {})
+    made = opened(*place_on(request.param, request, tmp_path))
     manifest = {"shards": [[shard_id, 18, 3, 1000, 7] for shard_id in made.run.shard_ids]}
-    storage.write_bytes(f"{made.run.plan_uri}/manifest.json", json.dumps(manifest).encode())
+    made.storage.write_bytes(f"{made.run.plan_uri}/manifest.json", json.dumps(manifest).encode())
     return made
 
 
@@ -95,6 +87,50 @@ def test_what_is_known_of_pending_shards(world: World) -> None:
     commit(world, "shard0", 0, 6)
     without = run_progress(world.storage, world.run)
     assert (without.num_pending_requests, without.left_s) == (None, None)
+
+
+def test_why_shards_failed_is_shown_until_they_are_done(world: World) -> None:
+    storage, run = world.storage, world.run
+    first = ShardFailure("shard1", 1, "StorageError", "s3 is away", NOW, "host:1")
+    last = replace(first, attempt=2, error_type="WorkerDied", message="no word " * 999, worker="")
+    write_failure(storage, run, first)
+    write_failure(storage, run, replace(first, shard_id="shard0"))
+    write_failure(storage, run, last)
+    found = {shard.shard_id: shard.failure for shard in run_progress(storage, run).pending}
+    assert found["shard0"] == replace(first, shard_id="shard0")
+    assert (found["shard2"], found["shard3"]) == (None, None)
+    kept = found["shard1"]
+    assert kept is not None
+    assert replace(kept, message=last.message) == last, "the last one counts"
+    assert 2000 < len(kept.message) < 2010
+    assert run_progress(storage, run).num_failed == 2
+    world.commit("shard0")
+    assert [shard.failure for shard in run_progress(storage, run).pending] == [kept, None, None]
+    forget_failures(storage, run, ["shard1"])
+    assert [info.name for info in storage.list_objects(failures_uri(run))] == ["shard1.json"]
+
+
+def test_failed_shards_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    world = make_world(tmp_path, monkeypatch)
+    report = world.run(publish_it=False)
+    run = load_run(world.storage, world.config.output.uri, report.run_id)
+    for shard_id in run.shard_ids:
+        world.storage.delete(run.marker_uri(shard_id))
+    bad = run.shard_ids[-1]
+    write_failure(world.storage, run, ShardFailure(bad, 2, "ValueError", "no such token", NOW, "host:7"))
+    monkeypatch.setattr("jobs.status._MAX_NAMED", 1)
+    words = [report.run_id, "--config", str(tmp_path / "job.yaml")]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert f"{len(run.shard_ids)} pending, 1 of these failed" in shown
+    why = "failed at 2026-01-02 03:04:05 UTC, attempt 2 on host:7: ValueError: no such token"
+    assert [why in line for line in shown.splitlines() if bad in line] == [True]
+    assert run.shard_ids[0] not in shown
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_failed"] == 1
+    assert found["pending"][-1]["failure"]["message"] == "no such token"
+    assert found["pending"][0]["failure"] is None
 
 
 def test_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,8 +22,8 @@ from e2p_ray.errors import IncompatibleError, PublishConflictError
 from e2p_ray.storage import Storage
 from e2p_ray.update import Limits
 from jobs.cli import run_job
-from tests.s3 import S3Server
-from tests.test_commit import World, run_at, users_table, write_plan
+from tests.s3 import place_on
+from tests.test_commit import World, opened, run_at, users_table, write_plan
 from tests.update_world import make_world
 
 HOUR_S = 3600.0
@@ -128,6 +128,7 @@ def make_old_world(tmp_path: Path) -> tuple[World, set[str]]:
         "runs/pending/markers/shard9.json",
         "runs/shown/dead_letters/shard9.parquet",
         "runs/pending/pieces/shard0/000000-000009.parquet",  # the shard is committed
+        "runs/pending/failures/shard0.json",
         "runs/nobody/notes.json",
         "plans/third/shards/shard9.parquet",
         "plans/unfinished/shards/shard0.parquet",
@@ -152,6 +153,7 @@ def make_old_world(tmp_path: Path) -> tuple[World, set[str]]:
     ):
         write(first, name, old=True)
     write(first, "runs/pending/pieces/shard3/000000-000009.parquet", old=True)  # the next try goes on with it
+    write(first, "runs/pending/failures/shard3.json", old=True)
     return third, gone
 
 
@@ -205,15 +207,8 @@ def test_the_limit_decides(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["local", "s3"])
 def test_on_both_kinds_of_storage(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if place == "local":
-        storage, output_uri = Storage(), str(tmp_path / "out")
-    else:
-        server: S3Server = request.getfixturevalue("s3_server")
-        storage, output_uri = Storage(server.config), f"{server.new_bucket()}/out"
-    world = World(storage, output_uri, run_at(output_uri, "run1"))
-    write_plan(world)
-    world.write_users(users_table())
-    open_run(storage, world.run, {})
+    storage, output_uri = place_on(place, request, tmp_path)
+    world = opened(storage, output_uri)
     world.commit_pending()
     world.publish()
     second = world.with_run("run2")

@@ -9,6 +9,7 @@ down to the requests that do it; these become dead letters, and the rest of the 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,14 +18,16 @@ import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from e2p_ray import errors
+from e2p_ray.batch.failures import FailureNotes
 from e2p_ray.batch.limit import DeadLetterLimit
 from e2p_ray.batch.poison import PoisonSearch
 from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import BatchProgress, BatchSummary, ShardOutcome, Tally
-from e2p_ray.batch.worker import EngineFactory, ShardWorker, last_line
+from e2p_ray.batch.worker import ShardWorker, last_line
 from e2p_ray.commit import Run, pending_shards
 from e2p_ray.config import JobConfig
-from e2p_ray.errors import E2PError, IncompleteRunError, RunError
+from e2p_ray.errors import ConfigError, E2PError, IncompleteRunError, RunError
+from e2p_ray.loaded import EngineFactory
 from e2p_ray.ray_session import quiet_ray_data_log, ray_session
 from e2p_ray.storage import Storage
 
@@ -57,11 +60,12 @@ def run_batch(
     pending = pending_shards(storage, run)
     tally = Tally(len(run.shard_ids), len(run.shard_ids) - len(pending), on_progress)
     limit = DeadLetterLimit(storage, run, max_dead_letters)
+    notes = FailureNotes(storage, run, tally)
     limit.check(tally)
 
     def one_pass(pieces: Sequence[Mapping[str, Any]]) -> None:
         left_s = None if max_seconds is None else max_seconds - tally.progress().generating_s
-        _one_pass(config, pieces, (config, storage, run, engine_factory, left_s), tally, limit)
+        _one_pass(config, pieces, (config, storage, run, engine_factory, left_s), tally, limit, notes)
 
     if pending:
         with ray_session(config.workers.ray_address):
@@ -76,6 +80,7 @@ def run_batch(
                 search = PoisonSearch(storage, run, config.workers.max_poison_requests, tally, one_pass)
                 search.among(pending)
                 pending = pending_shards(storage, run)
+    notes.forget_all_but(pending)
     if pending and not (tally.num_late and tally.done):
         raise IncompleteRunError(_what_is_left(run, pending, tally))
     return tally.summary(pending)
@@ -87,10 +92,12 @@ def _one_pass(
     arguments: tuple[Any, ...],
     tally: Tally,
     limit: DeadLetterLimit,
+    notes: FailureNotes,
 ) -> None:
     """Each of these shards or pieces once; `arguments` make a worker."""
-    check_resources(config)
+    tally.wait_for(check_resources(config))
     tally.pass_failure = ""
+    silent = Counter(str(piece["shard_id"]) for piece in pieces)
     context = DataContext.get_current().copy()
     with DataContext.current(_configured(context, config)), quiet_ray_data_log():
         rows = _dataset(config, pieces, arguments)
@@ -99,6 +106,9 @@ def _one_pass(
                 for row in pa.table(block).to_pylist():
                     outcome = ShardOutcome(**row)
                     tally.add(outcome)
+                    silent[outcome.shard_id] -= 1
+                    if outcome.error_type:
+                        notes.said(outcome)
                     if outcome.fatal:
                         raise _as_raised(outcome)
                     limit.check(tally)
@@ -106,6 +116,12 @@ def _one_pass(
             raise
         except Exception as error:  # noqa: BLE001 - whatever Ray Data gave up on, the markers know what is left
             tally.pass_failure = last_line(error)
+    if tally.pass_failure and tally.waits_for and (missing := check_resources(config)):
+        raise ConfigError(
+            f"{missing}, and none that has came within workers.max_stall_s, {config.workers.max_stall_s:g} s. "
+            "Lower them, or add such a node"
+        )
+    notes.unsaid(+silent)
 
 
 def _configured(context: DataContext, config: JobConfig) -> DataContext:

@@ -6,6 +6,7 @@ from collections import Counter
 
 from e2p_ray.batch.tally import Tally
 from e2p_ray.commit import Run
+from e2p_ray.commit.run import dead_letter_codes
 from e2p_ray.errors import GateError
 from e2p_ray.schema import ErrorCode
 from e2p_ray.storage import Storage
@@ -32,8 +33,6 @@ class DeadLetterLimit:
 
     def _codes(self) -> Counter[str]:
         """The dead letters of all committed shards by code."""
-        found = Counter[str]()
-        for info in self._storage.list_objects(self._run.dead_letters_uri):
-            found.update(self._storage.read_table(info.uri, ["error_code"])["error_code"].to_pylist())
+        found = dead_letter_codes(self._storage, self._run.dead_letters_uri)
         found.pop(ErrorCode.DEFERRED, None)  # nothing is wrong with those
         return found

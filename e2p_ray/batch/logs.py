@@ -30,9 +30,8 @@ class ActorLog:
 
     def __init__(self, *, on: bool, run_id: str, worker: str) -> None:
         self._always: dict[str, Value] = {"run_id": run_id, "worker": worker}
-        self._logger = logging.Logger(
-            _LOGGER, logging.INFO
-        )  # of its own: Ray's handlers would write the line once more
+        # Of its own: Ray's handlers would write the line once more.
+        self._logger = logging.Logger(_LOGGER, logging.INFO)
         self._logger.disabled = not on
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonLines())

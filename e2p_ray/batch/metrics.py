@@ -34,6 +34,8 @@ DRAFT_TOKENS = MetricName("e2p_draft_tokens_total", (), "Guessed tokens, run thr
 ACCEPTED_TOKENS = MetricName("e2p_accepted_draft_tokens_total", (), "Guessed tokens that the model wrote as well")
 GENERATING = MetricName("e2p_generating_seconds_total", (), "Time in the engine and the checks, summed over actors")
 SHARDS = MetricName("e2p_shards_total", ("outcome",), "Shards by outcome: done, piece (part of one), failed (each try)")
+WORKERS = MetricName("e2p_workers_total", ("outcome",), "Actors by what became of their start: ready, refused")
+LOADING = MetricName("e2p_loading_seconds_total", (), "Time until actors were ready, summed over them")
 
 METRICS = (
     ROWS,
@@ -45,6 +47,8 @@ METRICS = (
     ACCEPTED_TOKENS,
     GENERATING,
     SHARDS,
+    WORKERS,
+    LOADING,
 )
 
 
@@ -53,6 +57,15 @@ class BatchMetrics:
 
     def __init__(self) -> None:
         self._counters = {metric: Counter(metric.name, metric.says, metric.labels) for metric in METRICS}
+
+    def worker_ready(self, seconds_s: float) -> None:
+        """Count a start, and how long the artifacts took to find, fetch and load."""
+        self._add(WORKERS, 1, {"outcome": "ready"})
+        self._add(LOADING, seconds_s)
+
+    def worker_refused(self) -> None:
+        """Count an actor that can write nothing: a missing GPU, artifacts that do not belong together."""
+        self._add(WORKERS, 1, {"outcome": "refused"})
 
     def shard_done(
         self,

@@ -1,4 +1,4 @@
-"""Whether the Ray that was found is large enough for one worker."""
+"""Whether the Ray that was found has a node that is large enough for one worker."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ from e2p_ray.errors import ConfigError
 from e2p_ray.ray_session import alive_nodes, only_machine
 
 
-def check_resources(config: JobConfig) -> None:
-    """Refuse a worker that no node of a cluster of fixed size can hold; Ray would wait for it without a word."""
+def check_resources(config: JobConfig) -> str:
+    """Refuse a worker that this machine cannot hold; Ray would wait for it without a word.
+
+    A cluster may grow: where none of its nodes can hold one yet, what is waited for is returned; else nothing.
+    """
     wanted = {"CPU": config.workers.num_cpus, "GPU": config.workers.num_gpus}
-    if any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in alive_nodes()):
-        return
+    nodes = alive_nodes()
+    if any(all(node.get(name, 0) >= value for name, value in wanted.items()) for node in nodes):
+        return ""
     machine = only_machine(config.workers.ray_address)
     if machine is not None:
         here = {name: machine.get(name, 0) for name in wanted}
@@ -19,3 +23,7 @@ def check_resources(config: JobConfig) -> None:
             f"workers.num_cpus {wanted['CPU']:g} and workers.num_gpus {wanted['GPU']:g} are more than this machine has "
             f"({here['CPU']:g} and {here['GPU']:g}). Lower them, or set workers.ray_address to a cluster"
         )
+    return (
+        f"none of the cluster's {len(nodes)} nodes has the {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs of one "
+        "worker (workers.num_cpus, workers.num_gpus)"
+    )

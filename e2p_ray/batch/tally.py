@@ -27,6 +27,7 @@ class ShardOutcome:
     fatal: bool = False  # no other shard will fare better
     late: bool = False  # not begun, because the run's time was over
     is_piece: bool = False  # of a part of the shard: the shard is not done with it
+    worker: str = ""  # host:pid of who failed
 
     @property
     def is_ours(self) -> bool:
@@ -50,6 +51,7 @@ class BatchProgress:
     num_failures: int  # failed tries; a shard may be done in a later one
     attempt: int
     generating_s: float
+    waits_for: str = ""  # what the cluster lacks for any worker to start
 
     @property
     def rows_per_s(self) -> float:
@@ -90,13 +92,21 @@ class Tally:
         self.num_late = 0
         self.failures: list[ShardOutcome] = []
         self.pass_failure = ""
+        self.waits_for = ""
         self._on_progress = on_progress
 
     def next_attempt(self) -> None:
         self.attempt += 1
         self._report()
 
+    def wait_for(self, missing: str) -> None:
+        """Tell what the cluster lacks, until a worker says something; nothing where it lacks nothing."""
+        self.waits_for = missing
+        if missing:
+            self._report()
+
     def add(self, outcome: ShardOutcome) -> None:
+        self.waits_for = ""
         if outcome.late:
             self.num_late += 1
         elif outcome.error_type:
@@ -128,6 +138,7 @@ class Tally:
             num_failures=len(self.failures),
             attempt=self.attempt,
             generating_s=finished - started,
+            waits_for=self.waits_for,
         )
 
     def summary(self, left: Sequence[str] = ()) -> BatchSummary:

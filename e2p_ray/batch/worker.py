@@ -8,7 +8,7 @@ import re
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
@@ -22,14 +22,13 @@ from e2p_ray.batch.watchdog import Watchdog
 from e2p_ray.commit import Run, ShardStats, commit_shard
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.contract import TextEngine
-from e2p_ray.errors import E2PError, RunError
-from e2p_ray.generate import Generator
+from e2p_ray.errors import E2PError, IncompatibleError, RunError
+from e2p_ray.loaded import EngineFactory, LoadedGenerator
 from e2p_ray.plan import read_shard
 from e2p_ray.schema import DeadLetter, Generation, Group
 from e2p_ray.storage import Storage
 
-EngineFactory = Callable[[JobConfig, Storage], TextEngine]
-
+_MAX_CHARS = 200  # of a stranger's message
 _NUMBERS = re.compile(r"[\[(][^\[\]()]*\d\.\d[^\[\]()]*[\])]?")
 
 
@@ -56,14 +55,17 @@ class ShardWorker:
         self._log = ActorLog(on=config.workers.log_shards, run_id=run.run_id, worker=self._worker)
         clock = time.perf_counter()
         try:
-            self._engine = (engine_factory or _load_engine)(config, storage)
-            self._generator = Generator(self._engine, config, run.run_id)
+            self._generator = LoadedGenerator(config, storage, run.run_id, engine_factory=engine_factory)
+            _refuse_other_artifacts(self._generator.engine, run)
         except RunError as error:  # the same on every node: said once instead of tried again
             self._refusal = error
+            self._metrics.worker_refused()
             self._log.error("worker_refused", error_type=type(error).__name__, message=str(error))
         else:
-            ids = {"projector_id": self._engine.projector_id, "base_model_id": self._engine.base_model_id}
-            self._log.info("worker_ready", seconds_s=round(time.perf_counter() - clock, 3), **ids)
+            ids = {"projector_id": self._generator.projector_id, "base_model_id": self._generator.base_model_id}
+            seconds_s = time.perf_counter() - clock
+            self._metrics.worker_ready(seconds_s)
+            self._log.info("worker_ready", seconds_s=round(seconds_s, 3), **ids)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         row = batch.to_pylist()[0]
@@ -77,7 +79,7 @@ class ShardWorker:
                 return _as_row(ShardOutcome(shard_id, late=True))
             outcome = self._write(shard_id, piece, started_at)
         except Exception as error:  # noqa: BLE001 - one shard's trouble must not become the trouble of the others
-            outcome = replace(_failed(shard_id, error, started_at), is_piece=piece is not None)
+            outcome = replace(_failed(shard_id, error, started_at), is_piece=piece is not None, worker=self._worker)
             self._metrics.shard_failed()
             self._log.error("shard_failed", shard_id=shard_id, error_type=outcome.error_type, message=outcome.message)
         return _as_row(outcome)
@@ -92,10 +94,10 @@ class ShardWorker:
         groups = read_shard(self._storage, self._run.plan_uri, shard_id)
         if piece is not None:
             groups = piece.of(groups)
-        before, clock = self._engine.stats, time.perf_counter()
-        with Watchdog(self._engine, self._max_step_s):
+        before, clock = self._generator.stats, time.perf_counter()
+        with Watchdog(self._generator.engine, self._max_step_s):
             generations, dead_letters = self._generator.generate(groups, shard_id=shard_id)
-        work = self._engine.stats - before
+        work = self._generator.stats - before
         finished_at = datetime.now(UTC)
         stats = ShardStats(
             num_requests=len(generations) + len(dead_letters),
@@ -159,15 +161,16 @@ def _drafts(groups: Sequence[Group], generations: Sequence[Generation]) -> dict[
     return {"num_drafts": sum(row.key in drafts for row in generations), "num_texts_kept": num_kept}
 
 
-def _load_engine(config: JobConfig, storage: Storage) -> TextEngine:
-    # torch is loaded in the workers, not in the driver
-    if config.engine.kind == "vllm":
-        from e2p_ray.engine.vllm_engine import load_vllm_engine
-
-        return load_vllm_engine(config, storage)
-    from e2p_ray.engine.engine import load_engine
-
-    return load_engine(config, storage)
+def _refuse_other_artifacts(engine: TextEngine, run: Run) -> None:
+    """A projector or base model that was replaced since the run was opened would write texts that are not the run's."""
+    for what in ("projector_id", "base_model_id", "embedding_space"):
+        opened, loaded = getattr(run, what), getattr(engine, what)
+        if opened != loaded:
+            raise IncompatibleError(
+                f"run {run.run_id} was opened with {what} {opened!r}, this worker loaded {loaded!r}: it was replaced "
+                "meanwhile. What is committed stays with its run. Run the same command again: it makes a run of what "
+                "is there now; or put the old one back, and it resumes"
+            )
 
 
 def _failed(shard_id: str, error: Exception, started_at: datetime) -> ShardOutcome:
@@ -188,7 +191,9 @@ def _said(error: Exception) -> str:
     if isinstance(error, E2PError):
         return str(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    first = (str(error).splitlines() or [""])[0][:200]
+    first = (str(error).splitlines() or [""])[0]
+    if len(first) > _MAX_CHARS:  # without a word that is cut: no purge would find half a user id
+        first = first[:_MAX_CHARS].rpartition(" ")[0] + " ..."
     return f"{_NUMBERS.sub('[numbers]', first)} ({os.path.basename(frame.filename)}:{frame.lineno})"
 
 

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 
@@ -102,8 +102,8 @@ def verify_log(storage: Storage, output_uri: str, known: str | None = None) -> A
     `known` is a hash that was noted down earlier: of the log's last entry then.
     """
     folder = _folder(output_uri)
-    names = [info.uri.rpartition("/")[2] for info in storage.list_objects(folder)]
-    numbers = sorted(int(found[1]) for name in names if (found := _ENTRY.fullmatch(name)))
+    names = [info.name for info in storage.list_objects(folder)]
+    numbers = _numbers(names)
     blobs = dict(zip(numbers, map_ahead(lambda n: storage.read_bytes(_uri(folder, n)), numbers), strict=True))
     head = _read_head(storage, folder)
     last = max([*numbers, head.number if head else -1])
@@ -188,11 +188,17 @@ def _last(storage: Storage, folder: str) -> _Head:
     """The last entry that is known of: appending goes on from there, also where entries were removed."""
     if (head := _read_head(storage, folder)) is not None:
         return head
-    names = [info.uri.rpartition("/")[2] for info in storage.list_objects(folder)]
-    numbers = [int(found[1]) for name in names if (found := _ENTRY.fullmatch(name))]
+    numbers = _numbers(info.name for info in storage.list_objects(folder))
     if not numbers:
-        return _Head(-1, _FIRST)
-    return _Head(max(numbers), _digest(storage.read_bytes(_uri(folder, max(numbers)))))
+        # Before the first entry, so that a writer killed after it does not look like somebody who removed the head.
+        _write_head(storage, folder, start := _Head(-1, _FIRST))
+        return start
+    return _Head(numbers[-1], _digest(storage.read_bytes(_uri(folder, numbers[-1]))))
+
+
+def _numbers(names: Iterable[str]) -> list[int]:
+    """Those of the entries among these objects, in order."""
+    return sorted(int(found[1]) for name in names if (found := _ENTRY.fullmatch(name)))
 
 
 def _read_head(storage: Storage, folder: str) -> _Head | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import compress
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +35,20 @@ def without_consent(storage: Storage, users: HashSpool, users_uri: str) -> Hashe
                     current.add(hash_rows(_strings(batch["user_id"])), _consent_ranks(batch))
         pairs = zip(users.frames(), current.frames(), strict=True)
         return hashes_of(mine.join(its.filter(_WANTS_IT), on=["a", "b"], how="anti") for mine, its in pairs)
+
+
+def refusing(storage: Storage, user_ids: Iterable[str], users_uri: str) -> frozenset[str]:
+    """Those of a few users who do not want personalisation now, or are no longer in the users table.
+
+    Reads the columns of the whole table that it needs, once.
+    """
+    ids = sorted(set(user_ids))
+    if not ids:
+        return frozenset()
+    hashes = hash_rows(pa.array(ids, pa.string()))
+    with HashSpool() as asked:
+        asked.add(hashes)
+        return frozenset(compress(ids, is_among(hashes, without_consent(storage, asked, users_uri))))
 
 
 def suppress(storage: Storage, run: Run, files: tuple[DataFile, ...], refused: Hashes) -> tuple[DataFile, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
@@ -13,6 +14,7 @@ from urllib.parse import unquote
 
 import polars as pl
 from deltalake import DeltaTable
+from deltalake.transaction import AddAction
 
 from e2p_ray.commit.run import map_ahead
 from e2p_ray.commit.verify import DataFile
@@ -28,7 +30,26 @@ def data_files(table: DeltaTable) -> tuple[DataFile, ...]:
     return tuple(sorted((_data_file(row) for row in actions.iter_rows(named=True)), key=lambda file: file.path))
 
 
-def not_in_table(
+def paths_there(storage: Storage, table_uri: str) -> set[str]:
+    """Every object of the table by its path there: what a version names and this does not is gone."""
+    return {info.uri[len(table_uri) + 1 :] for info in storage.list_objects(table_uri)}
+
+
+def has_deletion_vectors(table: DeltaTable) -> bool:
+    """Whether rows may be deleted by files of another kind, which nothing here reads."""
+    return "deletionVectors" in (table.protocol().reader_features or ())
+
+
+def add_actions(
+    storage: Storage, table_uri: str, table: DeltaTable | None, files: Sequence[DataFile]
+) -> list[AddAction]:
+    """What an overwrite of the table by these files adds."""
+    now_ms = int(time.time() * 1000)
+    added = _not_in_table(storage, table_uri, table, files)
+    return [AddAction(file.path, file.size_bytes, {}, now_ms, True, file.statistics) for file in added]
+
+
+def _not_in_table(
     storage: Storage, table_uri: str, table: DeltaTable | None, files: Sequence[DataFile]
 ) -> list[DataFile]:
     """The same files, with copies in place of those that the table shows now.

@@ -8,7 +8,7 @@ from typing import Any
 
 from deltalake import DeltaTable
 
-from e2p_ray.commit.data_files import data_files
+from e2p_ray.commit.data_files import data_files, paths_there
 from e2p_ray.commit.published import UPKEEP, open_table
 from e2p_ray.errors import StorageError
 from e2p_ray.storage import Storage
@@ -49,7 +49,7 @@ def read_history(storage: Storage, table_uri: str, max_versions: int) -> tuple[T
     if table is None:
         return ()
     commits = commits_of(table)
-    present = {info.uri[len(table_uri) + 1 :] for info in storage.list_objects(table_uri)}
+    present = paths_there(storage, table_uri)
     rows = [version for version in sorted(commits, reverse=True) if commits[version].get("operation") not in UPKEEP]
     return tuple(_version(storage, table, table_uri, commits, version, present) for version in rows[:max_versions])
 

@@ -1,19 +1,19 @@
-"""How far a run is, from storage alone: markers, data files, the plan's manifest and the table's history."""
+"""How far a run is, from storage alone: markers, data files, failures, the plan's manifest, the table's history."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from e2p_ray.commit.history import commits_of
+from e2p_ray.commit.failures import ShardFailure, read_failures
+from e2p_ray.commit.history import commits_of, is_published
 from e2p_ray.commit.published import open_table
-from e2p_ray.commit.run import Run, pending_shards, read_markers
+from e2p_ray.commit.run import Run, dead_letter_codes, pending_shards, read_markers, summed
 from e2p_ray.errors import ObjectNotFoundError
-from e2p_ray.schema import DEAD_LETTERS
 from e2p_ray.storage import Storage
 
 _PAUSE_S = 30.0  # no worker was at any shard for this long: the job was not running
@@ -21,13 +21,14 @@ _PAUSE_S = 30.0  # no worker was at any shard for this long: the job was not run
 
 @dataclass(frozen=True)
 class PendingShard:
-    """A shard without a marker. What its workers said stands in no object: they tell their driver alone."""
+    """A shard without a marker."""
 
     shard_id: str
     num_requests: int | None  # None when the plan's manifest is gone
     has_data: bool  # its writer stopped between data and marker; the next try ends with this data
     num_pieces: int  # written of it, because it ended its workers in every attempt and is being halved
     is_planned: bool  # False: its planned file is gone, so that nobody can generate it
+    failure: ShardFailure | None = None  # of its last try; None before one failed
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class RunProgress:
     @property
     def num_done(self) -> int:
         return self.num_shards - len(self.pending)
+
+    @property
+    def num_failed(self) -> int:
+        """Pending shards whose last try failed."""
+        return sum(shard.failure is not None for shard in self.pending)
 
     @property
     def rows_per_s(self) -> float | None:
@@ -88,10 +94,10 @@ def run_progress(storage: Storage, run: Run, now: datetime | None = None) -> Run
         pending=pending,
         num_requests=sum(marker["num_requests"] for marker in markers),
         num_pending_requests=None if None in sizes else sum(size or 0 for size in sizes),
-        statuses=_summed(marker["statuses"] for marker in markers),
-        reasons=_summed(marker["reasons"] for marker in markers),
-        error_codes=_summed(marker["error_codes"] for marker in markers),
-        plan_error_codes=_plan_error_codes(storage, run),
+        statuses=_sorted(summed(markers, "statuses")),
+        reasons=_sorted(summed(markers, "reasons")),
+        error_codes=_sorted(summed(markers, "error_codes")),
+        plan_error_codes=_sorted(dead_letter_codes(storage, f"{run.plan_uri}/dead_letters")),
         num_generated=sum(_num_generated(stats) for stats in generated),
         generating_s=_covered_s(spans),
         num_workers=len({stats["worker"] for stats in generated}),
@@ -111,14 +117,22 @@ def _pending(storage: Storage, run: Run) -> tuple[PendingShard, ...]:
     planned = _stems(storage, f"{run.plan_uri}/shards")
     sizes = _planned_sizes(storage, run)
     pieces = Counter(info.uri.split("/")[-2] for info in storage.list_objects(f"{run.uri}/pieces"))
+    failures = read_failures(storage, run, left)
     return tuple(
-        PendingShard(shard_id, sizes.get(shard_id), shard_id in with_data, pieces[shard_id], shard_id in planned)
+        PendingShard(
+            shard_id=shard_id,
+            num_requests=sizes.get(shard_id),
+            has_data=shard_id in with_data,
+            num_pieces=pieces[shard_id],
+            is_planned=shard_id in planned,
+            failure=failures.get(shard_id),
+        )
         for shard_id in left
     )
 
 
 def _stems(storage: Storage, uri: str) -> set[str]:
-    return {info.uri.rpartition("/")[2].removesuffix(".parquet") for info in storage.list_objects(uri)}
+    return {info.name.removesuffix(".parquet") for info in storage.list_objects(uri)}
 
 
 def _planned_sizes(storage: Storage, run: Run) -> dict[str, int]:
@@ -130,25 +144,15 @@ def _planned_sizes(storage: Storage, run: Run) -> dict[str, int]:
     return {shard_id: num_requests for shard_id, num_requests, *_ in manifest["shards"]}
 
 
-def _plan_error_codes(storage: Storage, run: Run) -> dict[str, int]:
-    counts: Counter[str] = Counter()
-    for info in storage.list_objects(f"{run.plan_uri}/dead_letters"):
-        counts.update(storage.read_table(info.uri, DEAD_LETTERS.names[:4])["error_code"].to_pylist())
-    return dict(sorted(counts.items()))
-
-
 def _versions(storage: Storage, run: Run) -> tuple[tuple[int, ...], bool]:
     table = open_table(storage, run.table_uri)
-    shown = {v: str(c["run_id"]) for v, c in commits_of(table).items() if "files_digest" in c} if table else {}
+    shown = {v: str(c["run_id"]) for v, c in commits_of(table).items() if is_published(c)} if table else {}
     mine = tuple(sorted(version for version, run_id in shown.items() if run_id == run.run_id))
     return mine, bool(mine) and mine[-1] == max(shown)
 
 
-def _summed(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for some in counts:
-        total.update(some)
-    return dict(sorted(total.items()))
+def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items()))
 
 
 def _num_generated(stats: Mapping[str, Any]) -> int:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from e2p_ray.commit.consent import suppress, without_consent
-from e2p_ray.commit.data_files import not_in_table
-from e2p_ray.commit.published import open_table, same_rows_since, shown_by
+from e2p_ray.commit.data_files import add_actions
+from e2p_ray.commit.published import open_table, said, same_rows_since, shown_by
 from e2p_ray.commit.run import Run
 from e2p_ray.commit.spool import HashSpool
 from e2p_ray.commit.verify import DataFile, RunSummary, check_gates, verify
 from e2p_ray.config import GatesConfig
-from e2p_ray.errors import PublishConflictError, StorageError
+from e2p_ray.errors import PublishConflictError
 from e2p_ray.schema import GENERATIONS
-from e2p_ray.storage import Storage
+from e2p_ray.storage import PassingError, Storage
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class PublishedVersion:
     num_rows: int
     num_files: int
     already_published: bool
+    num_files_suppressed: int = field(default=0, compare=False)  # files that consent changed
 
 
 def publish(storage: Storage, run: Run, gates: GatesConfig, users_uri: str) -> PublishedVersion:
@@ -88,7 +89,8 @@ def _published(table: DeltaTable | None, run: Run, files: list[DataFile], digest
     if table is None or current is None or current.run_id != run.run_id:
         return None
     if current.files_digest == digest:
-        return PublishedVersion(table.version(), sum(file.num_rows for file in files), len(files), True)
+        num_rows = sum(file.num_rows for file in files)
+        return PublishedVersion(table.version(), num_rows, len(files), True, current.num_files_suppressed)
     if current.rows_deleted:
         problem = f"rows were deleted from {run.table_uri} since run {run.run_id} was published, and would come back"
         raise PublishConflictError(f"{problem}. Plan and generate a new run")
@@ -98,15 +100,25 @@ def _published(table: DeltaTable | None, run: Run, files: list[DataFile], digest
 def _commit(
     storage: Storage, run: Run, base: DeltaTable | None, files: list[DataFile], metadata: dict[str, str]
 ) -> PublishedVersion:
-    now_ms = int(time.time() * 1000)
-    added = not_in_table(storage, run.table_uri, base, files)
-    actions = [AddAction(file.path, file.size_bytes, {}, now_ms, True, file.statistics) for file in added]
+    actions = add_actions(storage, run.table_uri, base, files)
+    once = partial(_try_commit, storage, run, base, files, actions, metadata)
+    return storage.patiently(once, "publish to", run.table_uri)
+
+
+def _try_commit(
+    storage: Storage,
+    run: Run,
+    base: DeltaTable | None,
+    files: list[DataFile],
+    actions: list[AddAction],
+    metadata: dict[str, str],
+) -> PublishedVersion:
     # Without retries the library cannot put our files beside those of a publisher that came first.
     properties = CommitProperties(custom_metadata=metadata, max_commit_retries=0)
     schema = Schema.from_arrow(GENERATIONS)
     try:
         if base is None:
-            options = storage.delta_options(run.table_uri)
+            options = storage.delta_options(run.table_uri, with_retries=True)
             create_table_with_add_actions(
                 run.table_uri, schema, actions, storage_options=options, commit_properties=properties
             )
@@ -115,7 +127,8 @@ def _commit(
     except (DeltaError, OSError) as error:
         return _after_failure(storage, run, base, files, error)
     num_rows = sum(file.num_rows for file in files)
-    return PublishedVersion(base.version() + 1 if base else 0, num_rows, len(files), False)
+    version, num_suppressed = base.version() + 1 if base else 0, int(metadata["num_files_suppressed"])
+    return PublishedVersion(version, num_rows, len(files), False, num_suppressed)
 
 
 def _after_failure(
@@ -133,7 +146,7 @@ def _after_failure(
     if changed or isinstance(error, CommitFailedError):
         problem = f"{run.table_uri} was changed while run {run.run_id} was being published"
         raise PublishConflictError(f"{problem}. Look at its history, then publish again if it should follow") from error
-    raise StorageError(f"could not publish to {run.table_uri}: {error}") from error
+    raise PassingError(said(error)) from error
 
 
 def digest_of(files: Iterable[DataFile]) -> str:

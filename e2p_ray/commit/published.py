@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -14,6 +16,8 @@ from e2p_ray.errors import StorageError
 from e2p_ray.storage import Storage, is_s3
 
 _MAX_HISTORY = 200
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_MAX_CHARS = 500
 UPKEEP = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "FSCK", "ADD FEATURE"})
 
 
@@ -67,17 +71,38 @@ def read_published(storage: Storage, table_uri: str) -> PublishedTable | None:
     )
 
 
+class _Table(DeltaTable):
+    """A table whose log is read as patiently as everything else on S3."""
+
+    def __init__(self, storage: Storage, uri: str, version: int | None, options: dict[str, str]) -> None:
+        super().__init__(uri, version=version, storage_options=options)
+        self._storage, self._uri = storage, uri
+
+    def history(self, limit: int | None = None) -> list[dict[str, Any]]:
+        """See DeltaTable.history; StorageError when it cannot be read."""
+        try:
+            return self._storage.patiently(partial(super().history, limit), "read the history of", self._uri)
+        except (DeltaError, OSError) as error:
+            raise StorageError(f"could not read the history of {self._uri}: {said(error)}") from error
+
+
 def open_table(storage: Storage, table_uri: str, version: int | None = None) -> DeltaTable | None:
     """The Delta table as it is now or was at a version, or None when there is none.
 
     StorageError when it cannot be opened, or not at this version.
     """
+    options = storage.delta_options(table_uri, with_retries=True)
     try:
-        return DeltaTable(table_uri, version=version, storage_options=storage.delta_options(table_uri))
+        return storage.patiently(partial(_Table, storage, table_uri, version, options), "open the table", table_uri)
     except TableNotFoundError:
         return None
     except (DeltaError, OSError) as error:
-        raise StorageError(f"could not open the Delta table {table_uri}: {error}") from error
+        raise StorageError(f"could not open the Delta table {table_uri}: {said(error)}") from error
+
+
+def said(error: Exception) -> str:
+    """What deltalake says, in one line and without colours."""
+    return " ".join(_COLOURS.sub("", str(error)).split())[:_MAX_CHARS]
 
 
 def shown_by(table: DeltaTable) -> Shown | None:

@@ -22,6 +22,7 @@ from pathlib import PurePosixPath
 
 import pyarrow.compute as pc
 
+from e2p_ray.commit.failures import is_failure
 from e2p_ray.commit.purge_table import TableState, drop_old_checkpoints, fix_log, read_state, swap_files
 from e2p_ray.commit.run import map_ahead
 from e2p_ray.commit.shard import FOOTER, marker_bytes, parse_data
@@ -117,7 +118,7 @@ def purge_users(storage: Storage, output_uri: str, users: Users, before: Survey,
     if any(hit.place in (VISIBLE, OTHER_FILES, LOG) for hit in before.hits):
         drop_old_checkpoints(storage, state)
     for hit in before.hits:
-        if hit.info.uri.endswith(".html") or is_unfinished(_name(hit.info.uri)):
+        if hit.info.uri.endswith(".html") or is_unfinished(hit.info.name) or is_failure(hit.info.uri):
             storage.delete(hit.info.uri)  # a page is made again from its JSON, without them
         elif hit.info.uri.endswith(".json") and hit.place != LOG:
             value = users.out_of_json(json.loads(storage.read_bytes(hit.info.uri)))
@@ -140,12 +141,14 @@ def _rewritten(storage: Storage, users: Users, hits: Sequence[Hit]) -> Iterator[
 
 def _count(storage: Storage, users: Users, info: ObjectInfo) -> int | None:
     """How much of an object is theirs; None when it is of no kind that is known."""
-    name = _name(info.uri)
+    name = info.name
     if is_unfinished(name):
         return 1  # of a writer that was killed: nobody can say what is in it
     if name.endswith(".parquet"):
         in_log = "/_delta_log/" in info.uri
         return _in_checkpoint(storage, users, info) if in_log else users.in_parquet(storage, info)
+    if is_failure(info.uri):
+        return users.in_text(str(json.loads(storage.read_bytes(info.uri))["message"]))
     if name.endswith((".json", ".crc")) or name == "_last_checkpoint":
         text = storage.read_bytes(info.uri).decode("utf-8", "replace")
         return sum(users.in_json(value) for value in _values(text))
@@ -230,8 +233,6 @@ def _place_of(output_uri: str, state: TableState, uri: str) -> str:
         return VISIBLE if state.path_of(uri) in state.active else OTHER_FILES
     if "dead_letters" in parts:
         return "dead letters"
+    if is_failure(uri):
+        return "notes of failures"
     return _PLACES.get(parts[0], "elsewhere")
-
-
-def _name(uri: str) -> str:
-    return uri.rpartition("/")[2]

@@ -115,8 +115,8 @@ def _metadata(table: DeltaTable, as_published: tuple[DataFile, ...]) -> dict[str
 
 def drop_old_checkpoints(storage: Storage, state: TableState) -> None:
     """Leave the log's own lines as the only account of older versions: they can be put right."""
-    names = [info.uri for info in storage.list_objects(f"{state.uri}/_delta_log")]
-    found = {uri: int(at[1]) for uri in names if (at := _CHECKPOINT.fullmatch(uri.rpartition("/")[2]))}
+    log = storage.list_objects(f"{state.uri}/_delta_log")
+    found = {info.uri: int(at[1]) for info in log if (at := _CHECKPOINT.fullmatch(info.name))}
     table = open_table(storage, state.uri)
     if table is None or all(version == table.version() for version in found.values()):
         return
@@ -153,7 +153,7 @@ def fix_log(
     for info in list(storage.list_objects(f"{state.uri}/_delta_log")):
         if info.uri.endswith(".crc") and users.in_json(json.loads(storage.read_bytes(info.uri))):
             storage.delete(info.uri)  # what some engines note of a version's state; they do without
-        if not _COMMIT.fullmatch(info.uri.rpartition("/")[2]):
+        if not _COMMIT.fullmatch(info.name):
             continue
         data = storage.read_bytes(info.uri)
         lines = [json.loads(line) for line in data.splitlines() if line.strip()]

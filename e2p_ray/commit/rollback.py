@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError
-from deltalake.transaction import AddAction
 
 from e2p_ray.commit.consent import suppress, without_consent
-from e2p_ray.commit.data_files import data_files, not_in_table
+from e2p_ray.commit.data_files import add_actions, data_files, has_deletion_vectors, paths_there
 from e2p_ray.commit.history import commits_of, is_published
 from e2p_ray.commit.publish import digest_of
 from e2p_ray.commit.published import open_table, shown_by
@@ -127,7 +125,7 @@ def _goal(storage: Storage, output_uri: str, users_uri: str, version: int, commi
         remedy = "Its log is not whole; choose another version."
         raise InputError(f"version {version} cannot be read", uri=table_uri, remedy=remedy) from error
     assert table is not None, "it was there a moment ago"
-    if "deletionVectors" in (table.protocol().reader_features or ()):
+    if has_deletion_vectors(table):
         remedy = "Purge the table with the engine that wrote them, then roll back."
         raise InputError(f"version {version} may have deletion vectors", uri=table_uri, remedy=remedy)
     before = data_files(table)
@@ -138,7 +136,7 @@ def _goal(storage: Storage, output_uri: str, users_uri: str, version: int, commi
 
 
 def _refuse_missing(storage: Storage, table_uri: str, version: int, files: Sequence[DataFile]) -> None:
-    present = {info.uri[len(table_uri) + 1 :] for info in storage.list_objects(f"{table_uri}/data")}
+    present = paths_there(storage, table_uri)
     missing = [file.path for file in files if file.path not in present]
     if missing:
         named = ", ".join(missing[:_MAX_NAMED]) + (", ..." if len(missing) > _MAX_NAMED else "")
@@ -187,9 +185,7 @@ def _commit(storage: Storage, base: DeltaTable, table_uri: str, goal: _Goal) -> 
     properties = CommitProperties(custom_metadata=_metadata(base, goal), max_commit_retries=0)
     try:
         if goal.num_changed:
-            now_ms = int(time.time() * 1000)
-            files = not_in_table(storage, table_uri, base, goal.files)
-            actions = [AddAction(file.path, file.size_bytes, {}, now_ms, True, file.statistics) for file in files]
+            actions = add_actions(storage, table_uri, base, goal.files)
             schema = Schema.from_arrow(GENERATIONS)
             base.create_write_transaction([*actions], "overwrite", schema, commit_properties=properties)
         else:

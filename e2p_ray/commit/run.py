@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -106,7 +107,7 @@ def load_run(storage: Storage, output_uri: str, run_id: str) -> Run:
 
 def pending_shards(storage: Storage, run: Run) -> list[str]:
     """The shards without a marker, in the plan's order; one listing."""
-    done = {info.uri.rpartition("/")[2].removesuffix(".json") for info in storage.list_objects(run.markers_uri)}
+    done = {info.name.removesuffix(".json") for info in storage.list_objects(run.markers_uri)}
     return [shard_id for shard_id in run.shard_ids if shard_id not in done]
 
 
@@ -115,6 +116,22 @@ def read_markers(storage: Storage, run: Run) -> list[dict[str, Any]]:
     pending = set(pending_shards(storage, run))
     uris = [run.marker_uri(shard_id) for shard_id in run.shard_ids if shard_id not in pending]
     return [json.loads(data) for data in map_ahead(storage.read_bytes, uris)]
+
+
+def summed(markers: Iterable[Mapping[str, Any]], name: str) -> Counter[str]:
+    """One of the markers' counts by name, over all of them."""
+    total = Counter[str]()
+    for marker in markers:
+        total.update(marker[name])
+    return total
+
+
+def dead_letter_codes(storage: Storage, folder_uri: str) -> Counter[str]:
+    """How many dead letters there are below a run's or a plan's folder of them, by code."""
+    found = Counter[str]()
+    for info in storage.list_objects(folder_uri):
+        found.update(storage.read_table(info.uri, ["error_code"])["error_code"].to_pylist())
+    return found
 
 
 def map_ahead(function: Callable[[_ITEM], _T], items: Sequence[_ITEM]) -> Iterator[_T]:

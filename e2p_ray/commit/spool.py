@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
-from tempfile import SpooledTemporaryFile
+from contextlib import ExitStack, contextmanager
+from tempfile import SpooledTemporaryFile, gettempdir
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+
+from e2p_ray.errors import StorageError
 
 Hashes = npt.NDArray[np.uint64]  # (n, 2)
 
@@ -61,7 +63,8 @@ class HashSpool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        with _temporary_files():  # what is buffered is written first
+            self._stack.close()
 
     def add(self, hashes: Hashes, ranks: npt.NDArray[np.uint64] | None = None) -> None:
         """Put hashes in, repeated ones too; rank 0 unless given, (n,)."""
@@ -70,15 +73,17 @@ class HashSpool:
         bucket_of = (hashes[:, 0] >> np.uint64(64 - _NUM_BUCKETS_LOG2)).astype(np.int64)
         rows = np.column_stack([hashes, ranks])[np.argsort(bucket_of, kind="stable")]
         ends = np.cumsum(np.bincount(bucket_of, minlength=len(self._buckets)))
-        for bucket, part in zip(self._buckets, np.split(rows, ends[:-1]), strict=True):
-            bucket.write(part.tobytes())
+        with _temporary_files():
+            for bucket, part in zip(self._buckets, np.split(rows, ends[:-1]), strict=True):
+                bucket.write(part.tobytes())
 
     def frames(self) -> Iterator[pl.DataFrame]:
         """The distinct hashes, a bucket at a time: `a`, `b`, `count`, `rank` (the highest of the copies)."""
         for bucket in self._buckets:
-            bucket.seek(0)
-            rows = np.frombuffer(bucket.read(), dtype=np.uint64).reshape(-1, 3)
-            bucket.seek(0, 2)
+            with _temporary_files():
+                bucket.seek(0)
+                rows = np.frombuffer(bucket.read(), dtype=np.uint64).reshape(-1, 3)
+                bucket.seek(0, 2)
             ranked = frame_of(rows[:, :2]).with_columns(rank=pl.Series(rows[:, 2], dtype=pl.UInt64))
             yield ranked.group_by("a", "b").agg(count=pl.len(), rank=pl.col("rank").max())
 
@@ -89,6 +94,16 @@ class HashSpool:
     def max_count(self) -> int:
         """How often the most frequent hash was put in; 0 when there is none."""
         return max(max(frame["count"], default=0) for frame in self.frames())
+
+
+@contextmanager
+def _temporary_files() -> Iterator[None]:
+    """A full disk is named, with the variable that says which one it is."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "Make room there or set TMPDIR to another place, and run the same command again"
+        raise StorageError(f"temporary files in {gettempdir()}: {error.strerror or error}. {remedy}") from error
 
 
 def hashes_of(frames: Iterator[pl.DataFrame]) -> Hashes:

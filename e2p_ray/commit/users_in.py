@@ -107,6 +107,12 @@ class Users:
         quoted = [one.replace("''", "'") or other.replace('""', '"') for one, other in _LITERAL.findall(value)]
         return any(text in self.ids for text in quoted)
 
+    # -- plain text
+
+    def in_text(self, text: str) -> int:
+        """How many of them a message names, as they are or as Python writes them; parts of other words count, too."""
+        return sum(user_id in text or repr(user_id)[1:-1] in text for user_id in self.ids)
+
     # -- HTML
 
     def in_html(self, page: str) -> int:

@@ -18,7 +18,7 @@ All else is an orphan, of one of these kinds:
 - `abandoned run`: all of a run that no kept version shows and that nobody went on with: folder and shard data;
 - `unused plan`: plans and updates that no kept run reads;
 - `stray object`: in a kept folder, markers, dead letters and shards of no shard of that run or plan, and pieces of
-  shards that are whole;
+  shards that are whole, and what was noted of their failures;
 - `unfinished write`: what a killed writer left behind.
 
 A run past the limit that was never published is abandoned, also a complete one. Markers go before data, so that a
@@ -37,7 +37,7 @@ from typing import Any
 
 from deltalake import DeltaTable
 
-from e2p_ray.commit.data_files import data_files
+from e2p_ray.commit.data_files import data_files, has_deletion_vectors
 from e2p_ray.commit.history import commits_of, is_published
 from e2p_ray.commit.published import open_table, shown_by
 from e2p_ray.commit.run import map_ahead
@@ -106,7 +106,7 @@ def _live(storage: Storage, table_uri: str, cutoff_s: float) -> Live:
     table = open_table(storage, table_uri)
     if table is None:
         return Live(None)
-    if "deletionVectors" in (table.protocol().reader_features or ()):
+    if has_deletion_vectors(table):
         remedy = "Purge them with the engine that wrote them, then run this again"
         raise IncompatibleError(
             f"{table_uri} has deletion vectors, whose files this cannot tell from orphans. {remedy}"
@@ -147,11 +147,13 @@ class _Folder:
         return max((found.modified_s for found in self.objects), default=0.0)
 
 
-def _finished_pieces(run: _Folder) -> list[DatedObject]:
-    """Pieces of shards that are committed: left by a kill between the marker and their removal."""
+def _outlived(run: _Folder) -> Iterator[DatedObject]:
+    """Pieces and failures of shards that are committed: left by a kill between the marker and their removal."""
     parts = [(found, found.info.uri.split("/")) for found in run.objects]
-    done = {names[-1].removesuffix(".json") for _, names in parts if names[-2] == "markers"}
-    return [found for found, names in parts if names[-3] == "pieces" and names[-2] in done]
+    done = {names[-1] for _, names in parts if names[-2] == "markers"}
+    for found, names in parts:
+        if (names[-3] == "pieces" and f"{names[-2]}.json" in done) or (names[-2] == "failures" and names[-1] in done):
+            yield found
 
 
 class _Search:
@@ -197,7 +199,7 @@ class _Search:
         record = self._records.get(run_id)
         shard_ids = set(record["shard_ids"]) if record else None
         yield from self._strays(run, shard_ids, ("markers", "dead_letters"))
-        yield from self._old(OrphanKind.STRAY_OBJECT, _finished_pieces(run))
+        yield from self._old(OrphanKind.STRAY_OBJECT, _outlived(run))
         if run_id in self._live.run_ids:
             yield from self._old(OrphanKind.STRAY_DATA, self._not_live(data.objects))
         else:
@@ -214,7 +216,7 @@ class _Search:
     def _old(self, kind: OrphanKind, objects: Iterable[DatedObject]) -> Iterator[Orphan]:
         for info, modified_s in objects:
             if modified_s < self._cutoff_s:
-                unfinished = is_unfinished(info.uri.rpartition("/")[2])
+                unfinished = is_unfinished(info.name)
                 yield Orphan(OrphanKind.UNFINISHED_WRITE if unfinished else kind, info.uri, info.size_bytes)
 
     def _not_live(self, objects: Iterable[DatedObject]) -> list[DatedObject]:

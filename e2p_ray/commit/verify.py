@@ -152,8 +152,19 @@ def _check_shard(storage: Storage, run: Run, shard_id: str) -> _Checked:
         return _Checked(shard_id, "or its dead letter file is missing")
     except ShardError:
         return _Checked(shard_id, "cannot be read")
+    if foreign := _foreign(run, shard.rows):
+        return _Checked(shard_id, f"has rows of another {foreign}")
     file = DataFile(shard_id, run.data_path(shard_id), len(data), shard.rows.num_rows, file_statistics(shard.rows))
     return _Checked(shard_id, None, key_difference(planned_keys(storage, run, shard_id), shard.keys()), shard, file)
+
+
+def _foreign(run: Run, rows: pa.Table) -> str | None:
+    """What some rows were written with that is not the run's; rows carried over from other runs have their own."""
+    own = rows.filter(pc.equal(rows["run_id"], run.run_id))
+    for name in ("projector_id", "base_model_id", "embedding_space"):
+        if not set(own[name].unique().to_pylist()) <= {getattr(run, name)}:
+            return name
+    return None
 
 
 def _same_dead_letters(storage: Storage, run: Run, shard_id: str, shard: ShardData) -> bool:

@@ -19,9 +19,11 @@ from e2p_ray.config.sections import (
     TaskConfig,
     WorkersConfig,
 )
+from e2p_ray.config.serve import ApiConfig, ReplicaConfig, ServeConfig, TablesConfig
 from e2p_ray.config.train import ShapeConfig, TrainConfig, TrainingConfig, TrainInputsConfig, TrainWorkersConfig
 
 __all__ = [
+    "ApiConfig",
     "BaseModelConfig",
     "ChecksConfig",
     "Config",
@@ -38,9 +40,12 @@ __all__ = [
     "PlanConfig",
     "ProjectorConfig",
     "PromptTemplate",
+    "ReplicaConfig",
     "SamplingConfig",
+    "ServeConfig",
     "ShapeConfig",
     "StorageConfig",
+    "TablesConfig",
     "TaskConfig",
     "TrainConfig",
     "TrainInputsConfig",

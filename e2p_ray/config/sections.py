@@ -61,6 +61,9 @@ class BaseModelConfig(Section):
     revision: str | None = Field(None, description="hub revision; a commit hash is best")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    cache_folder: str | None = Field(
+        None, description="where each node keeps models from s3://; null: the machine's folder for temporary files"
+    )
 
 
 class ProjectorConfig(Section):

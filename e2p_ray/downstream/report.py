@@ -12,6 +12,8 @@ from typing import Any
 import polars as pl
 
 from e2p_ray.commit import PublishedVersion, Run, read_markers
+from e2p_ray.commit.consent import refusing
+from e2p_ray.commit.run import summed
 from e2p_ray.downstream.pages.html import render_html
 from e2p_ray.downstream.samples import Sample, Samples, SampleText
 from e2p_ray.downstream.terminal import render_terminal
@@ -27,6 +29,7 @@ __all__ = [
     "read_report",
     "render_html",
     "render_terminal",
+    "with_consent",
     "write_report",
 ]
 
@@ -205,6 +208,13 @@ def build_report(
     )
 
 
+def with_consent(storage: Storage, report: Report, users_uri: str) -> Report:
+    """The report without sample texts of users who want no personalisation now, or are gone from the users table."""
+    refused = refusing(storage, (text.user_id for sample in report.samples for text in sample.texts), users_uri)
+    samples = (sample.without(refused) for sample in report.samples)
+    return replace(report, samples=tuple(sample for sample in samples if sample.texts))
+
+
 def write_report(storage: Storage, run: Run, report: Report) -> None:
     """report.json and report.html in the run's folder; an earlier one is replaced."""
     storage.write_bytes(f"{run.uri}/report.json", report.to_json().encode())
@@ -242,10 +252,7 @@ def _nested(lengths: Mapping[tuple[str, str, int], int]) -> dict[str, dict[str, 
 
 
 def _sum(markers: Iterable[Mapping[str, Any]], name: str) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for marker in markers:
-        total.update(marker[name])
-    return dict(sorted(total.items(), key=lambda item: (-item[1], item[0])))
+    return dict(sorted(summed(markers, name).items(), key=lambda item: (-item[1], item[0])))
 
 
 def _total(markers: Iterable[Mapping[str, Any]], name: str) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 
 import polars as pl
 
@@ -30,6 +31,10 @@ class Sample:
     language: str
     title: str
     texts: tuple[SampleText, ...]
+
+    def without(self, user_ids: Container[str]) -> Sample:
+        """The same without the texts of these users."""
+        return replace(self, texts=tuple(text for text in self.texts if text.user_id not in user_ids))
 
     @property
     def rank(self) -> tuple[int, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
+from e2p_ray.config import TaskConfig
 from e2p_ray.schema import Completion, Group, RequestKey, TextScore
 
 
@@ -76,4 +77,38 @@ class ScoringEngine(TextEngine, Protocol):
 
     def score(self, groups: Iterable[Group], texts: Mapping[RequestKey, str]) -> Iterator[TextScore]:
         """One score for every request of the groups, in any order; a text is taken as it is, with its leading blank."""
+        ...
+
+
+class Listener(Protocol):
+    """Who follows an engine while it writes: asked once between two steps, on the engine's own thread."""
+
+    def between_steps(self) -> None:
+        """Time for other work, also for another `generate` of the same engine, from its beginning to its end."""
+        ...
+
+    def cancelled(self) -> Set[RequestKey]:
+        """Requests that nobody waits for any more: each leaves now, as a completion with the code `cancelled`."""
+        ...
+
+    def streamed(self) -> Set[RequestKey]:
+        """Requests whose text is wanted while it is written."""
+        ...
+
+    def on_text(self, key: RequestKey, text: str) -> None:
+        """All that a streamed request has written so far, unchecked; a further attempt begins anew."""
+        ...
+
+
+class ServingEngine(ScoringEngine, Protocol):
+    """An engine that can be followed while it writes, and asked for other samplings."""
+
+    listener: Listener | None  # of every `generate` from now on
+
+    def with_tasks(self, tasks: Mapping[str, TaskConfig]) -> Self:
+        """The same engine for the same tasks with other samplings: all but the stop strings may differ.
+
+        Model, projector and prefixes are shared with this one; at most one of them writes at a time, or within the
+        other's `between_steps`.
+        """
         ...

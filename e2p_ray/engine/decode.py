@@ -9,7 +9,7 @@ wave of 64 that waits for its longest row loses a fifth against one of 256 that 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from e2p_ray.engine.admission import Admission, Bounds
-from e2p_ray.engine.contract import EngineStats
+from e2p_ray.engine.contract import EngineStats, Listener
 from e2p_ray.engine.drafts import Drafts, RowDraft, TokenIds, chance_needed
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.overhead import measure_overhead_tokens
@@ -30,9 +30,13 @@ from e2p_ray.engine.sampling import Chosen, choose
 from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.engine.stopping import Stopping
 from e2p_ray.engine.wave import Wave
-from e2p_ray.schema import Completion, ErrorCode, FinishReason
+from e2p_ray.schema import Completion, ErrorCode, FinishReason, RequestKey
 
 _Ints = npt.NDArray[np.int64]
+
+# Rows whose logits are made and used up before the next ones, so that they stay in a core's own cache (512 rows of
+# 8,192, product and choice: in fp32 45.6 ms at once, 39.2 by 128, 41.9 by 64; in bf16 24.0, 15.0 and 16.6).
+_MAX_CPU_LOGITS = 128
 
 
 class Decoder:
@@ -49,16 +53,19 @@ class Decoder:
         stopping: Stopping,
         bounds: Bounds,
         new_drafts: Callable[[], Drafts] | None = None,
+        store: PrefixStore | None = None,
     ) -> None:
         self._base, self._projector, self._stopping = base, projector, stopping
+        self.listener: Listener | None = None
         self._new_drafts = new_drafts
         self._drafts: Drafts | None = None
         self._num_soft = projector.manifest.num_soft_tokens
         self._admission = Admission(base, self._num_soft, bounds)
         self.stats = EngineStats()
-        self.store = PrefixStore(base, bounds.max_bytes // 2)
+        self.store = store or PrefixStore(base, bounds.max_bytes // 2)
         self._pending: deque[Row] = deque()
         self._wave: Wave | None = None
+        self._tried_alone: Row | None = None
 
     @property
     def bounds(self) -> Bounds:
@@ -66,21 +73,35 @@ class Decoder:
         return self._admission.bounds
 
     def run(self, rows: Iterable[Row]) -> Iterator[Completion]:
-        """Decode every row. Out of memory halves the wave, down to one row, which then becomes an error."""
+        """Decode every row. Out of memory halves the wave, down to one row, which then becomes an error.
+
+        The listener may decode other rows between two steps: these have a wave of their own, and this one goes on then.
+        """
         source = iter(rows)
+        outer = self._pending, self._wave, self._drafts
+        self._pending, self._wave = deque(), None
         self._drafts = None if self._new_drafts is None else self._new_drafts()
         try:
             while self._fill(source) or self._wave is not None:
+                if self.listener is not None:
+                    self.listener.between_steps()
+                    yield from self._drop(self.listener.cancelled())
+                    if not self._has_rows():
+                        continue
                 try:
                     finished = self._advance()
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     finished = self._shrink()
+                if self.listener is not None:
+                    self._tell(self.listener)
                 yield from finished
         finally:
-            self._wave = self._drafts = None
-            self._pending.clear()
+            self._pending, self._wave, self._drafts = outer
+
+    def _has_rows(self) -> bool:
+        return bool(self._pending) or self._wave is not None
 
     def _fill(self, source: Iterator[Row]) -> bool:
         """Keep a wave's worth of rows waiting."""
@@ -99,12 +120,18 @@ class Decoder:
         return self._retire()
 
     def _shrink(self) -> list[Completion]:
-        """Put the wave's rows back and go on with half as many; a single row that does not fit is given up."""
+        """Put the wave's rows back and go on with half as many; a row that does not fit twice, alone, is given up.
+
+        The first time, guesses or what was kept of other rows may have been in its way.
+        """
         rows = [*(self._wave.rows if self._wave is not None else []), *self._pending]
         self._wave = self._drafts = None  # guesses make passes larger
         self.store.trim(0)
         self._pending = deque(rows)
         if self._admission.halve(len(rows)):
+            return []
+        if self._tried_alone is not rows[0]:
+            self._tried_alone = rows[0]
             return []
         return [self._error(self._pending.popleft(), ErrorCode.OUT_OF_MEMORY)]
 
@@ -223,12 +250,13 @@ class Decoder:
     ) -> tuple[_Ints, npt.NDArray[np.float32]]:
         """Tokens and log-probabilities (n, width) behind the packed places `at`, where asked; -1 without finite logits.
 
-        A few hundred places at a time: logits are as wide as the vocabulary.
+        Some places at a time: logits are as wide as the vocabulary.
         """
         tokens, logprobs = np.full(at.shape, -1, np.int64), np.zeros(at.shape, np.float32)
         row, column = np.nonzero(asked)
-        for part in range(0, len(row), self.bounds.max_rows):
-            r, c = row[part : part + self.bounds.max_rows], column[part : part + self.bounds.max_rows]
+        size = min(self.bounds.max_rows, _MAX_CPU_LOGITS) if hidden.device.type == "cpu" else self.bounds.max_rows
+        for part in range(0, len(row), size):
+            r, c = row[part : part + size], column[part : part + size]
             places = torch.from_numpy(at[r, c]).to(hidden.device)
             logits = self._base.logits(hidden[places])
             slots = rows[r]
@@ -269,6 +297,30 @@ class Decoder:
         if not len(wave):
             self._wave = None
         return completions
+
+    @torch.inference_mode()
+    def _drop(self, keys: Set[RequestKey]) -> list[Completion]:
+        """Take rows out that nobody waits for."""
+        if not keys:
+            return []
+        dropped = [row for row in self._pending if row.key in keys]
+        self._pending = deque(row for row in self._pending if row.key not in keys)
+        if self._wave is not None:
+            slots = [slot for slot, row in enumerate(self._wave.rows) if row.key in keys]
+            dropped += [self._wave.rows[slot] for slot in slots]
+            self._wave.remove(slots)
+            if not len(self._wave):
+                self._wave = None
+        return [self._error(row, ErrorCode.CANCELLED) for row in dropped]
+
+    def _tell(self, listener: Listener) -> None:
+        """What the streamed rows have written so far."""
+        wave, keys = self._wave, listener.streamed()
+        if wave is None or not keys:
+            return
+        for slot, row in enumerate(wave.rows):
+            if row.key in keys:
+                listener.on_text(row.key, self._stopping.text(wave.tokens(slot), row.sampling))
 
     def _look(self, wave: Wave, slots: _Ints, num_tokens: _Ints, reasons: dict[int, FinishReason]) -> None:
         """Find which of these rows end with their first num_tokens (n,) tokens."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Self
 
 import numpy as np
 
 from e2p_ray.config import TaskConfig
-from e2p_ray.engine.contract import EngineStats
+from e2p_ray.engine.contract import EngineStats, Listener
 from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, Request, RequestKey, TextScore
 
 # An English stop needs a blank behind it (3.5, U.S.), a Japanese one does not; a closing bracket stays with it.
@@ -31,7 +34,8 @@ class FakeEngine:
     a user embedding it is the first one. A further attempt takes the next sentence. A token is four bytes of UTF-8.
 
     For tests of what follows an engine, `texts` overrides the text of a request (one for all attempts, or one an
-    attempt) and `errors` makes it fail. A draft is accepted whole or not at all.
+    attempt) and `errors` makes it fail. A draft is accepted whole or not at all. Where somebody listens, a
+    request is written token by token, each in `step_s` seconds.
     """
 
     def __init__(
@@ -44,7 +48,10 @@ class FakeEngine:
         embedding_dim: int = 4,
         texts: Mapping[RequestKey, str | Sequence[str]] | None = None,
         errors: Mapping[RequestKey, ErrorCode] | None = None,
+        step_s: float = 0.0,
     ) -> None:
+        self.listener: Listener | None = None
+        self._step_s = step_s
         self._tasks = dict(tasks or {})
         self._ids = (projector_id, base_model_id, embedding_space)
         self._embedding_dim = embedding_dim
@@ -82,9 +89,17 @@ class FakeEngine:
         """One completion a request, group by group."""
         for group in groups:
             num_prefix = num_tokens(group.content.title + group.content.body)
-            completions = [self._complete(group.content, request, num_prefix, attempt) for request in group.requests]
+            completions = [
+                self._heard(self._complete(group.content, request, num_prefix, attempt)) for request in group.requests
+            ]
             self._count(completions, num_prefix, group.requests)
             yield from completions
+
+    def with_tasks(self, tasks: Mapping[str, TaskConfig]) -> Self:
+        """See `ServingEngine.with_tasks`."""
+        other = copy.copy(self)
+        other._tasks = dict(tasks)
+        return other
 
     def score(self, groups: Iterable[Group], texts: Mapping[RequestKey, str]) -> Iterator[TextScore]:
         """A nat for every token, and a quarter of one for the tokens of what it would have written itself."""
@@ -112,6 +127,19 @@ class FakeEngine:
         text = text[:max_chars] if cut else text
         finish_reason = FinishReason.MAX_CHARS if cut else FinishReason.END_TOKEN
         return Completion(request.key, text, finish_reason, num_prompt, num_tokens(text), -0.5)
+
+    def _heard(self, completion: Completion) -> Completion:
+        """The completion, told to the listener as it grows, or cancelled by it."""
+        if self.listener is None or completion.error_code is not None:
+            return completion
+        for end in range(4, len(completion.text) + 4, 4):
+            self.listener.between_steps()
+            if completion.key in self.listener.cancelled():
+                return replace(completion, text="", finish_reason=FinishReason.ERROR, error_code=ErrorCode.CANCELLED)
+            time.sleep(self._step_s)
+            if completion.key in self.listener.streamed():
+                self.listener.on_text(completion.key, completion.text[:end])
+        return completion
 
     def _write(self, content: Content, request: Request, attempt: int) -> str:
         override = self._texts.get(request.key)

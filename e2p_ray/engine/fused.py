@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from e2p_ray.engine.attention import Shape, Step
-from e2p_ray.engine.packed import GatedMLP, PackedLinear, activation_of
+from e2p_ray.engine.packed import PackedLinear, activation_of, gated_mlp
 
 # Same modules under the same names; each is compared with transformers in tests/test_engine_architectures.py.
 FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -57,7 +57,7 @@ class _Layer(nn.Module):
 
     def __init__(self, layer: Any, window: int | None) -> None:
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         self._head_dim: int = attention.head_dim
         self._shape = Shape(float(attention.scaling), getattr(attention, "sliding_window", None) or window, None)
         self._number: int = attention.layer_idx
@@ -75,10 +75,9 @@ class _Layer(nn.Module):
         self._output = PackedLinear(attention.o_proj.weight, attention.o_proj.bias)
         self._query_norm = _Norm(attention.q_norm, order) if hasattr(attention, "q_norm") else None
         self._key_norm = _Norm(attention.k_norm, order) if hasattr(attention, "k_norm") else None
-        gate, up, down = (PackedLinear(part.weight, part.bias) for part in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-        activation = activation_of(mlp.act_fn)
-        assert activation is not None, "checked by fits"
-        self._mlp = GatedMLP(gate, up, down, activation)
+        packed = gated_mlp(layer.mlp)
+        assert packed is not None, "checked by fits"
+        self._mlp = packed
 
     def forward(self, states: Tensor, turns: Tensor, step: Step, num_rows: int) -> Tensor:
         """(n * q, d_model) to the same; `turns` (n * q, 1, head_dim / 2) are the rotations as complex numbers."""

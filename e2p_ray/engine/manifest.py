@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from e2p_ray.config import BaseModelConfig, JobConfig
+from e2p_ray.engine.node_cache import HashedFolder, cached_folder, hashed
 from e2p_ray.errors import ConfigError, IncompatibleError, ObjectNotFoundError
 from e2p_ray.storage import Storage
 from e2p_ray.storage.local import refuse_links_out
@@ -103,23 +103,24 @@ class BaseModelFolder:
 def resolve_base_model(config: BaseModelConfig, storage: Storage) -> BaseModelFolder:
     """Find the base model's files (local folder, s3:// folder or hub id) and name them.
 
-    The id is `name@revision`: the hub's commit, or a hash of the files themselves for a folder (about 1 GB/s).
+    The id is `name@revision`: the hub's commit, or a hash of the files themselves for a folder (about 1 GB/s). What
+    lies on S3 is downloaded once a node.
     Raises ConfigError when there is no such model.
     """
     name = config.uri.rstrip("/").rsplit("/", 1)[-1]
     if config.uri.startswith("s3://"):
-        cache = Path(tempfile.gettempdir()) / "e2p_ray-models" / hashlib.sha256(config.uri.encode()).hexdigest()[:16]
-        path = storage.fetch_folder(config.uri, cache)
+        folder = cached_folder(storage, config.uri, config.cache_folder)
     elif Path(config.uri).is_dir():
         path = Path(config.uri)
         # A hub cache has its files in blobs/, and links to them in snapshots/REVISION/.
         refuse_links_out(path, path.parent.parent if path.resolve().parent.name == "snapshots" else path)
+        folder = _hashed(path, _is_named)
     else:
-        path = _fetch_from_hub(config)
-        return BaseModelFolder(path, f"{config.uri}@{path.name}", _tokenizer_hash(path))
-    if not (path / CONFIG_FILE).is_file():
+        folder = _hashed(_fetch_from_hub(config), _TOKENIZER_FILES.__contains__)
+        return BaseModelFolder(folder.path, f"{config.uri}@{folder.path.name}", _tokenizer_hash(folder))
+    if CONFIG_FILE not in folder.digests:
         raise ConfigError(f"{config.uri}: no {CONFIG_FILE}. base_model.uri must be a transformers model folder")
-    return BaseModelFolder(path, f"{name}@{_content_hash(path)}", _tokenizer_hash(path))
+    return BaseModelFolder(folder.path, f"{name}@{_content_hash(folder)}", _tokenizer_hash(folder))
 
 
 def check_compatible(manifest: ProjectorManifest, base: BaseModelFolder) -> None:
@@ -156,19 +157,27 @@ def _fetch_from_hub(config: BaseModelConfig) -> Path:
         ) from error
 
 
-def _hash_files(paths: Iterator[Path]) -> str:
+def _is_named(name: str) -> bool:
+    """Whether a file of this name is part of what a base model's id names."""
+    is_ours = name == CONFIG_FILE or name in _TOKENIZER_FILES or name.endswith(".safetensors")
+    return is_ours and "/" not in name
+
+
+def _hashed(folder: Path, is_wanted: Callable[[str], bool]) -> HashedFolder:
+    return hashed(folder, sorted(path.name for path in folder.iterdir() if path.is_file() and is_wanted(path.name)))
+
+
+def _hash_files(folder: HashedFolder, is_wanted: Callable[[str], bool]) -> str:
     digest = hashlib.sha256()
-    for path in paths:
-        digest.update(path.name.encode())
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for name in sorted(filter(is_wanted, folder.digests)):
+        digest.update(name.encode())
+        digest.update(folder.digests[name])
     return digest.hexdigest()[:16]
 
 
-def _content_hash(folder: Path) -> str:
-    named = {CONFIG_FILE, *_TOKENIZER_FILES}
-    return _hash_files(p for p in sorted(folder.iterdir()) if p.name in named or p.suffix == ".safetensors")
+def _content_hash(folder: HashedFolder) -> str:
+    return _hash_files(folder, _is_named)
 
 
-def _tokenizer_hash(folder: Path) -> str:
-    return _hash_files(p for p in sorted(folder.iterdir()) if p.name in _TOKENIZER_FILES)
+def _tokenizer_hash(folder: HashedFolder) -> str:
+    return _hash_files(folder, _TOKENIZER_FILES.__contains__)

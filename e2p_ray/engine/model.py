@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,29 @@ def _rope_types(parameters: Any) -> list[str]:
     return [nested.get("rope_type", "default") for nested in parameters.values() if isinstance(nested, dict)]
 
 
-def pick_device(device: str) -> torch.device:
-    """`auto` is the first CUDA device where there is one, else the CPU."""
+def pick_device(device: str, *, num_gpus: float = 0) -> torch.device:
+    """`auto` is the first CUDA device where there is one, else the CPU; not that where Ray reserved `num_gpus`.
+
+    Raises ConfigError where this process has no such device: before anything is loaded, not by torch afterwards.
+    """
+    num_found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if num_gpus and not num_found:
+            raise ConfigError(
+                f"{socket.gethostname()}: workers.num_gpus is {num_gpus:g}, and torch {torch.__version__} finds no GPU "
+                "in this process. Install torch for this GPU and its driver, or set base_model.device to cpu"
+            )
+        return torch.device("cuda" if num_found else "cpu")
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"base_model.device {device!r}: use auto, cpu, cuda or cuda:N") from error
+    if found.type == "cuda" and (found.index or 0) >= num_found:
+        raise ConfigError(
+            f"{socket.gethostname()}: base_model.device is {device!r}, and torch {torch.__version__} finds {num_found} "
+            "GPUs in this process. Set workers.num_gpus, so that workers are on nodes with GPUs only, or another device"
+        )
+    return found
 
 
 def _refuse_unsafe(folder: Path) -> None:

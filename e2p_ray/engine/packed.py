@@ -84,19 +84,20 @@ def pack(module: nn.Module) -> None:
     for name, child in list(module.named_children()):
         if type(child) is nn.Linear:
             setattr(module, name, PackedLinear(child.weight, child.bias))
-            continue
-        pack(child)
-        if (fused := _gated(child)) is not None:
+        elif (fused := gated_mlp(child)) is not None:
             setattr(module, name, fused)
+        else:
+            pack(child)
 
 
-def _gated(module: nn.Module) -> GatedMLP | None:
-    """The fused form of an MLP that is made of gate, up and down and an activation that oneDNN has."""
+def gated_mlp(module: nn.Module) -> GatedMLP | None:
+    """The packed form of an MLP that is made of gate, up and down and an activation that oneDNN has."""
     parts = dict(module.named_children())
     activation = activation_of(parts.pop("act_fn", None))
     if activation is None or parts.keys() != {"gate_proj", "up_proj", "down_proj"}:
         return None
-    gate, up, down = (parts[name] for name in ("gate_proj", "up_proj", "down_proj"))
-    if not (isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and isinstance(down, PackedLinear)):
+    linears = [part for name in ("gate_proj", "up_proj", "down_proj") if type(part := parts[name]) is nn.Linear]
+    if len(linears) < len(parts):
         return None
+    gate, up, down = (PackedLinear(linear.weight, linear.bias) for linear in linears)
     return GatedMLP(gate, up, down, activation)

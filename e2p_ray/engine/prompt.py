@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,6 +62,12 @@ class PromptLayout:
         self._num_soft_tokens = num_soft_tokens
         self._max_positions = max_positions
         self._start = tuple(_start_tokens(tokenizer))
+
+    def with_tasks(self, tasks: Mapping[str, TaskConfig]) -> PromptLayout:
+        """The same layout for other tasks."""
+        other = copy.copy(self)
+        other._tasks = tasks
+        return other
 
     def template(self, task: str, language: str) -> PromptTemplate:
         """The task's template for a language. Raises ConfigError for an unknown task, RowError without a template."""

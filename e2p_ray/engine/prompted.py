@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Self
 
 from transformers import PreTrainedTokenizerBase
 
@@ -61,6 +63,14 @@ class PromptedEngine:
 
     def prompt_id(self, task: str, language: str) -> str:
         return self.layout.prompt_id(task, language)
+
+    def with_tasks(self, tasks: Mapping[str, TaskConfig]) -> Self:
+        """See `ServingEngine.with_tasks`."""
+        assert tasks.keys() == self._tasks.keys(), "other samplings of the same tasks"
+        assert all(task.sampling.stop == self._tasks[name].sampling.stop for name, task in tasks.items())
+        other = copy.copy(self)
+        other._tasks, other.layout = tasks, self.layout.with_tasks(tasks)
+        return other
 
     def _rows(self, groups: Iterable[Group], attempt: int, refused: list[Completion]) -> Iterator[Row]:
         """The requests as rows; those whose prompt cannot be made go to `refused`."""

@@ -123,7 +123,7 @@ class RowsStep:
         self._in_grid = on_device(self.row * width + self.offset)
         self._grid_at = on_device(lengths[:, None] + across)  # (n, width) own positions
         self._order, self._place_in_order = on_device(order), on_device(np.argsort(order))
-        self._visible = self._own_visible(None)
+        self._masks: dict[int | None, Tensor | None] = {}  # by window: the same in all layers that have it
         self._runs = readers.runs if self._even else self._singly()
         self._paddings = [self._padding(*run) for run in self._runs]
 
@@ -164,10 +164,9 @@ class RowsStep:
         if before is not None:
             outer, lse = self._to_grid(before[0]), self._to_grid(before[1])
             joined = outer.transpose(1, 2).flatten(2, 3), lse.transpose(1, 2).flatten(2, 3)
-        visible = self._visible if window is None else self._own_visible(window)
-        if visible is not None:
-            visible = visible.repeat_interleave(g, dim=1)[:, None]
-        output = joined_attention(asked, keys, values, shape, visible, joined)
+        if window not in self._masks:
+            self._masks[window] = self._own_visible(g, window)
+        output = joined_attention(asked, keys, values, shape, self._masks[window], joined)
         return self._from_grid(output.view(n, num_kv_heads, self._width, g, head_dim).transpose(1, 2))
 
     def _to_grid(self, packed: Tensor) -> Tensor:
@@ -178,15 +177,15 @@ class RowsStep:
         """(n, width, ...) to (T, ...)."""
         return grid.flatten(0, 1) if self._even else grid.flatten(0, 1)[self._in_grid]
 
-    def _own_visible(self, window: int | None) -> Tensor | None:
-        """(n, width, num_own): which own tokens each query sees; None for all."""
+    def _own_visible(self, g: int, window: int | None) -> Tensor | None:
+        """(n, 1, width * g, num_own): which own tokens each query sees; None for all."""
         if self._all_visible and window is None:
             return None
         key_at = torch.arange(self._num_own, device=self._grid_at.device)
         seen = key_at <= self._grid_at[:, :, None]
         if window is not None:
             seen &= key_at > self._grid_at[:, :, None] - window
-        return seen
+        return seen.repeat_interleave(g, dim=1)[:, None]
 
     def _attend_prefixes(self, layer: int, queries: Tensor, shape: Shape, window: int | None) -> tuple[Tensor, Tensor]:
         """(T, Hkv, g, D) and log-sum-exp (T, Hkv, g) over the shared prefixes: 0 and -inf for rows that read none."""

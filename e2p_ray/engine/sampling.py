@@ -112,25 +112,28 @@ def choose(
 ) -> Chosen:
     """Choose the next token of every row.
 
-    logits (n, V) float32; written (n, max_new) token ids so far, of which num_written (n,) count. A row whose logits
-    hold NaN or +Inf, or nothing above -Inf, is reported as not finite and its token means nothing.
+    logits (n, V) float32, which are used up; written (n, max_new) token ids so far, of which num_written (n,) count. A
+    row whose logits hold NaN or +Inf, or nothing above -Inf, is reported as not finite and its token means nothing.
     """
-    # One kernel where a log-sum-exp takes five (256 rows of 8,192 on a CPU: 1.6 for 3.0 ms).
-    logprobs = torch.log_softmax(logits, dim=-1)
-    finite = ~torch.isnan(logprobs[:, 0])  # NaN in one place, or nothing finite, makes all of a row NaN
+    tokens = _argmax(logits)
+    largest = logits.gather(1, tokens[:, None])  # NaN where there is one
     controlled = np.flatnonzero((sampling.repetition_penalty > 1) | (sampling.no_repeat_ngram_tokens > 0))
     adjusted = logits
     if len(controlled):
         adjusted = logits.clone()
         _control_repetition(adjusted, controlled, sampling, written, num_written)
-    tokens = _argmax(adjusted)
+        tokens = _argmax(adjusted)
     sampled = np.flatnonzero(sampling.temperature > 0)
     if len(sampled):
         numbers = uniforms(sampling.streams[sampled], num_written[sampled])
         rows = torch.from_numpy(sampled).to(logits.device)
         tokens[rows] = _sample(adjusted[rows], sampling.take(sampled), numbers)
-    chosen = logprobs.gather(1, tokens[:, None]).squeeze(1)
-    return Chosen(tokens.cpu().numpy(), chosen.cpu().numpy(), finite.cpu().numpy())
+    # In place: a log-softmax writes what is read of it at one token only (128 rows of 8,192 with their product and the
+    # rest of this, on a CPU: 9.8 for 11.0 ms in fp32, 3.8 for 5.6 in bf16).
+    chosen = logits.gather(1, tokens[:, None]) - largest
+    total = logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+    logprobs = (chosen - total.log()).squeeze(1)
+    return Chosen(tokens.cpu().numpy(), logprobs.cpu().numpy(), torch.isfinite(total.squeeze(1)).cpu().numpy())
 
 
 def _argmax(logits: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from e2p_ray.engine.prompted import PromptedEngine
 from e2p_ray.engine.row import Row
 from e2p_ray.engine.stopping import Stopping
 from e2p_ray.engine.vllm_core import end_tokens, num_positions, read_config, read_token_embedding, start_vllm
-from e2p_ray.errors import ConfigError
+from e2p_ray.errors import ConfigError, IncompatibleError
 from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group, RequestKey, UserEmbedding
 from e2p_ray.storage import Storage
 
@@ -242,7 +242,8 @@ def load_vllm_engine(config: JobConfig, storage: Storage) -> VllmEngine:
     """The engine of a job: projector and base model are found to belong together before the model is loaded."""
     manifest, folder = load_manifest(config, storage)
     projector = Projector.from_pretrained(storage, config.projector.uri)
-    assert projector.manifest == manifest, "the artifact changed between two reads"
+    if projector.manifest != manifest:
+        raise IncompatibleError(f"{config.projector.uri}: replaced while it was being loaded. Run the command again")
     max_positions = num_positions(read_config(folder.path), config.tasks)
     return VllmEngine(
         start_vllm(folder.path, config.base_model.dtype, config.engine, max_positions),

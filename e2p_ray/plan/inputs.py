@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from e2p_ray.config import InputsConfig
-from e2p_ray.errors import InputError
 from e2p_ray.schema import Reason, validate_schema
 from e2p_ray.storage import ObjectInfo, Storage
 
@@ -133,12 +132,8 @@ def read_pieces(storage: Storage, pieces: Iterable[Piece], table: str, space: Sp
 
 def _read_piece(storage: Storage, piece: Piece, space: Space) -> pl.DataFrame:
     columns = COLUMNS[piece.table]
-    try:
-        with storage.open_parquet(piece.info) as file:
-            table = file.read_row_groups(list(piece.row_groups), columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
-        remedy = "Write the file again; it is damaged."
-        raise InputError(f"cannot be read: {error}", uri=piece.info.uri, remedy=remedy) from error
+    with storage.open_parquet(piece.info) as file:
+        table = file.read_row_groups(list(piece.row_groups), columns=columns, use_threads=False)
     match piece.table:
         case "users":
             return user_rows(table, space)

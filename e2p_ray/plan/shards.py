@@ -15,7 +15,7 @@ import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
 
-from e2p_ray.errors import ShardError
+from e2p_ray.errors import InputError, ShardError
 from e2p_ray.plan.pairs import ContentJoin, bucket_of
 from e2p_ray.schema import Content, Group, Reason, Request, RequestKey, planned_schema
 from e2p_ray.storage import Storage, parquet_bytes
@@ -193,7 +193,10 @@ def _strings(series: pl.Series) -> pa.Array:
 def read_planned(storage: Storage, plan_uri: str, shard_id: str) -> pa.Table:
     """The rows of one shard; ShardError when the file is not what a plan writes."""
     uri = shard_uri(plan_uri, shard_id)
-    table = storage.read_table(uri)
+    try:
+        table = storage.read_table(uri)
+    except InputError as error:
+        raise ShardError(f"{error} Delete the plan's folder and plan again.") from error
     kind = table.schema.field("user_embedding").type if "user_embedding" in table.schema.names else None
     if kind is None or not pa.types.is_fixed_size_list(kind) or table.schema != planned_schema(kind.list_size):
         raise ShardError(f"{uri} is not a shard of a plan. Delete the plan's folder and plan again.")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,10 +16,12 @@ import pyarrow.parquet as pq
 from e2p_ray.config import StorageConfig
 from e2p_ray.errors import ConfigError, InputError, ObjectNotFoundError, StorageError
 from e2p_ray.storage.local import LocalPlace, local_path, refuse_links_out, temp_path
-from e2p_ray.storage.objects import DatedObject, ObjectInfo, Place
+from e2p_ray.storage.objects import DatedObject, ObjectInfo, PassingError, Place
 from e2p_ray.storage.s3 import S3Place, split
 
-__all__ = ["DatedObject", "ObjectInfo", "Storage", "is_s3", "parquet_bytes"]
+__all__ = ["DatedObject", "ObjectInfo", "PassingError", "Storage", "is_s3", "parquet_bytes"]
+
+_T = TypeVar("_T")
 
 _PART_BYTES = 64 << 20  # a download is retried in pieces of this size
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -35,7 +38,7 @@ def is_s3(uri: str) -> bool:
 def parquet_bytes(table: pa.Table) -> bytes:
     """A table as the bytes of a Parquet file; equal tables give equal bytes."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
 
 
@@ -110,16 +113,30 @@ class Storage:
         if not is_s3(uri):
             refuse_links_out(local_path(uri), local_path(uri))
 
-    def open_parquet(self, place: str | ObjectInfo) -> pq.ParquetFile:
-        """A Parquet file that fetches only the ranges it is asked for; use it in a `with`."""
+    @contextmanager
+    def open_parquet(self, place: str | ObjectInfo) -> Iterator[pq.ParquetFile]:
+        """A Parquet file that fetches only the ranges it is asked for, and checks pages that have a checksum.
+
+        InputError, naming it, when it is no whole Parquet file or damaged, also while it is read within the `with`, and
+        when it is gone since it was listed.
+        """
         info = self.info(place) if isinstance(place, str) else place
         if info is None:
             raise ObjectNotFoundError(f"there is no object {place}")
         source = pa.PythonFile(io.BufferedReader(_Ranges(self, info), 1 << 16), mode="r")
         try:
-            return pq.ParquetFile(source, pre_buffer=True)
-        except pa.ArrowInvalid as error:
-            raise InputError("not a whole Parquet file", uri=info.uri, remedy="Write it again.") from error
+            with pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True) as file:
+                yield file
+        except ObjectNotFoundError as error:
+            if isinstance(place, str):
+                raise
+            remedy = "Run again once nothing writes there."
+            raise InputError("gone since it was listed", uri=info.uri, remedy=remedy) from error
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # not Arrow's: of what the caller does inside
+                raise
+            problem = f"not a whole Parquet file, or damaged ({str(error).splitlines()[0]})"
+            raise InputError(problem, uri=info.uri, remedy="Write it again.") from error
 
     def read_schema(self, uri: str) -> pa.Schema:
         """The Arrow schema of a Parquet file; reads its footer only."""
@@ -166,20 +183,38 @@ class Storage:
             relative = PurePosixPath(info.uri[len(uri.rstrip("/")) + 1 :])
             if relative.is_absolute() or ".." in relative.parts:
                 raise StorageError(f"{info.uri}: a name that leads out of its folder is not downloaded")
-            self._download(info, into / relative)
+            self.download(info, into / relative)
         return into
 
-    def delta_options(self, uri: str = "s3://") -> dict[str, str]:
-        """Options for deltalake and polars to reach the same place: they hold secrets. Empty for a local URI."""
-        return self._s3.delta_options() if is_s3(uri) else {}
+    def delta_options(self, uri: str = "s3://", *, with_retries: bool = False) -> dict[str, str]:
+        """Options for deltalake and polars to reach the same place: they hold secrets. Empty for a local URI.
 
-    def _download(self, info: ObjectInfo, path: Path) -> None:
+        `with_retries`: as many as ours, in words that polars does not take.
+        """
+        return self._s3.delta_options(with_retries=with_retries) if is_s3(uri) else {}
+
+    def patiently(self, call: Callable[[], _T], verb: str, uri: str) -> _T:
+        """Make a call of deltalake's about a place; on S3 again, as often as our own, while its trouble may pass.
+
+        `call` may raise PassingError for what it knows to be worth another try. Its other errors come as they are.
+        """
+        if is_s3(uri):
+            return self._s3.patiently(call, verb, uri)
+        try:
+            return call()
+        except PassingError as error:
+            raise StorageError(f"could not {verb} {uri}: {error}") from error
+
+    def download(self, info: ObjectInfo, path: Path) -> None:
+        """An object as it was listed, as a file: all of it or nothing, also after a power cut."""
         path.parent.mkdir(parents=True, exist_ok=True)
         temp = temp_path(path)
         try:
             with temp.open("wb") as file:
                 for start in range(0, info.size_bytes, _PART_BYTES):
                     file.write(self.read_range(info, start, _PART_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temp, path)
         finally:
             temp.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from e2p_ray.errors import AccessDeniedError, ObjectNotFoundError, StorageError
 from e2p_ray.storage.objects import DatedObject, ObjectInfo, changed_error
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNFINISHED = re.compile(r"^\..*\.[0-9a-f]{32}\.tmp$")  # what a killed writer leaves behind
 
 
@@ -142,4 +143,5 @@ def _errors(uri: str) -> Iterator[None]:
             raise StorageError(f"{uri}: this file system has no hard links; use another, or s3://") from error
         raise AccessDeniedError(f"{uri}: permission denied. Give this user access to it.") from error
     except OSError as error:
-        raise StorageError(f"{uri}: {error.strerror or error}") from error
+        remedy = ". Make room there and run the same command again" if error.errno in _FULL else ""
+        raise StorageError(f"{uri}: {error.strerror or error}{remedy}") from error

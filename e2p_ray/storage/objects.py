@@ -7,12 +7,25 @@ from typing import NamedTuple, Protocol
 from e2p_ray.errors import StorageError
 
 
+class PassingError(Exception):
+    """Worth another try; `wait_s` is what the server asked for."""
+
+    def __init__(self, problem: str, wait_s: float = 0.0) -> None:
+        super().__init__(problem)
+        self.wait_s = wait_s
+
+
 class ObjectInfo(NamedTuple):
     """One object: `version` changes when its bytes do (the S3 ETag, or a local file's mtime in ns)."""
 
     uri: str
     size_bytes: int
     version: str
+
+    @property
+    def name(self) -> str:
+        """The last part of its URI."""
+        return self.uri.rpartition("/")[2]
 
 
 class DatedObject(NamedTuple):

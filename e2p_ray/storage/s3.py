@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import threading
@@ -12,42 +13,20 @@ from urllib.parse import urlsplit
 
 import boto3.session
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
-from botocore.parsers import ResponseParserError
 
 from e2p_ray.config import StorageConfig
 from e2p_ray.errors import AccessDeniedError, ConfigError, ObjectNotFoundError, StorageError
-from e2p_ray.storage.objects import DatedObject, ObjectInfo, changed_error
+from e2p_ray.storage.objects import DatedObject, ObjectInfo, PassingError, changed_error
+from e2p_ray.storage.s3_errors import NO_CREDENTIALS, DenialError, PreconditionError, typed, typed_delta
 
 _T = TypeVar("_T")
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 10.0
-_DENIED = frozenset({"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"})
-_MISSING = frozenset({"NoSuchKey", "NoSuchBucket"})
-_PASSING = frozenset(
-    {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "IncompleteBody", "BadDigest"}
-    | {"InternalError", "ServiceUnavailable", "ConditionalRequestConflict", "OperationAborted"}
-)
-_NO_CREDENTIALS = "no S3 credentials found. Set them in the environment, a profile or a role, or in the storage section"
-
-
-class _PassingError(Exception):
-    """Worth another try; `wait_s` is what the server asked for."""
-
-    def __init__(self, problem: str, wait_s: float = 0.0) -> None:
-        super().__init__(problem)
-        self.wait_s = wait_s
-
-
-class _PreconditionError(Exception):
-    """412: the object is there (put if absent), or is no longer the one that was listed (ranged read)."""
+_MAX_DELTA_RETRY_S = 180.0
+# A denial may be throttling in disguise. Where such a call was allowed before, it is tried as often as any other; where
+# none was, a wrong policy is the likelier cause, and is told within three seconds (the waits between five tries).
+_MAX_DENIED_TRIES = 5
+_SHA256 = "sha256"  # in the metadata of what is written here
 
 
 class S3Place:
@@ -56,6 +35,7 @@ class S3Place:
     def __init__(self, config: StorageConfig) -> None:
         self._config = config
         self._lock = threading.Lock()
+        self._allowed: set[tuple[str, str]] = set()  # verbs and buckets of calls that succeeded
         self._clients: dict[int, Any] = {}  # by process id: a forked child must not share its parent's sockets
 
     def read(self, uri: str) -> bytes:
@@ -63,7 +43,8 @@ class S3Place:
 
         def get() -> bytes:
             answer = self._client().get_object(Bucket=bucket, Key=key)
-            return _whole(answer["Body"].read(), answer["ContentLength"])
+            data = _whole(answer["Body"].read(), answer["ContentLength"])
+            return _unchanged(data, answer.get("Metadata", {}).get(_SHA256))
 
         return self._try(get, "read", uri)
 
@@ -77,25 +58,26 @@ class S3Place:
 
         try:
             return self._try(get, "read", info.uri)
-        except _PreconditionError as error:
+        except PreconditionError as error:
             raise changed_error(info.uri) from error
 
     def put(self, uri: str, data: bytes) -> None:
         bucket, key = split(uri)
-        self._try(lambda: self._client().put_object(Bucket=bucket, Key=key, Body=data), "write", uri)
+        put = {"Bucket": bucket, "Key": key, "Body": data, "Metadata": _metadata(data)}
+        self._try(lambda: self._client().put_object(**put), "write", uri)
 
     def put_if_absent(self, uri: str, data: bytes) -> bool:
         bucket, key = split(uri)
-        num_tries = 0
+        metadata, num_tries = _metadata(data), 0
 
         def put() -> None:
             nonlocal num_tries
             num_tries += 1
-            self._client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            self._client().put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata, IfNoneMatch="*")
 
         try:
             self._try(put, "write", uri)
-        except _PreconditionError:
+        except PreconditionError:
             # After a lost answer, the object in our way may be our own.
             return num_tries > 1 and self.read(uri) == data
         return True
@@ -129,8 +111,8 @@ class S3Place:
                 return sorted(found)
             page["ContinuationToken"] = answer["NextContinuationToken"]
 
-    def delta_options(self) -> dict[str, str]:
-        """Options with which deltalake and polars reach the same place; they hold secrets."""
+    def delta_options(self, *, with_retries: bool) -> dict[str, str]:
+        """Options with which deltalake, and without retries polars, reach the same place; they hold secrets."""
         session = self._session()
         client = self._client()
         options = {
@@ -139,6 +121,12 @@ class S3Place:
             "timeout": f"{self._config.read_timeout_s:g}s",
             "connect_timeout": f"{self._config.connect_timeout_s:g}s",
         }
+        if with_retries:
+            options |= {
+                "max_retries": str(self._config.max_attempts - 1),
+                "retry_timeout": f"{_MAX_DELTA_RETRY_S:g}s",
+                "backoff_config.max_backoff": f"{_LONGEST_WAIT_S:g}s",
+            }
         if not _is_aws(client.meta.endpoint_url):
             options["aws_endpoint_url"] = client.meta.endpoint_url
         if client.meta.endpoint_url.startswith("http://"):
@@ -146,12 +134,16 @@ class S3Place:
         # object_store knows fewer sources of credentials than boto3: it is given what boto3 found.
         found = session.get_credentials()
         if found is None:
-            raise AccessDeniedError(_NO_CREDENTIALS)
+            raise AccessDeniedError(NO_CREDENTIALS)
         keys = found.get_frozen_credentials()
         options |= {"aws_access_key_id": keys.access_key, "aws_secret_access_key": keys.secret_key}
         if keys.token:
             options["aws_session_token"] = keys.token
         return options
+
+    def patiently(self, call: Callable[[], _T], verb: str, uri: str) -> _T:
+        """A call of deltalake's, tried as often as our own."""
+        return self._again(lambda: typed_delta(call), verb, uri)
 
     def _session(self) -> boto3.session.Session:
         key_id, secret = self._config.access_key_id, self._config.secret_access_key
@@ -187,16 +179,29 @@ class S3Place:
         return session.client("s3", config=Config(**settings, s3={"addressing_style": "path"}), **arguments)
 
     def _try(self, call: Callable[[], _T], verb: str, uri: str) -> _T:
+        return self._again(lambda: typed(call, verb, uri), verb, uri)
+
+    def _again(self, call: Callable[[], _T], verb: str, uri: str) -> _T:
         """Make a call again, with exponential waits and full jitter, while its trouble may pass."""
-        for attempt in range(1, self._config.max_attempts + 1):
+        kind, attempt = (verb, split(uri, folder=True)[0]), 1
+        while True:
             try:
-                return _typed(call, verb, uri)
-            except _PassingError as error:
-                problem = error
-            if attempt < self._config.max_attempts:
+                result = call()
+            except PassingError as error:
+                if attempt >= self._max_tries(error, kind):
+                    failure = AccessDeniedError if isinstance(error, DenialError) else StorageError
+                    raise failure(f"could not {verb} {uri} in {attempt} tries: {error}") from error
                 longest_s = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0**attempt)
-                time.sleep(max(random.uniform(0, longest_s), min(problem.wait_s, _LONGEST_WAIT_S)))
-        raise StorageError(f"could not {verb} {uri} in {self._config.max_attempts} tries: {problem}") from problem
+                time.sleep(max(random.uniform(0, longest_s), min(error.wait_s, _LONGEST_WAIT_S)))
+                attempt += 1
+            else:
+                self._allowed.add(kind)
+                return result
+
+    def _max_tries(self, error: PassingError, kind: tuple[str, str]) -> int:
+        if isinstance(error, DenialError) and kind not in self._allowed:
+            return min(self._config.max_attempts, _MAX_DENIED_TRIES)
+        return self._config.max_attempts
 
 
 def split(uri: str, *, folder: bool = False) -> tuple[str, str]:
@@ -214,47 +219,16 @@ def _is_aws(endpoint_url: str) -> bool:
 
 def _whole(data: bytes, num_bytes: int) -> bytes:
     if len(data) != num_bytes:
-        raise _PassingError(f"{len(data)} of {num_bytes} bytes arrived")
+        raise PassingError(f"{len(data)} of {num_bytes} bytes arrived")
     return data
 
 
-def _typed(call: Callable[[], _T], verb: str, uri: str) -> _T:
-    try:
-        return call()
-    except ClientError as error:
-        raise _from_answer(error, verb, uri) from error
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise AccessDeniedError(f"could not {verb} {uri}: {_NO_CREDENTIALS}") from error
-    except (
-        HTTPClientError,
-        IncompleteReadError,
-        ResponseParserError,
-        OSError,
-    ) as error:  # time-outs, resets, cut bodies
-        raise _PassingError(f"{type(error).__name__}: {error}") from error
-    except BotoCoreError as error:
-        raise StorageError(f"could not {verb} {uri}: {error}") from error
+def _metadata(data: bytes) -> dict[str, str]:
+    return {_SHA256: hashlib.sha256(data).hexdigest()}
 
 
-def _from_answer(error: ClientError, verb: str, uri: str) -> Exception:
-    http = error.response.get("ResponseMetadata", {})
-    status, code = http.get("HTTPStatusCode", 0), str(error.response.get("Error", {}).get("Code", ""))
-    problem = f"could not {verb} {uri}: {code} (HTTP {status})"
-    if status == 412:
-        return _PreconditionError(problem)
-    if code in _MISSING or (status == 404 and code in ("404", "NotFound", "")):
-        return ObjectNotFoundError(
-            f"there is no bucket for {uri}" if code == "NoSuchBucket" else f"there is no object {uri}"
-        )
-    if code in _PASSING or status in (429, 500, 502, 503, 504):
-        return _PassingError(f"{code} (HTTP {status})", _asked_wait_s(http.get("HTTPHeaders", {})))
-    if code in _DENIED or status in (401, 403):
-        return AccessDeniedError(f"{problem}. Check the credentials and the bucket's policy")
-    if status in (301, 307) or code == "AuthorizationHeaderMalformed":
-        return StorageError(f"{problem}. Set storage.region to the bucket's region")
-    return StorageError(problem)
-
-
-def _asked_wait_s(headers: dict[str, str]) -> float:
-    asked = headers.get("retry-after", "")
-    return float(asked) if asked.isdigit() else 0.0
+def _unchanged(data: bytes, sha256: str | None) -> bytes:
+    """Data as it was written, where its writer said what that was."""
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise PassingError("other bytes arrived than were written")
+    return data

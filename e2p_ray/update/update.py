@@ -107,7 +107,7 @@ def _write(comparison: Comparison, run: Run, limits: Limits, changes: Changes, o
 def _copy_dead_letters(job: UpdateJob, run: Run) -> None:
     """Requests that cannot be planned are part of every run of the plan."""
     for info in job.storage.list_objects(f"{job.plan.uri}/dead_letters"):
-        name = info.uri.rpartition("/")[2]
+        name = info.name
         job.storage.write_bytes(f"{run.plan_uri}/dead_letters/{name}", job.storage.read_bytes(info.uri))
 
 

@@ -1,0 +1,167 @@
+"""Rows of Parquet files by key, from copies on the local disk: each file copied once, and found by a hash."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from e2p_ray.commit.spool import hash_rows
+from e2p_ray.errors import ConfigError
+from e2p_ray.storage import ObjectInfo, Storage
+
+_INDEX_ROW_BYTES = 24  # two halves of a hash and a place, in memory
+
+
+class Budget:
+    """Bytes that all copies of a process may take on the disk. Raises ConfigError beyond."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._num_bytes, self._lock = max_bytes, 0, threading.Lock()
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """Count what is about to be written."""
+        with self._lock:
+            if self._num_bytes + num_bytes > self._max_bytes:
+                raise ConfigError(
+                    f"the local copies of users, contents and published rows need more than tables.max_bytes, "
+                    f"{self._max_bytes:,}. Raise it, or serve smaller tables"
+                )
+            self._num_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """Count what is gone."""
+        with self._lock:
+            self._num_bytes -= num_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class _Copy:
+    """One file's rows, mapped from the disk, and their places by the hash of their key: both halves sorted alike."""
+
+    rows: pa.Table
+    first: npt.NDArray[np.uint64]
+    second: npt.NDArray[np.uint64]
+    places: npt.NDArray[np.int64]
+    num_bytes: int
+
+    def find(self, first: np.uint64, second: np.uint64) -> list[int]:
+        start, end = np.searchsorted(self.first, first, "left"), np.searchsorted(self.first, first, "right")
+        return [int(self.places[at]) for at in range(start, end) if self.second[at] == second]
+
+
+class Copies:
+    """The copies of one table's files. `refresh` and `find` may run at once: a find sees one state of the table.
+
+    A copy has no name in the file system, and is gone with its process whatever ends that.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        key: Sequence[str],
+        columns: Sequence[str],
+        budget: Budget,
+        folder: str | None,
+        *,
+        check: Callable[[pa.Schema, str], None] = lambda schema, uri: None,
+        change: Callable[[pa.Table], pa.Table] = lambda rows: rows,
+    ) -> None:
+        self._storage, self._key, self._columns = storage, list(key), list(columns)
+        self._budget, self._folder, self._check, self._change = budget, folder, check, change
+        self._copies: dict[ObjectInfo, _Copy] = {}
+        self.state = 0  # another number when the rows are others
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(copy.places) for copy in self._copies.values())
+
+    def refresh(self, files: Sequence[ObjectInfo]) -> None:
+        """Become these files: copy those that are new, forget those that are gone."""
+        before = self._copies
+        if before.keys() == set(files):
+            return
+        made: list[_Copy] = []
+        try:
+            now = {}
+            for info in files:
+                if info not in before:
+                    made.append(self._copied(info))
+                now[info] = before.get(info) or made[-1]
+        except BaseException:
+            self._budget.give_back(sum(copy.num_bytes for copy in made))
+            raise
+        self._copies = now
+        self.state += 1
+        self._budget.give_back(sum(copy.num_bytes for info, copy in before.items() if info not in now))
+
+    def find(self, *key: str) -> list[pa.Table]:
+        """Every row with this key, each as a table of one row."""
+        ((first, second),) = hash_rows(*(pa.array([part], pa.string()) for part in key))
+        rows = []
+        for copy in self._copies.values():
+            for place in copy.find(first, second):
+                row = copy.rows.slice(place, 1)
+                if all(str(row[name][0].as_py()) == part for name, part in zip(self._key, key, strict=True)):
+                    rows.append(row)
+        return rows
+
+    def _copied(self, info: ObjectInfo) -> _Copy:
+        taken, hashes = 0, [np.zeros((0, 2), np.uint64)]
+        folder = tempfile.TemporaryDirectory(prefix="e2p_ray-serve-", dir=self._folder)
+        try:
+            with folder, self._storage.open_parquet(info) as file:
+                self._check(file.schema_arrow, info.uri)
+                path = Path(folder.name, "rows.arrow")
+                schema = _plain(self._change(file.schema_arrow.empty_table().select(self._columns)).schema)
+                with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+                    for group in range(file.metadata.num_row_groups):
+                        rows = file.read_row_group(group, columns=self._columns, use_threads=False)
+                        rows = self._change(rows).select(self._columns).cast(schema)
+                        num_bytes = rows.nbytes + _INDEX_ROW_BYTES * len(rows)
+                        self._budget.take(num_bytes)
+                        taken += num_bytes
+                        writer.write_table(rows)
+                        hashes.append(hash_rows(*(rows[name] for name in self._key)))
+                mapped = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except BaseException:
+            self._budget.give_back(taken)
+            raise
+        found = np.concatenate(hashes)
+        order = np.lexsort((found[:, 1], found[:, 0]))
+        return _Copy(mapped, found[order, 0], found[order, 1], order, taken)
+
+
+def _plain(schema: pa.Schema) -> pa.Schema:
+    """The schema with values in place of dictionaries: these differ from row group to row group."""
+    fields = (f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in schema)
+    return pa.schema(list(fields))
+
+
+class Freshness:
+    """How old what is known of a table can be: the time of the last look at it that succeeded."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._looked_s = clock, -float("inf")
+
+    def now_s(self) -> float:
+        return self._clock()
+
+    def looked(self, at_s: float) -> None:
+        """What was begun at this time is done: everything up to it is known."""
+        self._looked_s = at_s
+
+    @property
+    def age_s(self) -> float:
+        return self._clock() - self._looked_s

@@ -1,0 +1,79 @@
+"""A replica of the generator as a deployment of Ray Serve: it hosts the API, and hands over new settings."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from e2p_ray.config import ServeConfig
+from e2p_ray.loaded import EngineFactory
+from e2p_ray.serve.api import make_api
+from e2p_ray.serve.gate import App
+from e2p_ray.serve.service import Service
+from e2p_ray.storage import Storage
+
+APP_NAME = "e2p_ray"
+DEPLOYMENT_NAME = "generator"
+
+
+class Replica:
+    """One copy of the model, with its API. `reconfigure` takes {"projector_uri": ...}."""
+
+    def __init__(self, config: ServeConfig, engine_factory: EngineFactory | None = None) -> None:
+        self.service = Service(config, Storage(config.storage), engine_factory=engine_factory)
+
+    def __serve_build_asgi_app__(self) -> App:
+        return make_api(self.service)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Swap the projector between requests. What cannot be taken over is logged, and GET /v1/models says it.
+
+        It raises nothing: Serve would end the replica, and with it the projector that works.
+        """
+        uri = user_config.get("projector_uri")
+        if uri is not None:
+            await self.service.swap(str(uri))
+
+    async def __del__(self) -> None:
+        """Serve calls this when requests are done, or have been given up."""
+        if hasattr(self, "service"):
+            await asyncio.to_thread(self.service.close, 1.0)
+
+
+def application(config: ServeConfig, *, engine_factory: EngineFactory | None = None) -> Application:
+    """The application for `serve.run`, which restarts replicas; see `app.serve_file` for what swaps without."""
+    replica, workers = config.replica, config.workers
+    num_threads = config.engine.num_threads or max(int(workers.num_cpus), 1)
+    most = config.replica.max_waiting + config.engine.max_rows
+    options: dict[str, Any] = {
+        "name": DEPLOYMENT_NAME,
+        "user_config": {"projector_uri": config.projector.uri},
+        "ray_actor_options": {
+            "num_cpus": workers.num_cpus,
+            "num_gpus": workers.num_gpus,
+            "runtime_env": {
+                "env_vars": {
+                    "OMP_NUM_THREADS": str(num_threads),
+                    "POLARS_MAX_THREADS": str(num_threads),
+                    "TOKENIZERS_PARALLELISM": "false",
+                }
+            },
+        },
+        # Twice what it takes: the replica itself says no (429) to what is too much, Serve never makes anybody wait.
+        "max_ongoing_requests": 2 * most,
+        "graceful_shutdown_timeout_s": replica.drain_s,
+        "autoscaling_config": {
+            "min_replicas": replica.min_replicas,
+            "max_replicas": replica.max_replicas,
+            "initial_replicas": max(replica.min_replicas, 1),
+            "target_ongoing_requests": replica.target_ongoing_requests,
+            "upscale_delay_s": replica.upscale_delay_s,
+            "downscale_delay_s": replica.downscale_delay_s,
+        },
+    }
+    deployment: Any = serve.deployment(serve.ingress()(Replica))
+    made: Application = deployment.options(**options).bind(config, engine_factory)
+    return made

@@ -1,0 +1,83 @@
+"""Serve texts online, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from types import FrameType
+
+import yaml
+from ray import serve
+from ray.serve.config import HTTPOptions
+
+from e2p_ray.config import ServeConfig
+from e2p_ray.engine.manifest import load_manifest
+from e2p_ray.loaded import EngineFactory
+from e2p_ray.ray_session import ray_session
+from e2p_ray.serve.app import serve_file
+from e2p_ray.serve.replica import APP_NAME, application
+from e2p_ray.serve.service import require_native
+from e2p_ray.storage import Storage
+from jobs.cli import Job, run_job
+from jobs.steps import say
+
+
+def serve_texts(config: ServeConfig, options: argparse.Namespace) -> None:
+    """Print the file for `serve deploy`, or serve until told to stop."""
+    if options.print_config is not None:
+        print(yaml.safe_dump(serve_file(config, options.print_config), sort_keys=False), end="")
+        return
+    serve_until(config, _stop_on_signals())
+
+
+def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: EngineFactory | None = None) -> None:
+    """Serve on the Ray that is there, or on one of its own; requests that run are finished when it stops."""
+    require_native(config)
+    load_manifest(config, Storage(config.storage))  # says what does not fit before anything is started
+    with ray_session(config.workers.ray_address):
+        try:
+            serve.start(http_options=HTTPOptions(host=config.api.host, port=config.api.port))
+            serve.run(application(config, engine_factory=engine_factory), name=APP_NAME, route_prefix="/")
+            say(f"serving on http://{config.api.host}:{config.api.port}; Ctrl-C stops it")
+            stop.wait()
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+    say("stopped")
+
+
+def _stop_on_signals() -> threading.Event:
+    """Set by Ctrl-C, and by the SIGTERM that a pod gets before it ends."""
+    stop = threading.Event()
+
+    def set_it(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, set_it)
+    return stop
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--print-config",
+        metavar="PATH",
+        help="print the file for `serve deploy` and for a RayService instead, with PATH as the place of the\n"
+        "configuration on the cluster",
+    )
+
+
+JOB = Job(
+    prog="jobs.serve",
+    description="Serve texts online: the same generator as jobs.generate behind HTTP (POST /v1/generations). The\n"
+    "configuration is a job's, with the sections `api`, `replica` and `tables`. What is published and current is\n"
+    "looked up, the rest is written. Ctrl-C finishes what runs and stops.",
+    config=ServeConfig,
+    call=serve_texts,
+    add_options=_options,
+)
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(JOB))

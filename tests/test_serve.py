@@ -1,0 +1,660 @@
+"""The API over real HTTP: what is looked up, written and refused, and that nobody learns what they must not.
+
+With the fake engine: the texts of the real one are compared in test_serve_engine.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable
+from pydantic import ValidationError
+
+import jobs.generate
+from e2p_ray.config import ApiConfig, JobConfig, ServeConfig
+from e2p_ray.engine.fake import FakeEngine
+from e2p_ray.engine.manifest import ProjectorManifest, read_manifest
+from e2p_ray.errors import ConfigError
+from e2p_ray.schema import Reason, RequestKey, Status
+from e2p_ray.serve.client import (
+    DeadlineError,
+    InvalidRequestError,
+    ServiceError,
+    Token,
+    TooManyRequestsError,
+    UnauthorizedError,
+    UnavailableError,
+)
+from e2p_ray.serve.gate import TokenBucket
+from e2p_ray.serve.messages import Consent, GenerationAnswer, ProblemBody
+from e2p_ray.serve.problems import ProblemError
+from e2p_ray.storage import Storage
+from jobs.generate import generate_run
+from tests.serve_world import TOKENS, Site, serve_config, serving, slow
+from tests.small_job import DIM, SPACE, fake_engine, write_small_job
+from tests.update_world import serial_batch
+
+VECTOR = np.linspace(0.1234567, 0.7654321, DIM).tolist()
+OPTED_OUT, NO_EMBEDDING, OTHER_SPACE, PLAIN = (f"user-{n:04d}" for n in range(4))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
+    return write_small_job(tmp_path_factory.mktemp("serve"))[0]
+
+
+@pytest.fixture(scope="module")
+def published(job: JobConfig) -> JobConfig:
+    """The same job after its batch: its table is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs.generate, "run_batch", serial_batch)
+        generate_run(job, engine_factory=fake_engine)
+    return job
+
+
+@pytest.fixture(scope="module")
+def site(published: JobConfig) -> Iterator[Site]:
+    with serving(serve_config(published)) as found:
+        yield found
+
+
+def rows_of(config: JobConfig) -> dict[RequestKey, dict[str, Any]]:
+    rows = DeltaTable(config.output.table_uri).to_pyarrow_table().to_pylist()
+    return {RequestKey(row["user_id"], row["content_id"], row["task"]): row for row in rows}
+
+
+def post(site: Site, path: str, body: Any, **options: Any) -> httpx2.Response:
+    headers = {"Authorization": f"Bearer {TOKENS[0]}"} | options.pop("headers", {})
+    given = {"content": body} if isinstance(body, bytes) else {"json": body}
+    return httpx2.post(f"{site.url}{path}", headers=headers, timeout=30, **given, **options)
+
+
+# -- looking up --------------------------------------------------------------------------------------------------------
+
+
+def test_every_published_text_is_returned_at_once_and_an_override_is_not_among_them(site: Site) -> None:
+    rows = rows_of(site.service.config)
+    assert len(rows) > 300
+    before = site.service.loaded.stats
+    with site.client() as client:
+        for user_ids in [sorted({key.user_id for key in rows})[part::4] for part in range(4)]:
+            keys = [key for key in rows if key.user_id in user_ids and key.task == "headline"]
+            pairs = [{"user_id": key.user_id, "content_id": key.content_id} for key in keys]
+            for key, answer in zip(keys, client.generate_batch("headline", pairs).results, strict=True):
+                assert isinstance(answer, GenerationAnswer)
+                assert (answer.source, answer.text, answer.status.value, answer.fingerprint) == (
+                    "published", *(rows[key][name] for name in ("text", "status", "fingerprint")),
+                )  # fmt: skip
+        assert site.service.loaded.stats == before, "no model was asked"
+        other = client.generate("headline", user_id=PLAIN, content_id="content-003", sampling={"temperature": 0.5})
+        assert other.source == "generated", "the control: another sampling has another fingerprint"
+        assert other.fingerprint not in {row["fingerprint"] for row in rows.values()}
+
+
+def test_what_changed_since_is_written_with_the_published_text_as_draft(tmp_path: Path) -> None:
+    config, _ = write_small_job(tmp_path, num_users=12)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs.generate, "run_batch", serial_batch)
+        generate_run(config, engine_factory=fake_engine)
+    storage, uri = Storage(), config.inputs.contents_uri
+    with serving(serve_config(config)) as site, site.client() as client:
+        first = client.generate("headline", user_id=PLAIN, content_id="content-004")
+        assert first.source == "published"
+        table = storage.read_table(uri)
+        bodies = [f"{body} It rained." for body in table["body"].to_pylist()]
+        at = table.schema.get_field_index("body")
+        storage.write_table(uri, table.set_column(at, "body", pa.array(bodies)))
+        answer = _until(
+            lambda: client.generate("headline", user_id=PLAIN, content_id="content-004"),
+            lambda found: found.source == "generated",
+        )
+        assert answer.fingerprint != first.fingerprint
+        assert site.service.loaded.stats.num_draft_tokens, "the published text was the draft"
+        assert answer.text == first.text, "and the model chose it again"
+
+
+def _until(ask: Callable[[], Any], holds: Callable[[Any], bool], timeout_s: float = 20.0) -> Any:
+    """Ask until it holds; fails after a time that no machine needs."""
+    over_s = time.monotonic() + timeout_s
+    while not holds(found := ask()):
+        assert time.monotonic() < over_s, found
+        time.sleep(0.02)
+    return found
+
+
+# -- consent -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("user_id", "consent", "status", "reason"),
+    [
+        (OPTED_OUT, Consent.REFUSED, Status.SUPPRESSED, Reason.OPTED_OUT),
+        ("never-seen", Consent.UNKNOWN, Status.SUPPRESSED, Reason.OPTED_OUT),
+        (NO_EMBEDDING, Consent.GIVEN, Status.FALLBACK, Reason.EMBEDDING_NULL),
+        (OTHER_SPACE, Consent.GIVEN, Status.FALLBACK, Reason.EMBEDDING_OTHER_SPACE),
+        (PLAIN, Consent.GIVEN, Status.OK, None),
+    ],
+)
+def test_consent_decides_whatever_embedding_comes_with_the_request(
+    site: Site, user_id: str, consent: Consent, status: Status, reason: Reason | None
+) -> None:
+    with site.client() as client:
+        stored = client.generate("headline", user_id=user_id, content_id="content-000")
+        given = client.generate(
+            "headline", user_id=user_id, content_id="content-000", embedding=VECTOR, embedding_space=SPACE
+        )
+    assert (stored.consent, stored.status, stored.reason) == (consent, status, reason)
+    assert given.consent == consent
+    assert given.personalized == (consent is Consent.GIVEN), "a newer user embedding is used, with consent alone"
+
+
+def test_an_opt_out_counts_after_the_refresh_and_old_tables_count_as_no_consent(tmp_path: Path) -> None:
+    config, _ = write_small_job(tmp_path, num_users=6)
+    storage, uri = Storage(), config.inputs.users_uri
+    with serving(serve_config(config, tables={"max_staleness_s": 2.0})) as site, site.client() as client:
+
+        def ask() -> GenerationAnswer:
+            return client.generate("headline", user_id=PLAIN, content_id="content-000")
+
+        def until(consent: Consent) -> GenerationAnswer:
+            answer: GenerationAnswer = _until(ask, lambda found: found.consent is consent)
+            assert answer.personalized == (consent is Consent.GIVEN)
+            return answer
+
+        until(Consent.GIVEN)
+        users = storage.read_table(uri)
+        refused = pc.and_(users["personalize"], pc.not_equal(users["user_id"], PLAIN))
+        at = users.schema.get_field_index("personalize")
+        storage.write_table(uri, users.set_column(at, "personalize", refused))
+        until(Consent.REFUSED)
+        storage.write_table(uri, users)
+        until(Consent.GIVEN)
+        storage.write_bytes(uri, b"this is no Parquet")
+        assert until(Consent.UNKNOWN).reason is Reason.OPTED_OUT
+        assert httpx2.get(f"{site.url}/readyz").json()["code"] == "stale_tables"
+        storage.write_table(uri, users)
+        until(Consent.GIVEN)
+        assert httpx2.get(f"{site.url}/readyz").status_code == 200
+
+
+def test_of_a_user_s_copies_the_latest_counts_and_of_equals_the_refusal(tmp_path: Path) -> None:
+    config, _ = write_small_job(tmp_path, num_users=6)
+    storage, uri = Storage(), config.inputs.users_uri
+    users = storage.read_table(uri)
+    again = users.filter(pc.is_in(users["user_id"], pa.array([PLAIN, "user-0004"])))
+    at, when = users.schema.get_field_index("personalize"), users.schema.get_field_index("updated_at")
+    again = again.set_column(at, "personalize", pa.array([False, False]))
+    moment = again["updated_at"][0].value
+    again = again.set_column(when, "updated_at", pa.array([moment, moment - 1], users.schema.field(when).type))
+    storage.delete(uri)
+    storage.write_table(f"{uri}/a.parquet", users)
+    storage.write_table(f"{uri}/b.parquet", again)
+    with serving(serve_config(config)) as site, site.client() as client:
+        assert client.generate("headline", user_id=PLAIN, content_id="content-000").consent is Consent.REFUSED
+        assert client.generate("headline", user_id="user-0004", content_id="content-000").consent is Consent.GIVEN
+
+
+def test_tables_of_dictionaries_and_several_row_groups_are_read_as_the_plan_reads_them(tmp_path: Path) -> None:
+    config, _ = write_small_job(tmp_path, num_users=20)
+    for uri in (config.inputs.users_uri, config.inputs.contents_uri):
+        table = Storage().read_table(uri)
+        for at, name in enumerate(table.schema.names):
+            if table.schema.field(at).type == pa.string():
+                table = table.set_column(at, name, table[name].dictionary_encode())
+        pq.write_table(table, uri, row_group_size=3)
+        assert pq.ParquetFile(uri).metadata.num_row_groups > 1
+    with serving(serve_config(config)) as site, site.client() as client:
+        for number in range(20):
+            answer = client.generate("headline", user_id=f"user-{number:04d}", content_id=f"content-00{number % 6}")
+            kinds = [Status.SUPPRESSED, Status.FALLBACK, Status.FALLBACK]
+            assert answer.status is (kinds + [Status.OK] * 7)[number % 10]
+
+
+def test_copies_are_bounded_in_bytes(job: JobConfig) -> None:
+    config = serve_config(job)
+    config = config.model_copy(update={"tables": config.tables.model_copy(update={"max_bytes": 1000})})
+    with pytest.raises(ConfigError, match=r"tables\.max_bytes"), serving(config):
+        pass
+
+
+# -- streams, deadlines, disconnects -----------------------------------------------------------------------------------
+
+
+def test_a_stream_ends_with_the_answer_that_it_gives_without(site: Site) -> None:
+    content = {"title": "Bridge", "body": "The bridge opened. It cost 3 million.", "language": "en"}
+    with site.client() as client:
+        for user_id in (PLAIN, "user-0004", OPTED_OUT):
+            plain = client.generate("headline", user_id=user_id, content=content)
+            *tokens, done = client.stream("headline", user_id=user_id, content=content)
+            assert isinstance(done, GenerationAnswer)
+            assert (done.text, done.fingerprint, done.status) == (plain.text, plain.fingerprint, plain.status)
+            drafts = "".join(token.text for token in tokens if isinstance(token, Token))
+            assert drafts in ("", done.text), "the unpersonalised text is everybody's, and not streamed"
+            assert bool(drafts) == done.personalized
+        (only,) = client.stream("headline", user_id=PLAIN, content_id="content-003")
+        assert isinstance(only, GenerationAnswer), "a published text needs no stream"
+        assert only.source == "published"
+
+
+def test_a_draft_that_is_rejected_is_taken_back(tmp_path: Path) -> None:
+    config, _ = write_small_job(tmp_path, num_users=6)
+    key = RequestKey(PLAIN, "content-000", "headline")
+
+    def engine(config: JobConfig, storage: Storage) -> FakeEngine:
+        made = fake_engine(config, storage)
+        made._texts = {key: ["It cost 99 billion.", "Mayor Anna Berg said it cost 40 million."]}
+        return made
+
+    with serving(serve_config(config), engine) as site, site.client() as client:
+        *tokens, done = client.stream("headline", user_id=PLAIN, content_id="content-000")
+        assert isinstance(done, GenerationAnswer)
+        assert done.text == "Mayor Anna Berg said it cost 40 million."
+        assert done.reason is Reason.FOREIGN_NUMBER
+        restarts = [at for at, token in enumerate(tokens) if isinstance(token, Token) and token.restart]
+        assert len(restarts) == 1
+        texts = [token.text for token in tokens if isinstance(token, Token)]
+        assert "".join(texts[restarts[0] :]) == done.text
+        assert "99" in "".join(texts[: restarts[0]]), "the control: the rejected draft was seen"
+
+
+def _idle(site: Site) -> Any:
+    return _until(lambda: (site.service.loop.num_waiting, site.service.loop.num_running), lambda found: found == (0, 0))
+
+
+def test_deadlines_and_disconnects_stop_the_decoding(job: JobConfig) -> None:
+    """With a second a token no text is ever finished: a row that is not taken out keeps the model for a minute."""
+    with serving(serve_config(job, replica={"max_waiting": 4}), slow(1.0)) as site, site.client() as client:
+        with pytest.raises(DeadlineError) as late:
+            client.generate("headline", user_id=PLAIN, content_id="content-000", timeout_ms=100)
+        assert late.value.code == "deadline_passed"
+        _idle(site)
+        with pytest.raises(DeadlineError):
+            list(client.stream("headline", user_id=PLAIN, content_id="content-000", timeout_ms=100))
+        _idle(site)
+        with site.client() as leaving:
+            next(leaving.stream("headline", user_id=PLAIN, content_id="content-000"))
+            assert site.service.loop.num_running == 1, "the control: it is being written"
+        _idle(site)
+        body = {"user_id": PLAIN, "content_id": "content-000", "task": "headline"}
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(
+                f"{site.url}/v1/generations", json=body, headers={"Authorization": f"Bearer {TOKENS[0]}"}, timeout=0.3
+            )
+        _idle(site)
+
+
+def test_who_waits_behind_is_served_when_the_one_before_leaves(job: JobConfig) -> None:
+    with serving(serve_config(job), slow(0.02)) as site, site.client() as client, ThreadPoolExecutor(2) as pool:
+        asks = {"task": "explanation", "content_id": "content-000"}
+        late = pool.submit(lambda: client.generate(user_id=PLAIN, timeout_ms=60, **asks))
+        fine = pool.submit(lambda: client.generate(user_id="user-0004", **asks))
+        assert fine.result().status is Status.OK
+        with pytest.raises(DeadlineError):
+            late.result()
+
+
+def test_a_full_queue_says_when_to_come_again(job: JobConfig) -> None:
+    with serving(serve_config(job, replica={"max_waiting": 3}), slow(0.05)) as site:
+
+        def ask(number: int) -> GenerationAnswer | TooManyRequestsError:
+            try:
+                with site.client() as client:
+                    return client.generate("headline", user_id=f"user-{number:04d}", content_id="content-000")
+            except TooManyRequestsError as error:
+                return error
+
+        with ThreadPoolExecutor(16) as pool:
+            found = list(pool.map(ask, range(3, 19)))
+        refused = [one for one in found if isinstance(one, TooManyRequestsError)]
+        assert 1 <= len(refused) <= 13, "three at least were taken, and sixteen are too many"
+        assert {error.code for error in refused} == {"queue_full"}
+        assert all(error.retry_after_s is not None and error.retry_after_s >= 1 for error in refused)
+        contents = [{"title": f"Bridge {n}", "body": "The bridge opened.", "language": "en"} for n in range(4)]
+        pairs = [{"user_id": PLAIN, "content": content} for content in contents]
+        with site.client() as client:
+            with pytest.raises(TooManyRequestsError):
+                client.generate_batch("headline", pairs)
+            assert len(client.generate_batch("headline", pairs[:3]).results) == 3, "the control: three may wait"
+
+
+def test_equal_requests_are_written_once_and_unequal_ones_of_one_key_apart(job: JobConfig) -> None:
+    """Eight clients ask for the same, eight with an embedding of their own: nobody gets another's text."""
+    with serving(serve_config(job), slow(0.005)) as site:
+        other = [0.0] * (DIM - 1) + [5.0]
+
+        def ask(number: int) -> GenerationAnswer:
+            more = {"embedding": other, "embedding_space": SPACE} if number % 2 else {}
+            with site.client() as client:
+                return client.generate("headline", user_id=PLAIN, content_id="content-000", **more)
+
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(ask, range(16)))
+        for kind in (0, 1):
+            assert len({(answer.text, answer.fingerprint) for answer in answers[kind::2]}) == 1
+        assert answers[0].fingerprint != answers[1].fingerprint
+        assert answers[0].text != answers[1].text, "the control: the embeddings differ in their text"
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+ASK = {"user_id": PLAIN, "content_id": "content-000", "task": "headline"}
+ALONE = {"embedding": VECTOR, "embedding_space": SPACE, "content_id": "content-000", "task": "headline"}
+REFUSED: list[tuple[Any, int, str]] = [
+    ({}, 422, "invalid_request"),
+    ([], 422, "invalid_request"),
+    (b"{", 422, "invalid_request"),
+    (b"\xf8{", 400, "bad_request"),
+    (b"[" * 50_000, 400, "bad_request"),
+    (b'{"user_id": "\\ud800", "content_id": "content-000", "task": "headline"}', 422, "invalid_request"),
+    (ASK | {"colour": "red"}, 422, "invalid_request"),
+    (ASK | {"user_id": ""}, 422, "invalid_request"),
+    (ASK | {"user_id": "u" * 513}, 422, "invalid_request"),
+    ({"content_id": "content-000", "task": "headline"}, 422, "invalid_request"),
+    ({"user_id": PLAIN, "task": "headline"}, 422, "invalid_request"),
+    (ASK | {"embedding": VECTOR}, 422, "invalid_request"),
+    (ASK | {"sampling": {"temperature": -1}}, 422, "invalid_request"),
+    (ASK | {"sampling": {"stop": ["a"]}}, 422, "invalid_request"),
+    (ASK | {"timeout_ms": 0}, 422, "invalid_request"),
+    (json.dumps(ALONE).replace("0.1234567", "NaN").encode(), 422, "invalid_request"),
+    (json.dumps(ALONE).replace("0.1234567", "1e999").encode(), 422, "invalid_request"),
+    (ALONE | {"embedding": [*VECTOR[1:], 1e39]}, 422, "embedding_non_finite"),
+    (ALONE | {"embedding": [0.0] * DIM}, 422, "embedding_zero"),
+    (ALONE | {"embedding": VECTOR[1:]}, 422, "embedding_wrong_size"),
+    (ALONE | {"embedding_space": "space-9"}, 422, "embedding_other_space"),
+    (ASK | {"task": "poem"}, 422, "unknown_task"),
+    (ASK | {"content_id": "content-999"}, 404, "unknown_content"),
+    (ASK | {"content": {"title": " ", "body": "\n", "language": "en"}}, 422, "empty_content"),
+    (ASK | {"content": {"title": "T", "body": "B.", "language": "fr"}}, 422, "no_prompt"),
+    (ASK | {"content": {"body": "b" * 2001, "language": "en"}}, 413, "content_too_long"),
+    (b" " * 70_000, 413, "body_too_large"),
+]
+
+
+@pytest.fixture(scope="module")
+def strict(published: JobConfig) -> Iterator[Site]:
+    with serving(serve_config(published, api={"max_body_bytes": 65_536, "max_content_chars": 2000})) as found:
+        yield found
+
+
+@pytest.mark.parametrize(("body", "status", "code"), REFUSED)
+def test_what_is_refused_is_a_problem_with_a_code(strict: Site, body: Any, status: int, code: str) -> None:
+    response = post(strict, "/v1/generations", body, headers={"Content-Type": "application/json"})
+    problem = ProblemBody.model_validate_json(response.content)
+    assert (response.status_code, problem.status, problem.code) == (status, status, code), response.text
+    assert response.headers["content-type"] == "application/problem+json"
+
+
+def test_paths_methods_and_sizes_are_problems_too(strict: Site) -> None:
+    headers = {"Authorization": f"Bearer {TOKENS[1]}"}
+    for method, path, status, code in (
+        ("GET", "/v1/generations", 405, "method_not_allowed"),
+        ("POST", "/nothing", 404, "not_found"),
+        ("GET", "/docs", 404, "not_found"),
+    ):
+        response = httpx2.request(method, f"{strict.url}{path}", headers=headers)
+        assert (response.status_code, response.json()["code"]) == (status, code)
+        assert response.headers["content-type"] == "application/problem+json"
+    pairs = [{"user_id": PLAIN, "content_id": "content-000"}] * 257
+    assert post(strict, "/v1/generations:batch", {"task": "headline", "pairs": pairs}).json()["code"] == "too_many"
+
+    def chunks() -> Iterator[bytes]:
+        yield from [b" " * 10_000] * 10
+
+    chunked = httpx2.post(f"{strict.url}/v1/generations", content=chunks(), headers=headers)
+    assert (chunked.status_code, chunked.json()["code"]) == (413, "body_too_large"), "also without a length"
+    assert post(strict, "/v1/generations", ASK).status_code == 200, "the control: a good request is answered"
+
+
+def test_one_bad_pair_of_a_batch_takes_no_other_with_it(site: Site) -> None:
+    pairs = [{"user_id": PLAIN, "content_id": "content-000"}, {"user_id": PLAIN, "content_id": "nothing"}]
+    with site.client() as client:
+        good, bad = client.generate_batch("headline", pairs).results
+        assert isinstance(good, GenerationAnswer)
+        assert isinstance(bad, ProblemBody)
+        assert bad.code == "unknown_content"
+        with pytest.raises(InvalidRequestError) as refused:
+            client.scores("headline", [{"content_id": "nothing"}], user_id=PLAIN)
+        assert refused.value.status == 404
+
+
+def test_a_request_that_makes_the_engine_fail_takes_no_other_with_it(job: JobConfig) -> None:
+    poison = RequestKey("user-0005", "content-002", "headline")
+
+    class Failing(FakeEngine):
+        def generate(self, groups: Any, *, attempt: int = 0) -> Any:
+            groups = list(groups)
+            if any(request.key == poison for group in groups for request in group.requests):
+                raise RuntimeError("a secret of the engine: 0.123456")
+            return super().generate(groups, attempt=attempt)
+
+    def engine(config: JobConfig, storage: Storage) -> FakeEngine:
+        made = fake_engine(config, storage)
+        made.__class__ = Failing
+        return made
+
+    with serving(serve_config(job), engine) as site, site.client() as client:
+        pairs = [{"user_id": f"user-{n:04d}", "content_id": "content-002"} for n in range(3, 9)]
+        results = client.generate_batch("headline", pairs).results
+        assert [isinstance(found, ProblemBody) for found in results] == [n == 5 for n in range(3, 9)]
+        assert "0.123" not in str(results)
+        with pytest.raises(UnavailableError) as failed:
+            client.generate("headline", user_id="user-0005", content_id="content-002")
+        assert (failed.value.status, failed.value.code) == (500, "internal")
+
+
+# -- who may ask -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Authorization": "Bearer nobody's"}, {"Authorization": f"Basic {TOKENS[0]}"}, {"Authorization": "Bearer"},
+     {"Authorization": f"Bearer {TOKENS[0]}x"}, {"Authorization": TOKENS[0]}],
+)  # fmt: skip
+def test_nothing_is_answered_without_a_token_but_the_probes(site: Site, headers: dict[str, str]) -> None:
+    for method, path in (
+        ("POST", "/v1/generations"), ("POST", "/v1/generations:batch"), ("POST", "/v1/scores"),
+        ("GET", "/v1/models"), ("GET", "/openapi.json"), ("GET", "/nothing"),
+    ):  # fmt: skip
+        response = httpx2.request(method, f"{site.url}{path}", headers=headers)
+        assert response.status_code == 401, path
+        assert response.headers["www-authenticate"] == "Bearer"
+        assert ProblemBody.model_validate_json(response.content).code == "unauthorized"
+    for path in ("/healthz", "/readyz"):
+        assert httpx2.get(f"{site.url}{path}", headers=headers).status_code == 200
+
+
+def test_the_client_raises_its_own_error_for_each(site: Site) -> None:
+    with site.client("a wrong token, but long") as client, pytest.raises(UnauthorizedError):
+        client.models()
+    with site.client(TOKENS[1]) as client:
+        assert client.models().tasks == ["explanation", "headline"]
+        with pytest.raises(InvalidRequestError) as refused:
+            client.generate("headline")
+        assert refused.value.code == "invalid_request"
+    with Site("http://127.0.0.1:9", site.service).client() as client, pytest.raises(UnavailableError) as gone:
+        client.models()
+    assert gone.value.status == 0
+
+
+def test_a_token_s_rate_is_its_own(job: JobConfig) -> None:
+    with serving(serve_config(job, api={"rate_per_s": 0.001, "burst": 5})) as site:
+        pairs = [{"user_id": PLAIN, "content_id": "content-000"}] * 4
+        with site.client() as client, site.client(TOKENS[1]) as other:
+            client.generate("headline", user_id=PLAIN, content_id="content-000")
+            client.generate_batch("headline", pairs[:1])
+            client.generate_batch("headline", pairs)  # on credit
+            with pytest.raises(TooManyRequestsError) as refused:
+                client.models()
+            assert refused.value.code == "rate_limited"
+            assert refused.value.retry_after_s is not None
+            assert other.models().tasks, "the control: another token has a rate of its own"
+
+
+def test_a_bucket_fills_with_time() -> None:
+    now = [0.0]
+    bucket = TokenBucket(2.0, 3, clock=lambda: now[0])
+    for _ in range(3):
+        bucket.take()
+    with pytest.raises(ProblemError) as refused:
+        bucket.take()
+    assert refused.value.retry_after_s == 1
+    now[0] = 0.5
+    bucket.take(5)  # on credit: 4 below nothing
+    now[0] = 2.5
+    with pytest.raises(ProblemError):
+        bucket.take()
+    now[0] = 3.1
+    bucket.take()
+
+
+def test_no_tokens_are_refused_and_short_ones_too() -> None:
+    with pytest.raises(ValidationError, match="no tokens"):
+        ApiConfig()
+    with pytest.raises(ValidationError, match="characters or more") as caught:
+        ApiConfig.model_validate({"tokens": ["tooshort"]})
+    assert "tooshort" not in str(caught.value)
+    assert ApiConfig(allow_anonymous=True).tokens == ()
+
+
+# -- another projector -------------------------------------------------------------------------------------------------
+
+
+def _projector(config: JobConfig, uri: str, name: str) -> str:
+    """Another artifact for the same base model; returns its id."""
+    storage = Storage()
+    old = read_manifest(storage, config.projector.uri)
+    values = {field: getattr(old, field) for field in ("embedding_dim", "embedding_space", "d_model", "base_model_id")}
+    made = ProjectorManifest(
+        **values, tokenizer_hash=old.tokenizer_hash, output_rms=1.0, trained={"name": name}
+    ).with_files({})
+    storage.write_bytes(f"{uri}/config.json", made.to_json().encode())
+    return made.projector_id
+
+
+def test_swaps_under_load_lose_and_mix_nothing(tmp_path: Path) -> None:
+    """The engine's text names its projector: every answer must say the id that its text says."""
+    config, _ = write_small_job(tmp_path, num_users=12)
+    uris = [config.projector.uri, str(tmp_path / "other"), str(tmp_path / "third")]
+    ids = [read_manifest(Storage(), uris[0]).projector_id]
+    ids += [_projector(config, uri, uri) for uri in uris[1:]]
+
+    class Signing(FakeEngine):
+        def _write(self, content: Any, request: Any, attempt: int) -> str:
+            return f"{content.title} {self.projector_id}"
+
+    def engine(config: JobConfig, storage: Storage) -> FakeEngine:
+        made = fake_engine(config, storage)
+        made.__class__ = Signing
+        return made
+
+    serve = serve_config(config, checks={"foreign_numbers": False, "foreign_names": False, "language": False})
+    over, answers, errors = threading.Event(), list[GenerationAnswer](), list[ServiceError]()
+
+    def ask(number: int) -> None:
+        with here.client() as client:
+            while not over.is_set():
+                user = f"user-{3 + number % 5:04d}"
+                try:
+                    if number % 2:
+                        answers.append(client.generate("headline", user_id=user, content_id="content-000"))
+                        continue
+                    batch = client.generate_batch("headline", [{"user_id": user, "content_id": "content-002"}] * 3)
+                    found = [answer for answer in batch.results if isinstance(answer, GenerationAnswer)]
+                    assert {answer.projector_id for answer in found} == {batch.projector_id}
+                    answers.extend(found)
+                except ServiceError as error:
+                    errors.append(error)
+
+    with serving(serve, engine) as here, ThreadPoolExecutor(4) as pool:
+        work = [pool.submit(ask, number) for number in range(4)]
+        swapped = []
+        for turn in range(1, 13):
+            wanted = len(answers) + 5
+            swapped.append(asyncio.run(here.service.swap(uris[turn % 3])))
+            _until(lambda: len(answers), wanted.__le__)
+        refused = asyncio.run(here.service.swap(str(tmp_path / "nothing")))
+        served = here.client().models()
+        over.set()
+        for one in work:
+            one.result()
+    assert all(swapped)
+    assert not errors
+    assert not refused
+    assert served.projector_id == ids[0], "the twelfth swap's, kept when the next one failed"
+    assert served.swap is not None
+    assert not served.swap.done
+    assert "nothing" in (served.swap.error or "")
+    assert {answer.projector_id for answer in answers} == set(ids), "the control: all three were served"
+    assert not [answer for answer in answers if not answer.text.endswith(answer.projector_id)]
+
+
+# -- what nobody may learn ---------------------------------------------------------------------------------------------
+
+
+def test_a_user_embedding_is_in_no_answer_no_error_and_no_log(
+    strict: Site, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    canary = [0.918273645546372, *VECTOR[1:]]
+    bodies: list[Any] = [
+        ALONE | {"embedding": canary},
+        ALONE | {"embedding": canary[1:]},
+        ALONE | {"embedding": [*canary, "x"]},
+    ]
+    bodies += [ALONE | {"embedding": canary, "embedding_space": "space-9"}, ALONE | {"embedding": str(canary)}]
+    bodies += [ALONE | {"embedding": canary, "task": "poem"}, {str(canary[0]): 1} | ASK, ASK | {"user_id": canary}]
+    bodies += [ALONE | {"embedding": canary, "timeout_ms": "soon"}, [canary], ALONE | {"embedding": [canary]}]
+    said = ""
+    for body in bodies:
+        for path in ("/v1/generations", "/v1/scores", "/v1/generations:batch"):
+            response = post(strict, path, body)
+            assert response.status_code < 500
+            said += response.text + str(response.headers)
+    stream = post(strict, "/v1/generations", bodies[0] | {"stream": True})
+    assert "event: done" in stream.text
+    logs = capfd.readouterr()
+    said += stream.text + logs.out + logs.err + caplog.text
+    data = np.array(canary, "<f4").tobytes()
+    for mark in ("0.918273", ".91827", data.hex()[:16], base64.b64encode(data).decode()[:12]):
+        assert mark not in said
+    assert TOKENS[0] not in said
+    assert "0.918273" in json.dumps(bodies), "the control: it is found where it is"
+
+
+def test_openapi_has_examples_and_every_path(site: Site) -> None:
+    found = httpx2.get(f"{site.url}/openapi.json", headers={"Authorization": f"Bearer {TOKENS[0]}"}).json()
+    assert set(found["paths"]) == {
+        "/v1/generations", "/v1/generations:batch", "/v1/scores", "/v1/models", "/healthz", "/readyz",
+    }  # fmt: skip
+    for name in ("GenerationRequest", "BatchRequest", "ScoresRequest"):
+        schema = found["components"]["schemas"][name]
+        assert schema["examples"], name
+    assert issubclass(ServeConfig, JobConfig)
+
+
+def test_the_best_candidate_comes_first(site: Site) -> None:
+    """The fake engine finds likelier what it would have written itself: for this user the second sentence."""
+    user = {"user_id": PLAIN, "embedding": [0.0, 5.0] + [0.0] * (DIM - 2), "embedding_space": SPACE}
+    with site.client() as client:
+        own = client.generate("headline", content_id="content-002", **user).text
+        texts = ["Another line", own, "A third line"]
+        candidates = [{"content_id": "content-002", "text": text} for text in texts]
+        found = client.scores("headline", candidates, **user)
+        assert found.personalized
+        assert [(score.place, score.gain) for score in found.scores] == [(1, 0.75), (0, 0.0), (2, 0.0)]
+        nobody = client.scores("headline", candidates, user_id=OPTED_OUT)
+    assert not nobody.personalized
+    assert [score.gain for score in nobody.scores] == [None] * 3

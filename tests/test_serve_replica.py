@@ -1,0 +1,176 @@
+"""The same API hosted by a real Ray Serve: requests, streams, swaps without a restart, and the job around it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
+
+import jobs.serve
+from e2p_ray.config import JobConfig, ServeConfig, load_config
+from e2p_ray.engine.manifest import ProjectorManifest, read_manifest
+from e2p_ray.errors import ConfigError
+from e2p_ray.serve.app import build, serve_file
+from e2p_ray.serve.client import Client, DeadlineError, InvalidRequestError, Token, UnauthorizedError, UnavailableError
+from e2p_ray.serve.messages import GenerationAnswer, ModelsAnswer
+from e2p_ray.storage import Storage
+from jobs.cli import run_job
+from jobs.serve import JOB, serve_until
+from tests.serve_world import TOKENS, serve_config, slow
+from tests.small_job import write_small_job
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def until(client: Client, holds: Callable[[ModelsAnswer], bool], timeout_s: float = 90.0) -> ModelsAnswer:
+    """What is served, once it is so."""
+    over_s = time.monotonic() + timeout_s
+    while True:
+        try:
+            models = client.models()
+            if holds(models):
+                return models
+        except (UnavailableError, InvalidRequestError):
+            pass
+        assert time.monotonic() < over_s, "not in time"
+        time.sleep(0.1)
+
+
+def deploy(config: ServeConfig, path: Path, projector_uri: str) -> None:
+    """What `serve deploy` does with the printed file, with our own builder and this projector in it."""
+    values = serve_file(config, str(path))
+    (found,) = values["applications"]
+    found["import_path"] = "tests.serve_world:build"
+    found["deployments"][0]["user_config"]["projector_uri"] = projector_uri
+    client = _get_global_client()
+    assert client is not None, "Serve runs"
+    client.deploy_apps(ServeDeploySchema.model_validate(values))
+
+
+def other_projector(config: JobConfig, uri: str) -> str:
+    """An artifact for the same base model; returns its id."""
+    old = read_manifest(Storage(), config.projector.uri)
+    names = ("embedding_dim", "embedding_space", "d_model", "base_model_id", "tokenizer_hash")
+    made = ProjectorManifest(**{name: getattr(old, name) for name in names}, output_rms=2.0).with_files({})
+    Storage().write_bytes(f"{uri}/config.json", made.to_json().encode())
+    return made.projector_id
+
+
+def check_answers(client: Client) -> GenerationAnswer:
+    answer = client.generate("headline", user_id="user-0003", content_id="content-001")
+    *tokens, done = client.stream("headline", user_id="user-0003", content_id="content-001")
+    assert isinstance(done, GenerationAnswer)
+    assert (done.text, done.fingerprint) == (answer.text, answer.fingerprint)
+    assert "".join(token.text for token in tokens if isinstance(token, Token)) == done.text
+    assert len(tokens) > 2, "the control: it came in parts"
+    with pytest.raises(DeadlineError):
+        client.generate("headline", user_id="user-0003", content_id="content-001", timeout_ms=20)
+    return answer
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_real_serve_answers_streams_swaps_and_stops(tmp_path: Path) -> None:
+    """The job starts it; then it is deployed from a file, which puts new replicas there, and the file changes."""
+    config, path = write_small_job(tmp_path, num_users=12)
+    port, stop = free_port(), threading.Event()
+    served = serve_config(config, api={"port": port})
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) | {"api": {"tokens": list(TOKENS), "port": port}}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    uris = [config.projector.uri, str(tmp_path / "projector-2"), str(tmp_path / "nothing")]
+    other_id = other_projector(config, uris[1])
+    job = threading.Thread(target=serve_until, args=(served, stop), kwargs={"engine_factory": slow(0.01)})
+    job.start()
+    try:
+        with Client(f"http://127.0.0.1:{port}", TOKENS[0], timeout_s=60) as client:
+            started = until(client, lambda models: True)
+            answer = check_answers(client)
+            with Client(f"http://127.0.0.1:{port}") as nobody, pytest.raises(UnauthorizedError):
+                nobody.models()
+            deploy(served, path, uris[0])
+            first = until(client, lambda models: models.replica != started.replica)
+            assert first.projector_id == started.projector_id != other_id
+            deploy(served, path, uris[1])
+            second = until(client, lambda models: models.projector_id == other_id)
+            assert second.replica == first.replica, "the same process"
+            swapped = check_answers(client)
+            assert swapped.projector_id == other_id
+            assert swapped.fingerprint != answer.fingerprint
+            deploy(served, path, uris[2])
+            kept = until(client, lambda models: models.swap is not None and not models.swap.done)
+            assert (kept.replica, kept.projector_id) == (first.replica, other_id)
+    finally:
+        stop.set()
+        job.join(60)
+    assert not job.is_alive()
+    with Client(f"http://127.0.0.1:{port}", TOKENS[0]) as client, pytest.raises(UnavailableError):
+        client.models()
+
+
+def test_the_file_for_serve_deploy_is_whole_and_holds_no_secret(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = write_small_job(tmp_path, num_users=1)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values |= {"api": {"tokens": list(TOKENS), "port": 8123}, "replica": {"min_replicas": 0, "max_replicas": 4}}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert run_job(JOB, ["--config", str(path), "--print-config", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert not [token for token in TOKENS if token in printed]
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(printed))
+    (found,) = schema.applications
+    assert (found.import_path, schema.http_options.port) == ("e2p_ray.serve.app:build", 8123)
+    built = build(found.args)
+    deployment = built._bound_deployment
+    assert deployment.name == found.deployments[0].name
+    scaling = deployment._deployment_config.autoscaling_config
+    assert scaling is not None
+    assert (scaling.min_replicas, scaling.max_replicas) == (0, 4)
+
+
+def test_what_cannot_be_served_is_refused_before_anything_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, path = write_small_job(tmp_path, num_users=1)
+    monkeypatch.setattr(jobs.serve, "ray_session", lambda address: pytest.fail("Ray was started"))
+    assert run_job(JOB, ["--config", str(path)]) == 2, "no tokens"
+    assert "api" in capsys.readouterr().err
+    monkeypatch.setenv("E2P_API__TOKENS", '["too short"]')
+    assert run_job(JOB, ["--config", str(path)]) == 2
+    assert "too short" not in capsys.readouterr().err
+    monkeypatch.setenv("E2P_API__TOKENS", f'["{TOKENS[0]}"]')
+    assert run_job(JOB, ["--config", str(path), "--engine.kind", "vllm"]) == 2
+    assert "native" in capsys.readouterr().err
+    assert run_job(JOB, ["--config", str(path), "--projector.uri", str(tmp_path / "nothing")]) == 2
+    with pytest.raises(ConfigError, match="min_replicas"):
+        run_job_config(path)
+    assert config.engine.kind == "native"
+
+
+def run_job_config(path: Path) -> None:
+    load_config(ServeConfig, ["--config", str(path), "--replica.min_replicas", "3"], prog="test", description="")
+
+
+def test_ctrl_c_and_sigterm_stop_the_job() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            stop = jobs.serve._stop_on_signals()
+            assert not stop.is_set()
+            signal.raise_signal(number)
+            assert stop.is_set()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
