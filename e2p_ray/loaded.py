@@ -80,6 +80,14 @@ class LoadedGenerator:
         finally:
             engine.listener = before
 
+    def for_run(self, config: JobConfig, run_id: str, max_rows: int, max_prefill_tokens: int) -> LoadedGenerator:
+        """The same for a run's shards, in steps that online requests need not wait for long; on any thread.
+
+        `config` is the run's, with the texts of this one's. See `ServingEngine.with_bounds`.
+        """
+        engine = self._serving.with_bounds(max_rows, max_prefill_tokens)
+        return LoadedGenerator(config, self._storage, run_id, engine=engine)
+
     def with_sampling(self, task: str, sampling: SamplingConfig) -> LoadedGenerator:
         """The same for a task with another sampling, as a job with that sampling would be; on any thread."""
         tasks = self.config.tasks | {task: self.config.tasks[task].model_copy(update={"sampling": sampling})}

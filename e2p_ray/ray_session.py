@@ -13,14 +13,23 @@ from e2p_ray.errors import ConfigError
 
 
 @contextmanager
-def ray_session(address: str | None) -> Iterator[None]:
-    """The Ray of this process if it has one, else that at `address`, RAY_ADDRESS, or a local one for the while."""
+def ray_session(address: str | None, *, include_dashboard: bool = False) -> Iterator[None]:
+    """The Ray of this process if it has one, else that at `address`, RAY_ADDRESS, or a local one for the while.
+
+    A local one has no dashboard unless asked for: nobody knows its port, and it takes 2 to 3 of the 13 s that Ray needs
+    to start on two busy cores (11 of 20 processes, a third of the CPU time).
+    """
     if ray.is_initialized():
         yield
         return
     debug = bool(os.environ.get("E2P_DEBUG"))
     try:
-        ray.init(address=address, log_to_driver=debug, logging_level=logging.INFO if debug else logging.ERROR)
+        ray.init(
+            address=address,
+            include_dashboard=include_dashboard,
+            log_to_driver=debug,
+            logging_level=logging.INFO if debug else logging.ERROR,
+        )
     except ConnectionError as error:
         raise ConfigError(f"workers.ray_address {address!r}: no Ray cluster answers there ({error})") from error
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from e2p_ray.batch import BatchSummary, EngineFactory, run_batch
 from e2p_ray.commit import PublishedTable, PublishedVersion, Run, load_run, publish, read_published
@@ -31,7 +33,13 @@ class Work:
 def generate(config: JobConfig, options: argparse.Namespace) -> None:
     """One go; what an earlier, interrupted go committed is kept."""
     limits = limits_of(options)
-    report = generate_run(config, publish_it=not options.no_publish, full=options.full, limits=limits)
+    report = generate_run(
+        config,
+        publish_it=not options.no_publish,
+        full=options.full,
+        limits=limits,
+        through_serve=options.through_serve,
+    )
     print(render_terminal(report))
 
 
@@ -43,11 +51,13 @@ def generate_run(
     full: bool = False,
     limits: Limits | None = None,
     action: str = "generate",
+    through_serve: str | None = None,
 ) -> Report:
     """Plan, generate what the published table lacks, report and publish; with `full`, everything.
 
     The report is written before the gates, so that it can say why one closed. Where the table shows all of it already,
-    nothing is done and the report is that of the run it shows. `action` is what the audit log calls it.
+    nothing is done and the report is that of the run it shows. `action` is what the audit log calls it; `through_serve`
+    is as in `run_batch`.
     """
     limits = limits or Limits()
     if full and limits:
@@ -61,7 +71,8 @@ def generate_run(
     if work is None:
         assert table is not None, "without a table there is something to do"
         return _nothing_to_do(config, setup, plan, table)
-    report = _done(config, setup, work, publish_it, engine_factory, limits)
+    batch = run_batch if through_serve is None else partial(run_batch, through_serve=through_serve)
+    report = _done(config, setup, work, publish_it, partial(batch, engine_factory=engine_factory), limits)
     if report.version is not None:
         record(setup.storage, config.output.uri, action, published_ids(work.run, report.version))
     return report
@@ -85,18 +96,17 @@ def _done(
     setup: Setup,
     work: Work,
     publish_it: bool,
-    engine_factory: EngineFactory | None,
+    batch: Callable[..., BatchSummary],
     limits: Limits,
 ) -> Report:
     run, storage = opened_run(config, setup, work.run), setup.storage
     num_requests = work.changes.num_to_write if work.changes else work.plan.counts.num_requests
     say(f"run {run.run_id}: {num_requests:,} requests in {len(work.plan.shards):,} shards")
     with ProgressLine() as progress:
-        summary = run_batch(
+        summary = batch(
             config,
             storage,
             run,
-            engine_factory=engine_factory,
             on_progress=progress,
             max_seconds=limits.max_seconds,
             max_dead_letters=_max_dead_letters(config, work),
@@ -190,6 +200,12 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
 
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--full", action="store_true", help="write every request anew, whatever is published")
+    parser.add_argument(
+        "--through-serve",
+        metavar="APP",
+        help="let the live replicas of this Serve application write the shards (jobs.serve names its own e2p_ray): one "
+        "copy of the model serves both, online requests go first; workers.ray_address or RAY_ADDRESS says where it is",
+    )
     add_limits(parser)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -36,7 +37,9 @@ def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: E
     """Serve on the Ray that is there, or on one of its own; requests that run are finished when it stops."""
     require_native(config)
     load_manifest(config, Storage(config.storage))  # says what does not fit before anything is started
-    with ray_session(config.workers.ray_address):
+    # For a Ray that is started here. Its own choice, 15, lets a batch stand back; a text that is waited for should not.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    with ray_session(config.workers.ray_address, include_dashboard=True):  # `serve deploy` talks to it
         try:
             serve.start(http_options=HTTPOptions(host=config.api.host, port=config.api.port))
             serve.run(application(config, engine_factory=engine_factory), name=APP_NAME, route_prefix="/")

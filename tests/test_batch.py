@@ -15,7 +15,8 @@ import pytest
 from e2p_ray.batch import BatchProgress, ShardOutcome, run_batch
 from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import Tally
-from e2p_ray.batch.worker import ShardWorker, _said
+from e2p_ray.batch.worker import ShardWorker
+from e2p_ray.batch.write import _said
 from e2p_ray.commit import Run, open_run, pending_shards, publish, read_markers, verify
 from e2p_ray.commit.failures import failures_uri, read_failures
 from e2p_ray.config import JobConfig
@@ -25,6 +26,7 @@ from e2p_ray.plan import make_plan, read_shard
 from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
 from e2p_ray.storage import Storage
 from tests.chaos.conservation import assert_conserved, readers_see
+from tests.s3 import IS_LONG
 from tests.small_job import DIM, SPACE, fake_engine, write_small_job
 from tests.test_jobs import expected_keys
 
@@ -287,7 +289,7 @@ class Hanging:
         return engine
 
 
-@pytest.mark.parametrize("with_lock", [False, True])
+@pytest.mark.parametrize("with_lock", [False, True] if IS_LONG else [True])
 def test_a_worker_whose_engine_hangs_is_replaced(with_lock: bool, tmp_path: Path, tries: Path) -> None:
     job = opened(tmp_path, workers={"max_step_s": 2.0})
     hanging = Hanging(tries, keys_of(job, 1)[0], with_lock=with_lock)

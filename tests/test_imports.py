@@ -32,7 +32,7 @@ MAY_SEE: dict[str, set[str]] = {
     "loaded": _MIDDLE | {"generate"},
     "batch": _UPPER,
     "update": _BASE | {"plan", "commit", "fingerprint"},
-    "serve": _UPPER,
+    "serve": _UPPER | {"batch"},  # its replicas write shards, as the batch's own workers do
     "train": _UPPER,
     "upstream": _UPPER,
     "downstream": _UPPER,

@@ -637,7 +637,7 @@ def test_a_user_embedding_is_in_no_answer_no_error_and_no_log(
 def test_openapi_has_examples_and_every_path(site: Site) -> None:
     found = httpx2.get(f"{site.url}/openapi.json", headers={"Authorization": f"Bearer {TOKENS[0]}"}).json()
     assert set(found["paths"]) == {
-        "/v1/generations", "/v1/generations:batch", "/v1/scores", "/v1/models", "/healthz", "/readyz",
+        "/v1/generations", "/v1/generations:batch", "/v1/scores", "/v1/models", "/v1/contents", "/healthz", "/readyz",
     }  # fmt: skip
     for name in ("GenerationRequest", "BatchRequest", "ScoresRequest"):
         schema = found["components"]["schemas"][name]

@@ -313,7 +313,9 @@ def _wait_for_checkpoint(process: subprocess.Popen[bytes], config: TrainConfig, 
 
 
 def _kill_a_worker() -> None:
-    (worker,) = [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    """Of this process's Ray: others may run on this machine."""
+    children = psutil.Process().children(recursive=True)
+    (worker,) = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
     worker.kill()
 
 

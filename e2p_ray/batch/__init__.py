@@ -4,13 +4,16 @@ Ray Data gets one row a shard, each its own block. A worker reads the shard, gen
 is one small row of counts. A shard that fails is a row too, never an exception, and a shard whose worker died leaves no
 row at all: after each pass the markers alone say what is left. A shard that ends its workers in every attempt is halved
 down to the requests that do it; these become dead letters, and the rest of the shard is committed.
+
+Where a running Serve application is named, its live replicas take the place of the pool (`through.py`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +26,9 @@ from e2p_ray.batch.limit import DeadLetterLimit
 from e2p_ray.batch.poison import PoisonSearch
 from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import BatchProgress, BatchSummary, ShardOutcome, Tally
-from e2p_ray.batch.worker import ShardWorker, last_line
+from e2p_ray.batch.through import replica_outcomes
+from e2p_ray.batch.worker import ShardWorker
+from e2p_ray.batch.write import last_line
 from e2p_ray.commit import Run, pending_shards
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError, E2PError, IncompleteRunError, RunError
@@ -35,6 +40,7 @@ __all__ = ["BatchProgress", "BatchSummary", "EngineFactory", "ShardOutcome", "Sh
 
 _MAX_INIT_FAILURES = 2  # of workers in a row, each after one more try in its own process
 _MAX_NAMED_SHARDS = 5
+Outcomes = Callable[[Sequence[Mapping[str, Any]]], Generator[ShardOutcome]]
 
 
 def run_batch(
@@ -46,9 +52,11 @@ def run_batch(
     on_progress: Callable[[BatchProgress], None] | None = None,
     max_seconds: float | None = None,
     max_dead_letters: int | None = None,
+    through_serve: str | None = None,
 ) -> BatchSummary:
     """Generate and commit every pending shard of an opened run.
 
+    `through_serve` names a running Serve application whose replicas write the shards, in place of a pool of its own.
     `max_dead_letters` is how many dead letters its shards may have and the run still be published: with more it stops
     at once, by GateError. No shard is begun after `max_seconds` of generation, counted by each worker from its first
     one; the summary says which were left, and shards that failed and could not be tried again are among them.
@@ -63,12 +71,18 @@ def run_batch(
     notes = FailureNotes(storage, run, tally)
     limit.check(tally)
 
-    def one_pass(pieces: Sequence[Mapping[str, Any]]) -> None:
+    def outcomes(pieces: Sequence[Mapping[str, Any]]) -> Generator[ShardOutcome]:
         left_s = None if max_seconds is None else max_seconds - tally.progress().generating_s
-        _one_pass(config, pieces, (config, storage, run, engine_factory, left_s), tally, limit, notes)
+        if through_serve is not None:
+            return replica_outcomes(through_serve, (config, storage, run), pieces, left_s)
+        return _pool_outcomes(config, (config, storage, run, engine_factory, left_s), tally, pieces)
+
+    def one_pass(pieces: Sequence[Mapping[str, Any]]) -> None:
+        _one_pass(pieces, outcomes, tally, limit, notes)
 
     if pending:
-        with ray_session(config.workers.ray_address):
+        # A Ray of its own would have no service.
+        with ray_session(config.workers.ray_address or (None if through_serve is None else "auto")):
             while pending and tally.attempt < config.workers.max_shard_attempts:
                 tally.next_attempt()
                 one_pass([{"shard_id": shard_id, "first": None, "end": None} for shard_id in pending])
@@ -76,7 +90,8 @@ def run_batch(
                 if tally.num_late:
                     break
             # A pass that Ray Data gave up on says nothing of single shards: no worker started, or none got on.
-            if pending and not tally.num_late and not tally.pass_failure:
+            # And a service that answers people is not what to search with: the search ends processes.
+            if pending and not tally.num_late and not tally.pass_failure and through_serve is None:
                 search = PoisonSearch(storage, run, config.workers.max_poison_requests, tally, one_pass)
                 search.among(pending)
                 pending = pending_shards(storage, run)
@@ -87,41 +102,47 @@ def run_batch(
 
 
 def _one_pass(
-    config: JobConfig,
-    pieces: Sequence[Mapping[str, Any]],
-    arguments: tuple[Any, ...],
-    tally: Tally,
-    limit: DeadLetterLimit,
-    notes: FailureNotes,
+    pieces: Sequence[Mapping[str, Any]], outcomes: Outcomes, tally: Tally, limit: DeadLetterLimit, notes: FailureNotes
 ) -> None:
-    """Each of these shards or pieces once; `arguments` make a worker."""
-    tally.wait_for(check_resources(config))
+    """Each of these shards or pieces once."""
     tally.pass_failure = ""
     silent = Counter(str(piece["shard_id"]) for piece in pieces)
+    try:
+        with closing(outcomes(pieces)) as found:
+            for outcome in found:
+                tally.add(outcome)
+                silent[outcome.shard_id] -= 1
+                if outcome.error_type:
+                    notes.said(outcome)
+                if outcome.fatal:
+                    raise _as_raised(outcome)
+                limit.check(tally)
+    except E2PError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the pass was given up for, the markers know what is left
+        tally.pass_failure = last_line(error)
+    notes.unsaid(+silent)
+
+
+def _pool_outcomes(
+    config: JobConfig, arguments: tuple[Any, ...], tally: Tally, pieces: Sequence[Mapping[str, Any]]
+) -> Generator[ShardOutcome]:
+    """What a pool of actors says of each; `arguments` make a worker."""
+    tally.wait_for(check_resources(config))
     context = DataContext.get_current().copy()
     with DataContext.current(_configured(context, config)), quiet_ray_data_log():
         rows = _dataset(config, pieces, arguments)
         try:
             for block in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
                 for row in pa.table(block).to_pylist():
-                    outcome = ShardOutcome(**row)
-                    tally.add(outcome)
-                    silent[outcome.shard_id] -= 1
-                    if outcome.error_type:
-                        notes.said(outcome)
-                    if outcome.fatal:
-                        raise _as_raised(outcome)
-                    limit.check(tally)
-        except E2PError:
+                    yield ShardOutcome(**row)
+        except Exception:
+            if tally.waits_for and (missing := check_resources(config)):
+                raise ConfigError(
+                    f"{missing}, and none that has came within workers.max_stall_s, {config.workers.max_stall_s:g} s. "
+                    "Lower them, or add such a node"
+                ) from None
             raise
-        except Exception as error:  # noqa: BLE001 - whatever Ray Data gave up on, the markers know what is left
-            tally.pass_failure = last_line(error)
-    if tally.pass_failure and tally.waits_for and (missing := check_resources(config)):
-        raise ConfigError(
-            f"{missing}, and none that has came within workers.max_stall_s, {config.workers.max_stall_s:g} s. "
-            "Lower them, or add such a node"
-        )
-    notes.unsaid(+silent)
 
 
 def _configured(context: DataContext, config: JobConfig) -> DataContext:

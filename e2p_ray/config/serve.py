@@ -46,6 +46,15 @@ class ReplicaConfig(Section):
     downscale_delay_s: float = Field(300.0, ge=0)
     max_waiting: int = Field(256, ge=1, description="texts that wait for the model; further ones get 429")
     max_wait_ms: float = Field(3.0, ge=0, description="how long a busy replica lets requests gather, at least")
+    shard_rows: int = Field(
+        32,
+        ge=1,
+        description="rows of a batch's shard decoded together (jobs.generate --through-serve); an online "
+        "request waits for one step of theirs",
+    )
+    shard_prefill_tokens: int = Field(
+        256, ge=1, description="of a batch's contents between two steps; one content always is"
+    )
     drain_s: float = Field(30.0, ge=0, description="a replica that is to end finishes its requests for this long")
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ class Bounds:
 
     max_rows: int
     max_bytes: int
+    max_prefill_tokens: int | None = None  # of prefixes computed between two steps; one prefix always is
 
 
 class Admission:
@@ -40,6 +41,7 @@ class Admission:
         prefixes = {row.segments.left for row in wave.rows} if wave is not None else set()
         num_prefix_tokens = sum(map(len, prefixes))
         fitting: list[Row] = []
+        num_computed = 0
         for row in pending:
             tokens = self._num_slot_tokens(row)
             if wave is not None and not wave.has_room_for(tokens, row.sampling.max_new_tokens):
@@ -50,6 +52,10 @@ class Admission:
             num_bytes = count * self._row_bytes(longest) + store.bytes_of(num_prefix_tokens + more)
             if count > self.bounds.max_rows or (num_bytes > self.bounds.max_bytes and count > 1):
                 break
+            if more and self.bounds.max_prefill_tokens is not None and not store.has(row.segments.left):
+                if num_computed and num_computed + more > self.bounds.max_prefill_tokens:
+                    break
+                num_computed += more
             fitting.append(row)
             prefixes.add(row.segments.left)
             max_tokens, num_prefix_tokens = longest, num_prefix_tokens + more

@@ -105,6 +105,15 @@ class ServingEngine(ScoringEngine, Protocol):
 
     listener: Listener | None  # of every `generate` from now on
 
+    def with_bounds(self, max_rows: int, max_prefill_tokens: int) -> Self:
+        """The same engine with smaller steps, and counts and a listener of its own: for work that others interrupt.
+
+        A step writes a token for `max_rows` rows at most, or computes `max_prefill_tokens` of prefixes, one prefix at
+        least. Model and projector are shared; prefixes are its own, so that it takes none of the others' room. It and
+        this one write by turns as with `with_tasks`, and together take half as many bytes again as this one alone.
+        """
+        ...
+
     def with_tasks(self, tasks: Mapping[str, TaskConfig]) -> Self:
         """The same engine for the same tasks with other samplings: all but the stop strings may differ.
 

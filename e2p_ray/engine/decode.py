@@ -20,6 +20,7 @@ from torch import Tensor
 from e2p_ray.engine.admission import Admission, Bounds
 from e2p_ray.engine.contract import EngineStats, Listener
 from e2p_ray.engine.drafts import Drafts, RowDraft, TokenIds, chance_needed
+from e2p_ray.engine.ending import cut_where_they_end
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.overhead import measure_overhead_tokens
 from e2p_ray.engine.prefixes import PrefixStore
@@ -66,6 +67,10 @@ class Decoder:
         self._pending: deque[Row] = deque()
         self._wave: Wave | None = None
         self._tried_alone: Row | None = None
+
+    def with_bounds(self, bounds: Bounds) -> Decoder:
+        """Another decoder over the same model and projector; one of the two may run within the other's pauses."""
+        return Decoder(self._base, self._projector, self._stopping, bounds, self._new_drafts)
 
     @property
     def bounds(self) -> Bounds:
@@ -283,13 +288,7 @@ class Decoder:
         """Take the rows that are done out of the wave."""
         wave = self._wave
         assert wave is not None
-        reasons: dict[int, FinishReason] = {}
-        num_fresh = wave.num_fresh[: len(wave)].copy()
-        before = wave.num_written[: len(wave)] - num_fresh
-        for at in range(int(num_fresh.max())):
-            slots = np.flatnonzero(at < num_fresh)
-            slots = slots[[slot not in reasons for slot in slots.tolist()]] if reasons else slots
-            self._look(wave, slots, before[slots] + at + 1, reasons)
+        reasons = cut_where_they_end(wave, self._stopping)
         finished = sorted(reasons)
         completions = [self._completion(wave, slot, reasons[slot]) for slot in finished]
         if finished:
@@ -321,29 +320,6 @@ class Decoder:
         for slot, row in enumerate(wave.rows):
             if row.key in keys:
                 listener.on_text(row.key, self._stopping.text(wave.tokens(slot), row.sampling))
-
-    def _look(self, wave: Wave, slots: _Ints, num_tokens: _Ints, reasons: dict[int, FinishReason]) -> None:
-        """Find which of these rows end with their first num_tokens (n,) tokens."""
-        last = wave.written[slots, num_tokens - 1]
-        wave.num_chars[slots] += self._stopping.max_chars_of(last)
-        look = (last < 0) | self._stopping.is_end(last) | (num_tokens >= wave.max_new[slots])
-        look |= wave.num_chars[slots] >= wave.max_chars[slots]
-        for at, slot in enumerate(slots.tolist()):
-            if look[at] or self._stopping.may_stop(wave.rows[slot].sampling.stop, int(last[at])):
-                reason = self._finish_reason(wave, slot, wave.written[slot, : num_tokens[at]])
-                if reason is not None:
-                    reasons[slot] = reason
-                    wave.cut(slot, int(num_tokens[at]))
-
-    def _finish_reason(self, wave: Wave, slot: int, tokens: _Ints) -> FinishReason | None:
-        if tokens[-1] < 0:
-            return FinishReason.ERROR
-        reason = self._stopping.reason(tokens, wave.rows[slot].sampling)
-        if reason is None and self._stopping.is_end(tokens[-1:])[0]:
-            reason = FinishReason.END_TOKEN
-        if reason is None and len(tokens) >= wave.max_new[slot]:
-            reason = FinishReason.MAX_TOKENS
-        return reason
 
     def _completion(self, wave: Wave, slot: int, reason: FinishReason) -> Completion:
         row, tokens = wave.rows[slot], wave.tokens(slot)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Self
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -85,6 +87,14 @@ class Engine(PromptedEngine):
     @listener.setter
     def listener(self, listener: Listener | None) -> None:
         self._decoder.listener = listener
+
+    def with_bounds(self, max_rows: int, max_prefill_tokens: int) -> Self:
+        """See `ServingEngine.with_bounds`."""
+        other, bounds = copy.copy(self), self._decoder.bounds
+        other._decoder = self._decoder.with_bounds(
+            Bounds(min(max_rows, bounds.max_rows), bounds.max_bytes // 2, max_prefill_tokens)
+        )
+        return other
 
     def with_projector(self, projector: Projector) -> Engine:
         """An engine for another projector on the same base model, sharing model and prefixes with this one.

@@ -95,6 +95,12 @@ class FakeEngine:
             self._count(completions, num_prefix, group.requests)
             yield from completions
 
+    def with_bounds(self, max_rows: int, max_prefill_tokens: int) -> Self:
+        """See `ServingEngine.with_bounds`."""
+        other = copy.copy(self)
+        other.listener = None
+        return other
+
     def with_tasks(self, tasks: Mapping[str, TaskConfig]) -> Self:
         """See `ServingEngine.with_tasks`."""
         other = copy.copy(self)

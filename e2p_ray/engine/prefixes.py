@@ -49,6 +49,10 @@ class PrefixStore:
         """Bytes that the keys and values of so many tokens take."""
         return num_tokens * self._base.kv_bytes_per_token
 
+    def has(self, left: TokenIds) -> bool:
+        """Whether a left part's prefix is kept."""
+        return left in self._kept
+
     def get(self, lefts: Sequence[TokenIds], num_stems: Sequence[int] | None = None) -> list[Prefix | None]:
         """The prefix of every left part, None for an empty one; those not kept are computed, alike lengths together.
 

@@ -82,7 +82,7 @@ def make_plan(
             outcome = plan_on_one_node(job, inputs)
         else:
             if not ray.is_initialized():
-                ray.init(address=config.workers.ray_address)
+                ray.init(address=config.workers.ray_address, include_dashboard=False)
             partitions = config.plan.num_partitions or min(-(-num_bytes // _PARTITION_BYTES), _MAX_PARTITIONS)
             outcome = plan_by_shuffles(job, inputs, partitions, say)
     except ray.exceptions.RayError as error:

@@ -8,14 +8,16 @@ import socket
 import time
 from collections.abc import Coroutine
 from functools import cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from e2p_ray.serve.answers import all_answered, answered
+from e2p_ray.serve.contents import MAX_LISTED, MAX_SEARCH_CHARS, ContentsAnswer, listed
+from e2p_ray.serve.editors import add_page
 from e2p_ray.serve.gate import App, Gate, TokenBucket
 from e2p_ray.serve.messages import (
     BatchAnswer,
@@ -37,7 +39,7 @@ from e2p_ray.serve.streaming import begun_stream, until_gone
 T = TypeVar("T")
 
 _CLIENT_LEFT = 499  # as nginx calls it; nobody is there to read it
-_PROBLEMS = responses(401, 404, 413, 422, 429, 500, 503, 504)
+_PROBLEMS = responses(401, 404, 408, 413, 422, 429, 500, 503, 504)
 
 
 def make_api(service: Service) -> App:
@@ -46,6 +48,7 @@ def make_api(service: Service) -> App:
     _add_handlers(app)
     _add_writing(app, service)
     _add_state(app, service)
+    add_page(app)
     return Gate(app, service.config.api)
 
 
@@ -93,6 +96,13 @@ def _add_state(app: FastAPI, service: Service) -> None:
             published_version=service.tables.version,
             swap=service.swap_state,
         )
+
+    @app.get("/v1/contents", response_model=ContentsAnswer, responses=responses(401, 422, 429), summary="Find contents")
+    async def contents(
+        search: Annotated[str, Query(max_length=MAX_SEARCH_CHARS, examples=["bridge"])] = "",
+        limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 20,
+    ) -> ContentsAnswer:
+        return await asyncio.to_thread(listed, service.tables, search, limit)
 
     @app.get("/healthz", response_model=StateAnswer, summary="Whether this process lives")
     async def healthz() -> StateAnswer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from e2p_ray.commit.spool import hash_rows
 from e2p_ray.errors import ConfigError
 from e2p_ray.storage import ObjectInfo, Storage
 
+_BATCH_ROWS = 16_384
 _INDEX_ROW_BYTES = 24  # two halves of a hash and a place, in memory
 
 
@@ -116,6 +117,11 @@ class Copies:
                 if all(str(row[name][0].as_py()) == part for name, part in zip(self._key, key, strict=True)):
                     rows.append(row)
         return rows
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """These columns of every row, some thousands at a time."""
+        for copy in self._copies.values():
+            yield from copy.rows.select(list(columns)).to_batches(max_chunksize=_BATCH_ROWS)
 
     def _copied(self, info: ObjectInfo) -> _Copy:
         taken, hashes = 0, [np.zeros((0, 2), np.uint64)]

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 from e2p_ray.config import ApiConfig
+from e2p_ray.serve.editors import PAGE_PATHS
 from e2p_ray.serve.problems import MEDIA_TYPE, ProblemError
 
 Scope = MutableMapping[str, Any]
@@ -20,7 +21,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+_OPEN_PATHS = frozenset({"/healthz", "/readyz"}) | PAGE_PATHS
 _ANYBODY = 0
 _BODY_TIMEOUT_S = 20.0  # of a body of 1 MiB: 50 KB a second, which a slow phone still has
 _MAX_DIGITS = 18
@@ -58,6 +59,9 @@ class Gate:
         self._buckets = [TokenBucket(config.rate_per_s, config.burst) for _ in config.tokens or (None,)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close"})  # there is none; the server says 403
+            return
         if scope["type"] != "http" or scope["path"] in _OPEN_PATHS:
             await self._app(scope, receive, send)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -121,6 +121,10 @@ class Tables:
     def content(self, content_id: str) -> Content | None:
         """A content, None when the table has no such one."""
         return self._content(content_id, self._contents.state)
+
+    def content_titles(self) -> Iterator[pa.RecordBatch]:
+        """Id and title in every row of the contents table, also in those that newer ones replaced."""
+        return self._contents.batches(["content_id", "title"])
 
     def _read_content(self, content_id: str, _state: int) -> Content | None:
         rows = self._contents.find(content_id)

@@ -16,6 +16,7 @@ from e2p_ray.engine.contract import Listener
 from e2p_ray.generate import UNPERSONALIZED_USER_ID
 from e2p_ray.loaded import LoadedGenerator
 from e2p_ray.schema import Content, DeadLetter, Generation, Group, Request, RequestKey
+from e2p_ray.serve.pauses import Pauses, interrupted
 from e2p_ray.serve.problems import queue_full
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ class ModelLoop:
 
     What waits together is written together, grouped by content. Idle, it starts with the first request at once; busy,
     it lets others gather for `max_wait_ms`, or for a small part of what a call takes where that is longer.
+    What is behind, a batch's shards, is done while nothing else waits.
     """
 
     def __init__(self, *, max_rows: int, max_waiting: int, max_wait_ms: float) -> None:
@@ -71,6 +73,7 @@ class ModelLoop:
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._errands: deque[_Errand] = deque()
+        self._behind: deque[_Errand] = deque()
         self._running = 0
         self._closed = False
         self._last_end_s = -math.inf
@@ -108,11 +111,30 @@ class ModelLoop:
             self._changed.notify_all()
         return errand.future
 
+    def run_behind(self, call: Callable[[Pauses], T]) -> Future[T]:
+        """Make a call on the model's thread when nothing else waits.
+
+        An engine that is followed by what the call is given lets others go first between its steps.
+        """
+        errand = _Errand(lambda: call(Pauses(self._let_others)))
+        with self._changed:
+            if self._closed:
+                errand.future.set_exception(interrupted())
+            else:
+                self._behind.append(errand)
+            self._changed.notify_all()
+        return errand.future
+
     def close(self, timeout_s: float | None = None) -> None:
         """Finish what waits, then end; who still waits after `timeout_s` is cancelled."""
         with self._changed:
             self._closed = True
+            behind = [*self._behind]
+            self._behind.clear()
             self._changed.notify_all()
+        for errand in behind:
+            if errand.future.set_running_or_notify_cancel():
+                errand.future.set_exception(interrupted())
         self._thread.join(timeout_s)
         with self._changed:
             left = [*self._waiting]
@@ -130,38 +152,52 @@ class ModelLoop:
 
     def _work(self) -> None:
         while True:
-            jobs = self._next()
-            if jobs is None:
-                return
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._errands or self._behind or self._closed)
+                behind = self._behind.popleft() if self._behind and not self._others_wait else None
+                if behind is None and not self._others_wait and self._closed:
+                    return
+            if behind is not None:
+                behind.run()
+            else:
+                self._do_next()
+
+    @property
+    def _others_wait(self) -> bool:
+        """Whether there is anything that goes before what is behind."""
+        return bool(self._waiting or self._errands)
+
+    def _let_others(self) -> None:
+        """Between two steps of what is behind."""
+        while self._others_wait:
+            self._do_next()
+        if self._closed:
+            raise interrupted()
+
+    def _do_next(self) -> None:
+        """One errand, or as many texts as are written together."""
+        with self._changed:
+            errand, jobs = self._errands.popleft() if self._errands else None, list[Job]()
+            if errand is None:
+                if time.monotonic() - self._last_end_s < _BUSY_S:
+                    self._gather()
+                jobs = self._take()
+                self._running = len(jobs)
+        if errand is not None:
+            errand.run()
+        elif jobs:
             began_s = time.monotonic()
             self._write(jobs)
             self._running = 0
             self._last_end_s = time.monotonic()
             self._call_s += 0.2 * (self._last_end_s - began_s - self._call_s)
 
-    def _next(self) -> list[Job] | None:
-        """The next jobs; None when it is over. Errands are done meanwhile."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._errands or self._closed)
-                errand = self._errands.popleft() if self._errands else None
-                if errand is None:
-                    if not self._waiting:
-                        return None
-                    if time.monotonic() - self._last_end_s < _BUSY_S:
-                        self._gather()
-                    if jobs := self._take():
-                        self._running = len(jobs)
-                        return jobs
-            if errand is not None:
-                errand.run()
-
     def _gather(self) -> None:
         """Let others come, as long as they keep coming; the lock is held."""
         gap_s = max(self._max_wait_s, _GAP_SHARE * self._call_s)
         over_s = time.monotonic() + max(self._max_wait_s, _GATHER_SHARE * self._call_s)
-        while (seen := len(self._waiting)) < self._max_rows and (left_s := over_s - time.monotonic()) > 0:
-            if not self._changed.wait_for(lambda seen=seen: len(self._waiting) > seen, min(gap_s, left_s)):
+        while len(self._waiting) < self._max_rows and (left_s := over_s - time.monotonic()) > 0:
+            if not self._changed.wait(min(gap_s, left_s)):
                 return
 
     def _take(self) -> list[Job]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
 
-from e2p_ray.config import ServeConfig
+from e2p_ray.batch.tally import ShardOutcome
+from e2p_ray.commit import Run
+from e2p_ray.config import JobConfig, ServeConfig
 from e2p_ray.loaded import EngineFactory
 from e2p_ray.serve.api import make_api
 from e2p_ray.serve.gate import App
 from e2p_ray.serve.service import Service
+from e2p_ray.serve.shards import ShardDesk
 from e2p_ray.storage import Storage
 
 APP_NAME = "e2p_ray"
@@ -24,6 +28,7 @@ class Replica:
 
     def __init__(self, config: ServeConfig, engine_factory: EngineFactory | None = None) -> None:
         self.service = Service(config, Storage(config.storage), engine_factory=engine_factory)
+        self._desk = ShardDesk(self.service)
 
     def __serve_build_asgi_app__(self) -> App:
         return make_api(self.service)
@@ -37,9 +42,19 @@ class Replica:
         if uri is not None:
             await self.service.swap(str(uri))
 
+    async def served_texts(self) -> dict[str, Any]:
+        """What a batch asks before it sends its shards: the fields of `ServedTexts`."""
+        return asdict(self._desk.served_texts)
+
+    async def write_shard(self, row: dict[str, Any], config: JobConfig, storage: Storage, run: Run) -> dict[str, Any]:
+        """Write and commit a shard of `jobs.generate --through-serve`; returns the fields of a `ShardOutcome`."""
+        outcome: ShardOutcome = await asyncio.wrap_future(self._desk.write(row, config, storage, run))
+        return asdict(outcome)
+
     async def __del__(self) -> None:
         """Serve calls this when requests are done, or have been given up."""
-        if hasattr(self, "service"):
+        if hasattr(self, "_desk"):
+            self._desk.close()
             await asyncio.to_thread(self.service.close, 1.0)
 
 

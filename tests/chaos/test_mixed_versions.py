@@ -129,7 +129,7 @@ def test_control_rows_of_another_projector_are_not_published(
     config: JobConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A worker that does not look is found out at publish."""
-    monkeypatch.setattr(e2p_ray.batch.worker, "_refuse_other_artifacts", lambda *_: None)
+    monkeypatch.setattr(e2p_ray.batch.worker, "refuse_other_artifacts", lambda *_: None)
     storage, run = opened(config)
     worker = ShardWorker(config, storage, run, None)
     for shard_id in run.shard_ids[1:]:

@@ -38,7 +38,7 @@ from tests.small_job import DIM, SPACE, fake_engine, write_small_job
 from tests.update_world import serial_batch
 
 NUM_KILLS = 16 if IS_LONG else 2
-NUM_KILLS_OWN_RAY = 3 if IS_LONG else 1
+NUM_KILLS_OWN_RAY = 3
 PLANNED = planned_keys(60, 6, 3)
 _NUM_SHARDS = 9
 
@@ -212,14 +212,12 @@ def test_killed_while_generating_on_a_shared_cluster(
     _assert_the_same(job, uninterrupted, max_workers=1)
 
 
+@pytest.mark.skipif(not IS_LONG, reason="a minute on two cores; the test above does the same on a shared cluster")
 @pytest.mark.timeout(900)
-def test_killed_with_its_own_ray(
-    tmp_path: Path, uninterrupted: tuple[JobConfig, Seen], request: pytest.FixtureRequest
+def test_killed_with_its_own_ray_on_a_real_s3_server(
+    tmp_path: Path, uninterrupted: tuple[JobConfig, Seen], s3_server: S3Server
 ) -> None:
-    """On S3 in long runs: what it does there is the same, and takes twice the time."""
-    server: S3Server | None = request.getfixturevalue("s3_server") if IS_LONG else None
-    place = {"place": server.new_bucket(), "storage": server.config} if server else {}
-    config, path = write_small_job(tmp_path, **place)  # type: ignore[arg-type]
+    config, path = write_small_job(tmp_path, place=s3_server.new_bucket(), storage=s3_server.config)
     job = Watched(config, path, tmp_path / "log", None)
     _kill_and_resume(job, NUM_KILLS_OWN_RAY, seed=2)
     assert job.num_kills == NUM_KILLS_OWN_RAY

@@ -23,6 +23,7 @@ import jobs.generate
 from e2p_ray.config import JobConfig, OutputConfig
 from e2p_ray.schema import DeadLetter, Generation, RequestKey
 from e2p_ray.serve.client import Client, DeadlineError, ServiceError
+from e2p_ray.serve.loop import Job, ModelLoop
 from e2p_ray.serve.messages import GenerationAnswer, ProblemBody
 from jobs.generate import generate_run
 from tests import tiny_models
@@ -68,16 +69,16 @@ def streamed(client: Client, key: RequestKey) -> GenerationAnswer:
 # -- parity ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_thousand_texts_are_the_published_ones_looked_up_or_written_again(tmp_path: Path) -> None:
+def test_texts_are_the_published_ones_looked_up_or_written_again(tmp_path: Path) -> None:
     """A batch's table, read as Delta; the same pairs from a service with that table and from one without any."""
-    config, _ = write_small_job(tmp_path, num_users=170, num_contents=12, per_user=3)
+    config, _ = write_small_job(tmp_path, num_users=170 if IS_LONG else 60, num_contents=12, per_user=3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jobs.generate, "run_batch", serial_batch)
         generate_run(config, engine_factory=fake_engine)
     names = ["text", "status", "reason", "personalized", "arm", "fingerprint", "num_output_tokens", "prompt_id"]
     rows = DeltaTable(config.output.table_uri).to_pyarrow_table().to_pylist()
     wanted = {RequestKey(*(row[name] for name in RequestKey._fields)): [row[name] for name in names] for row in rows}
-    assert len(wanted) >= 1000
+    assert len(wanted) >= (1000 if IS_LONG else 350)
     assert len({row[0] for row in wanted.values()}) > 10, "the control: texts differ"
     unpublished = config.model_copy(update={"output": OutputConfig(uri=str(tmp_path / "nothing"))})
     for source, job in (("published", config), ("generated", unpublished)):
@@ -111,8 +112,15 @@ def wanted(tiny: JobConfig) -> dict[RequestKey, list[object]]:
 
 
 def test_a_real_model_s_texts_do_not_depend_on_who_else_asks(
-    tiny: JobConfig, wanted: dict[RequestKey, list[object]]
+    tiny: JobConfig, wanted: dict[RequestKey, list[object]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plain, together = ModelLoop._write, Counter[int]()
+
+    def write(self: ModelLoop, jobs: list[Job]) -> None:
+        together[len(jobs)] += 1
+        plain(self, jobs)
+
+    monkeypatch.setattr(ModelLoop, "_write", write)
     assert len(wanted) >= (1000 if IS_LONG else 110)
     with serving(serve_config(tiny), None) as site:
         for ask in (plainly, streamed):
@@ -120,8 +128,8 @@ def test_a_real_model_s_texts_do_not_depend_on_who_else_asks(
             different = [key for key, answer in answers.items() if values_of(answer) != wanted[key]]
             assert not different, (len(different), different[:3])
             assert answers.keys() == wanted.keys()
-        calls = site.service.loaded.stats.num_waves
-    assert calls < 4 * len(wanted), "the control: texts were written together"
+    print(f"\n{2 * len(wanted)} texts in calls of {dict(sorted(together.items()))}")
+    assert sum(together[size] for size in together if size > 2) > 10, "the control: texts were written together"
 
 
 # -- swaps -------------------------------------------------------------------------------------------------------------
@@ -265,6 +273,6 @@ def test_deadlines_hold_in_a_crowd_and_leave_nothing_behind(tmp_path: Path) -> N
         with ThreadPoolExecutor(12) as pool:
             list(pool.map(user, range(12)))
         until(lambda: site.service.loop.num_waiting == site.service.loop.num_running == 0)
-        assert late
+        assert late, "the control"
         with site.client() as client:
             assert plainly(client, RequestKey("user-0003", "content-001", "headline")).text

@@ -10,10 +10,12 @@ import json
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from e2p_ray.serve import gate
 from e2p_ray.serve.messages import ProblemBody
 from tests.chaos.fuzz import (
     CANARY,
@@ -28,7 +30,7 @@ from tests.chaos.fuzz import (
     Sender,
     fuzzed,
 )
-from tests.chaos.serving import good_answer, served_alone
+from tests.chaos.serving import asked, good_answer, served_alone
 from tests.s3 import IS_LONG
 from tests.serve_world import serve_config, serving
 from tests.small_job import DIM, SPACE, write_small_job
@@ -120,6 +122,29 @@ def test_control_a_service_without_a_gate_and_answers_that_tell_are_seen(tmp_pat
     assert violations(request, Answer(200, "", b"{}")) == []
     assert len(violations(request, Answer(500, TOKEN, echo))) == 4
     assert violations(request, Answer(422, "", b'{"detail": "no"}')) == ["422 is no problem"]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "_BODY_TIMEOUT_S", 0.2)
+    config, _ = write_small_job(tmp_path, num_users=12)
+    whole = asked("user-0003", "content-001")
+    with serving(serve_config(config)) as site:
+        sender = Sender(int(site.url.rpartition(":")[2]))
+        assert text_of(sender.send(whole)), "the control: the same request with its whole body"
+        answer = sender.send(replace(whole, data=whole.data[:-10]))
+        sender.close()
+    assert answer.status == 408
+    assert ProblemBody.model_validate_json(answer.body).code == "body_too_slow"
+
+
+def test_nobody_gets_a_websocket(tmp_path: Path) -> None:
+    config, _ = write_small_job(tmp_path, num_users=12)
+    upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
+    head = f"GET /v1/generations HTTP/1.1\r\nHost: x\r\n{upgrade}\r\n".format(key="dGhlIHNhbXBsZSBub25jZQ==")
+    with serving(serve_config(config)) as site:
+        sender = Sender(int(site.url.rpartition(":")[2]))
+        assert sender.send(Fuzzed(head.encode(), "/v1/generations", known=False)).status in (403, 401)
+        sender.close()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
