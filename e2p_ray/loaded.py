@@ -118,6 +118,16 @@ class LoadedGenerator:
         return cast(ServingEngine, self.engine)
 
 
+def thread_variables(config: JobConfig) -> dict[str, str]:
+    """The environment of a process that is to load a configuration's engine."""
+    num_threads = config.engine.num_threads or max(int(config.workers.num_cpus), 1)
+    return {
+        "OMP_NUM_THREADS": str(num_threads),
+        "POLARS_MAX_THREADS": str(num_threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
 def _load_engine(config: JobConfig, storage: Storage) -> TextEngine:
     # torch is loaded in the workers, not in the driver
     if config.engine.kind == "vllm":

@@ -39,7 +39,8 @@ def render(kind: Kind, settings: ClusterSettings, config: Path | None) -> str:
     if kind == "serve":
         return _as_yaml(_ray_service(settings, config))
     job = "train" if kind == "train" else "generate"
-    text, places = _job_text(config, TrainConfig if job == "train" else JobConfig), _places(settings, job)
+    text, _ = _job(config, TrainConfig if job == "train" else JobConfig)
+    places = _places(settings, job)
     ray_job = _ray_job(settings, job, places)
     config_map = _template("config_map", places)
     config_map["data"] = {f"{job}.yaml": text}
@@ -73,7 +74,9 @@ def _actor_cpus(group: GroupSettings) -> str:
 
 
 def _ray_job(settings: ClusterSettings, job: str, places: dict[str, Any]) -> dict[str, Any]:
-    ray_job, cluster = _template("ray_job", places), _template("ray_cluster", places)
+    command = shlex.join(entrypoint(settings, job, f"{_POD_FOLDER}/{job}.yaml"))
+    ray_job = _template("ray_job", places | {"entrypoint": json.dumps(command)})
+    cluster = _template("ray_cluster", places)
     groups = {"plan": settings.plan_workers, "generate": settings.generate_workers}
     cluster["workerGroupSpecs"] = [_worker_group(settings, name, group, places) for name, group in groups.items()]
     ray_job["spec"]["rayClusterSpec"] = cluster
@@ -84,11 +87,9 @@ def _ray_service(settings: ClusterSettings, path: Path) -> list[dict[str, Any]]:
     """The service with its configuration; a new projector in it is swapped in, anything else makes a new cluster."""
     from e2p_ray.serve.app import serve_file  # Ray Serve takes seconds to import
 
-    text, group, options = _job_text(path, ServeConfig, *_SOME_TOKEN), settings.serve_workers, serve_options(settings)
+    group, options = settings.serve_workers, serve_options(settings)
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    config = load_config(
-        ServeConfig, ["--config", str(path), *words, *_SOME_TOKEN], prog="jobs.cluster", description=""
-    )
+    text, config = _job(path, ServeConfig, *words, *_SOME_TOKEN)
     places = _places(settings, "serve")
     config_map = _template("config_map", places)
     config_map["data"] = {"serve.yaml": text}
@@ -173,7 +174,6 @@ def _ec2_node(aws: AwsSettings, instance_type: str, *, spot: bool) -> dict[str, 
 
 def _places(settings: ClusterSettings, job: str) -> dict[str, Any]:
     """What the templates' names stand for."""
-    command = entrypoint(settings, job, f"{_POD_FOLDER}/{job}.yaml")
     return {
         "name": settings.name,
         "namespace": settings.namespace,
@@ -191,23 +191,22 @@ def _places(settings: ClusterSettings, job: str) -> dict[str, Any]:
         "ray_version": version("ray"),
         "job_name": f"{settings.name}-{job}",
         "config_map": f"{settings.name}-{job}-config",
-        "entrypoint": json.dumps(shlex.join(command)),
     }
 
 
-def _job_text(path: Path, model: type[C], *words: str) -> str:
-    """The configuration's text; ConfigError when the job would refuse it or when it holds secrets."""
+def _job(path: Path, model: type[C], *words: str) -> tuple[str, C]:
+    """The configuration as text, and read with these options; ConfigError where it is refused or holds secrets."""
     config = load_config(model, ["--config", str(path), *words], prog="jobs.cluster", description="")
     text = path.read_text(encoding="utf-8")
     values = yaml.safe_load(text) or {}
     for section, names in _SECRETS.items():
-        if any((values.get(section) or {}).get(name) for name in names):
+        if any((values.get(section) or {}).get(name) is not None for name in names):
             remedy = "put AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and E2P_API__TOKENS into the Secret of the settings"
             raise ConfigError(f"{path}: {section} holds keys, and a ConfigMap is no place for them; {remedy}")
     local = [uri for uri in _uris(config.resolved()) if not re.match(r"^[a-z0-9]+://", uri)]
     if local:
         raise ConfigError(f"{path}: no other machine sees {', '.join(local)}; use s3:// places on a cluster")
-    return text
+    return text, config
 
 
 def _uris(values: Any) -> list[str]:

@@ -14,8 +14,9 @@ import pytest
 
 from e2p_ray.config import BaseModelConfig, StorageConfig
 from e2p_ray.engine.manifest import BaseModelFolder, resolve_base_model
-from e2p_ray.errors import ConfigError, StorageError
-from e2p_ray.storage import Storage
+from e2p_ray.engine.node_cache import cached_folder
+from e2p_ray.errors import ConfigError, ObjectNotFoundError, StorageError
+from e2p_ray.storage import ObjectInfo, Storage
 from tests.faulty import Faulty, faulty_s3
 from tests.s3 import S3Server
 from tests.small_job import write_base_model
@@ -189,3 +190,26 @@ def small_disk(folder: Path, num_bytes: int) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_folder_is_downloaded_whole(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("e2p_ray.storage._PART_BYTES", 100_001)
+    storage, root = Storage(s3_server.config), s3_server.new_bucket()
+    big = os.urandom(300_000)
+    storage.write_bytes(f"{root}/model/config.json", b"{}")
+    storage.write_bytes(f"{root}/model/deep/model.safetensors", big)
+    folder = cached_folder(storage, f"{root}/model", str(tmp_path / "into")).path
+    assert (folder / "config.json").read_bytes() == b"{}"
+    assert (folder / "deep" / "model.safetensors").read_bytes() == big
+    assert folder.parent == tmp_path / "into"
+    with pytest.raises(ObjectNotFoundError):
+        cached_folder(storage, f"{root}/nothing", str(tmp_path / "nothing"))
+
+
+def test_a_name_that_leads_out_of_its_folder_is_not_downloaded(tmp_path: Path) -> None:
+    class Hostile(Storage):
+        def list_objects(self, uri: str) -> Iterator[ObjectInfo]:
+            yield ObjectInfo(f"{uri}/../../escaped", 1, "v")
+
+    with pytest.raises(StorageError, match="leads out of its folder"):
+        cached_folder(Hostile(), "s3://bucket/model", str(tmp_path / "into"))

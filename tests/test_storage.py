@@ -197,36 +197,6 @@ def test_parquet_files(place: tuple[Storage, str]) -> None:
         storage.read_schema(f"{root}/cut.parquet")
 
 
-def test_fetch_folder(place: tuple[Storage, str], tmp_path: Path) -> None:
-    storage, root = place
-    big = os.urandom(300_000)
-    storage.write_bytes(f"{root}/model/config.json", b"{}")
-    storage.write_bytes(f"{root}/model/deep/model.safetensors", big)
-    folder = storage.fetch_folder(f"{root}/model", tmp_path / "into")
-    assert (folder / "config.json").read_bytes() == b"{}"
-    assert (folder / "deep" / "model.safetensors").read_bytes() == big
-    assert (folder == tmp_path / "into") == root.startswith("s3://")
-    with pytest.raises(ObjectNotFoundError):
-        storage.fetch_folder(f"{root}/nothing", tmp_path / "nothing")
-
-
-def test_a_name_that_leads_out_of_its_folder_is_not_downloaded(tmp_path: Path) -> None:
-    class Hostile(Storage):
-        def list_objects(self, uri: str) -> Iterator[ObjectInfo]:
-            yield ObjectInfo(f"{uri}/../../escaped", 1, "v")
-
-    with pytest.raises(StorageError, match="leads out of its folder"):
-        Hostile().fetch_folder("s3://bucket/model", tmp_path / "into")
-
-
-def test_a_large_download_is_whole(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("e2p_ray.storage._PART_BYTES", 1000)
-    storage, root = Storage(s3_server.config), s3_server.new_bucket()
-    data = os.urandom(3500)
-    storage.write_bytes(f"{root}/m/weights", data)
-    assert (storage.fetch_folder(f"{root}/m", tmp_path) / "weights").read_bytes() == data
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_passing_faults_are_survived(fault: str, through: tuple[Storage, str], faulty: Faulty) -> None:
     storage, root = through

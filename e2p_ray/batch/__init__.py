@@ -32,7 +32,7 @@ from e2p_ray.batch.write import last_line
 from e2p_ray.commit import Run, pending_shards
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError, E2PError, IncompleteRunError, RunError
-from e2p_ray.loaded import EngineFactory
+from e2p_ray.loaded import EngineFactory, thread_variables
 from e2p_ray.ray_session import quiet_ray_data_log, ray_session
 from e2p_ray.storage import Storage
 
@@ -178,20 +178,11 @@ def _dataset(config: JobConfig, pieces: Sequence[Mapping[str, Any]], arguments: 
             ),
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus,
-            runtime_env={"env_vars": _thread_variables(config)},
+            runtime_env={"env_vars": thread_variables(config)},
             # A shard is not tried twice within a pass, so each kills an actor once at most; a few more for spot nodes.
             max_task_retries=0,
             max_restarts=len(pieces) + 2 * max_size,
         )
-
-
-def _thread_variables(config: JobConfig) -> dict[str, str]:
-    num_threads = config.engine.num_threads or max(int(config.workers.num_cpus), 1)
-    return {
-        "OMP_NUM_THREADS": str(num_threads),
-        "POLARS_MAX_THREADS": str(num_threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
 
 
 def _as_raised(outcome: ShardOutcome) -> RunError:

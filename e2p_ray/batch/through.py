@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from e2p_ray.batch.tally import ShardOutcome
-from e2p_ray.batch.write import last_line
+from e2p_ray.batch.write import last_line, other_artifact
 from e2p_ray.commit import Run
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError, IncompatibleError
@@ -40,12 +40,12 @@ class ServedTexts:
 
 def refuse_other_texts(served: ServedTexts, config: JobConfig, run: Run, who: str) -> None:
     """Raise IncompatibleError where `who` would write texts that are not the run's."""
-    for what in ("projector_id", "base_model_id", "embedding_space"):
-        if getattr(run, what) != getattr(served, what):
-            raise IncompatibleError(
-                f"run {run.run_id} was opened with {what} {getattr(run, what)!r}, {who} serves "
-                f"{getattr(served, what)!r}. Deploy the run's first, or generate without --through-serve"
-            )
+    if other := other_artifact(run, served):
+        what, found = other
+        raise IncompatibleError(
+            f"run {run.run_id} was opened with {what} {getattr(run, what)!r}, {who} serves {found!r}. "
+            "Deploy the run's first, or generate without --through-serve"
+        )
     if served.text_hash != config.text_hash():
         raise IncompatibleError(
             f"{who} serves other tasks or checks than run {run.run_id}, or with another base_model.dtype. Deploy this "

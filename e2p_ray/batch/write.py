@@ -10,13 +10,15 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from e2p_ray.batch.logs import ActorLog
 from e2p_ray.batch.metrics import BatchMetrics
 from e2p_ray.batch.pieces import Piece, write_piece
 from e2p_ray.batch.tally import ShardOutcome
 from e2p_ray.commit import Run, ShardStats, commit_shard
+from e2p_ray.commit.failures import cut_between_words
+from e2p_ray.commit.run import ARTIFACTS
 from e2p_ray.engine.contract import EngineStats
 from e2p_ray.errors import E2PError, IncompatibleError, RunError
 from e2p_ray.loaded import LoadedGenerator
@@ -25,6 +27,7 @@ from e2p_ray.schema import DeadLetter, Generation, Group
 from e2p_ray.storage import Storage
 
 _MAX_CHARS = 200  # of a stranger's message
+_MAX_LINE_CHARS = 300  # of Ray's
 _NUMBERS = re.compile(r"[\[(][^\[\]()]*\d\.\d[^\[\]()]*[\])]?")
 
 
@@ -36,6 +39,17 @@ class Written:
     dead_letters: Sequence[DeadLetter]
     work: EngineStats
     seconds_s: float
+
+
+class Artifacts(Protocol):
+    """What names the artifacts that texts are made with."""
+
+    @property
+    def projector_id(self) -> str: ...
+    @property
+    def base_model_id(self) -> str: ...
+    @property
+    def embedding_space(self) -> str: ...
 
 
 WriteGroups = Callable[[Sequence[Group], str], Written]  # groups and the id of their shard
@@ -147,14 +161,21 @@ def this_process() -> str:
 
 def refuse_other_artifacts(generator: LoadedGenerator, run: Run) -> None:
     """A projector or base model that was replaced since the run was opened would write texts that are not the run's."""
-    for what in ("projector_id", "base_model_id", "embedding_space"):
-        opened, loaded = getattr(run, what), getattr(generator, what)
-        if opened != loaded:
-            raise IncompatibleError(
-                f"run {run.run_id} was opened with {what} {opened!r}, this worker loaded {loaded!r}: it was replaced "
-                "meanwhile. What is committed stays with its run. Run the same command again: it makes a run of what "
-                "is there now; or put the old one back, and it resumes"
-            )
+    if other := other_artifact(run, generator):
+        what, loaded = other
+        raise IncompatibleError(
+            f"run {run.run_id} was opened with {what} {getattr(run, what)!r}, this worker loaded {loaded!r}: it was "
+            "replaced meanwhile. What is committed stays with its run. Run the same command again: it makes a run of "
+            "what is there now; or put the old one back, and it resumes"
+        )
+
+
+def other_artifact(run: Run, found: Artifacts) -> tuple[str, str] | None:
+    """The first id that is not the run's: its name, and the id that was found."""
+    for what in ARTIFACTS:
+        if getattr(run, what) != (other := getattr(found, what)):
+            return what, other
+    return None
 
 
 def _drafts(groups: Sequence[Group], generations: Sequence[Generation]) -> dict[str, int]:
@@ -182,13 +203,12 @@ def _said(error: Exception) -> str:
     if isinstance(error, E2PError):
         return str(error)
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    first = (str(error).splitlines() or [""])[0]
-    if len(first) > _MAX_CHARS:  # without a word that is cut: no purge would find half a user id
-        first = first[:_MAX_CHARS].rpartition(" ")[0] + " ..."
+    first = cut_between_words((str(error).splitlines() or [""])[0], _MAX_CHARS)
     return f"{_NUMBERS.sub('[numbers]', first)} ({os.path.basename(frame.filename)}:{frame.lineno})"
 
 
 def last_line(error: Exception) -> str:
     """What a Ray error is about, without its remote traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return _NUMBERS.sub("[numbers]", f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300])
+    said = cut_between_words(f"{type(error).__name__}: {lines[-1] if lines else ''}", _MAX_LINE_CHARS)
+    return _NUMBERS.sub("[numbers]", said)

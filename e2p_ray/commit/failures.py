@@ -43,8 +43,7 @@ def is_failure(uri: str) -> bool:
 
 def write_failure(storage: Storage, run: Run, failure: ShardFailure) -> None:
     """Keep a failure in place of an earlier one of the shard."""
-    message = failure.message if len(failure.message) <= _MAX_CHARS else failure.message[:_MAX_CHARS] + " ..."
-    values = asdict(failure) | {"message": message, "at": failure.at.isoformat()}
+    values = asdict(failure) | {"message": cut_between_words(failure.message, _MAX_CHARS), "at": failure.at.isoformat()}
     uri = f"{failures_uri(run)}/{checked_id(failure.shard_id)}.json"
     storage.write_bytes(uri, json.dumps(values, ensure_ascii=False, indent=1).encode())
 
@@ -63,6 +62,11 @@ def forget_failures(storage: Storage, run: Run, pending: Collection[str]) -> Non
     for info in storage.list_objects(failures_uri(run)):
         if _shard_of(info.name) not in left:
             storage.delete(info.uri)
+
+
+def cut_between_words(message: str, max_chars: int) -> str:
+    """A message without its end where it is longer: no purge would find half a user id."""
+    return message if len(message) <= max_chars else message[:max_chars].rpartition(" ")[0] + " ..."
 
 
 def _shard_of(name: str) -> str:

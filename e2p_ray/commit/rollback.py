@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,18 +12,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.transaction import AddAction
 
 from e2p_ray.commit.consent import suppress, without_consent
 from e2p_ray.commit.data_files import add_actions, data_files, has_deletion_vectors, paths_there
 from e2p_ray.commit.history import commits_of, is_published
 from e2p_ray.commit.publish import digest_of
-from e2p_ray.commit.published import open_table, shown_by
+from e2p_ray.commit.published import open_table, said, shown_by
 from e2p_ray.commit.run import load_run, map_ahead
 from e2p_ray.commit.spool import HashSpool, hash_rows
 from e2p_ray.commit.verify import DataFile
 from e2p_ray.errors import ConfigError, InputError, ObjectNotFoundError, PublishConflictError, StorageError
 from e2p_ray.schema import GENERATIONS, Status
-from e2p_ray.storage import Storage
+from e2p_ray.storage import PassingError, Storage
 
 _MAX_NAMED = 3
 _CARRIED_METADATA = ("run_id", "source_id", "projector_id", "base_model_id", "embedding_space", "num_deferred")
@@ -49,6 +51,7 @@ class _Goal:
     commit: dict[str, Any]
     files: tuple[DataFile, ...]
     num_changed: int  # of the files, those that consent changed since
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)  # tells this call's commit from an equal one
 
     @property
     def run_id(self) -> str:
@@ -181,18 +184,26 @@ def _refuse_deleted(commits: dict[int, dict[str, Any]], goal: int, base: DeltaTa
 
 
 def _commit(storage: Storage, base: DeltaTable, table_uri: str, goal: _Goal) -> RolledBack:
-    version = base.version()
-    properties = CommitProperties(custom_metadata=_metadata(base, goal), max_commit_retries=0)
+    actions = add_actions(storage, table_uri, base, goal.files) if goal.num_changed else []
+    # A commit is bound to the version after `base`: made twice, the second finds the first there and is refused.
+    once = partial(_try_commit, storage, base, table_uri, goal, actions)
+    return storage.patiently(once, "roll back", table_uri)
+
+
+def _try_commit(
+    storage: Storage, base: DeltaTable, table_uri: str, goal: _Goal, actions: Sequence[AddAction]
+) -> RolledBack:
+    version, metadata = base.version() + 1, _metadata(base, goal)
+    properties = CommitProperties(custom_metadata=metadata, max_commit_retries=0)
     try:
         if goal.num_changed:
-            actions = add_actions(storage, table_uri, base, goal.files)
             schema = Schema.from_arrow(GENERATIONS)
             base.create_write_transaction([*actions], "overwrite", schema, commit_properties=properties)
         else:
             base.restore(goal.version, commit_properties=properties)
     except (DeltaError, OSError) as error:
-        return _after_failure(storage, base, table_uri, goal, error)
-    return goal.result(version + 1, already=False)
+        return _after_failure(storage, base, table_uri, goal, metadata, error)
+    return goal.result(version, already=False)
 
 
 def _metadata(base: DeltaTable, goal: _Goal) -> dict[str, str]:
@@ -205,18 +216,26 @@ def _metadata(base: DeltaTable, goal: _Goal) -> dict[str, str]:
         "num_rows": sum(file.num_rows for file in goal.files),
         "num_files_suppressed": int(goal.commit.get("num_files_suppressed", 0)) + goal.num_changed,
         "files_digest": goal.digest,
+        "token": goal.token,
     }
     return {name: str(value) for name, value in values.items()}
 
 
-def _after_failure(storage: Storage, base: DeltaTable, table_uri: str, goal: _Goal, error: Exception) -> RolledBack:
+def _after_failure(
+    storage: Storage, base: DeltaTable, table_uri: str, goal: _Goal, metadata: Mapping[str, str], error: Exception
+) -> RolledBack:
     """Find out who was first: another commit, or ourselves before an answer was lost."""
     now = open_table(storage, table_uri)
     shown = shown_by(now) if now else None
     if now is not None and shown and shown.files_digest == goal.digest and not shown.rows_deleted:
-        return goal.result(now.version(), already=True)
+        return goal.result(now.version(), already=not _is_ours(now, base.version() + 1, metadata))
     changed = now is not None and now.version() > base.version()
     if changed or isinstance(error, CommitFailedError):
         problem = f"{table_uri} was changed while it was being rolled back to version {goal.version}"
         raise PublishConflictError(f"{problem}. Look at jobs.history, then do it again if it should follow") from error
-    raise StorageError(f"could not roll {table_uri} back: {error}") from error
+    raise PassingError(said(error)) from error
+
+
+def _is_ours(table: DeltaTable, version: int, metadata: Mapping[str, str]) -> bool:
+    """Whether the newest commit is the one that was tried; another rollback to the same version has another token."""
+    return table.version() == version and metadata.items() <= table.history(1)[0].items()

@@ -19,6 +19,7 @@ _T = TypeVar("_T")
 _ITEM = TypeVar("_ITEM")
 
 _MAX_AHEAD = 8  # objects fetched at once
+ARTIFACTS = ("projector_id", "base_model_id", "embedding_space")  # what all texts of a run are made with
 
 
 @dataclass(frozen=True)

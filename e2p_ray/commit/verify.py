@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from e2p_ray.commit.run import Run, map_ahead, pending_shards
+from e2p_ray.commit.run import ARTIFACTS, Run, map_ahead, pending_shards
 from e2p_ray.commit.shard import ShardData, describe, key_difference, parse_data, planned_keys, request_keys
 from e2p_ray.commit.spool import HashSpool, hash_rows, is_among
 from e2p_ray.config import GatesConfig
@@ -161,7 +161,7 @@ def _check_shard(storage: Storage, run: Run, shard_id: str) -> _Checked:
 def _foreign(run: Run, rows: pa.Table) -> str | None:
     """What some rows were written with that is not the run's; rows carried over from other runs have their own."""
     own = rows.filter(pc.equal(rows["run_id"], run.run_id))
-    for name in ("projector_id", "base_model_id", "embedding_space"):
+    for name in ARTIFACTS:
         if not set(own[name].unique().to_pylist()) <= {getattr(run, name)}:
             return name
     return None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import time
 from collections.abc import Coroutine
 from functools import cache
@@ -15,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from e2p_ray.batch.write import this_process
 from e2p_ray.serve.answers import all_answered, answered
 from e2p_ray.serve.contents import MAX_LISTED, MAX_SEARCH_CHARS, ContentsAnswer, listed
 from e2p_ray.serve.editors import add_page
@@ -88,7 +87,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
             projector_id=loaded.projector_id,
             base_model_id=loaded.base_model_id,
             embedding_space=loaded.embedding_space,
-            replica=f"{socket.gethostname()}:{os.getpid()}",
+            replica=this_process(),
             embedding_dim=loaded.embedding_dim,
             projector_uri=loaded.config.projector.uri,
             tasks=sorted(loaded.config.tasks),

@@ -70,7 +70,13 @@ class Tables:
         self.version: int | None = None  # of the published table
         self._user: Callable[[str, Space, int], User] = lru_cache(_MAX_KEPT_USERS)(self._read_user)
         self._content: Callable[[str, int], Content | None] = lru_cache(_MAX_KEPT_CONTENTS)(self._read_content)
-        self._fresh = {name: Freshness() for name in ("users", "contents", "published")}
+        # Users first: consent is what must not be old.
+        self._refreshes = {
+            "users": self._refresh_users,
+            "contents": self._refresh_contents,
+            "published": self._refresh_published,
+        }
+        self._fresh = {name: Freshness() for name in self._refreshes}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep_fresh, name="tables", daemon=True)
 
@@ -84,10 +90,10 @@ class Tables:
         self._over.set()
 
     def refresh(self) -> None:
-        """Look for changes, and take them over. Users first: consent is what must not be old."""
-        for name in self._fresh:
+        """Look for changes, and take them over."""
+        for name, refresh in self._refreshes.items():
             began_s = self._fresh[name].now_s()
-            getattr(self, f"_refresh_{name}")()
+            refresh()
             self._fresh[name].looked(began_s)
 
     def ages_s(self) -> dict[str, float]:

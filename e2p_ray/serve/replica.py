@@ -12,7 +12,7 @@ from ray.serve import Application
 from e2p_ray.batch.tally import ShardOutcome
 from e2p_ray.commit import Run
 from e2p_ray.config import JobConfig, ServeConfig
-from e2p_ray.loaded import EngineFactory
+from e2p_ray.loaded import EngineFactory, thread_variables
 from e2p_ray.serve.api import make_api
 from e2p_ray.serve.gate import App
 from e2p_ray.serve.service import Service
@@ -61,21 +61,14 @@ class Replica:
 def application(config: ServeConfig, *, engine_factory: EngineFactory | None = None) -> Application:
     """The application for `serve.run`, which restarts replicas; see `app.serve_file` for what swaps without."""
     replica, workers = config.replica, config.workers
-    num_threads = config.engine.num_threads or max(int(workers.num_cpus), 1)
-    most = config.replica.max_waiting + config.engine.max_rows
+    most = replica.max_waiting + config.engine.max_rows
     options: dict[str, Any] = {
         "name": DEPLOYMENT_NAME,
         "user_config": {"projector_uri": config.projector.uri},
         "ray_actor_options": {
             "num_cpus": workers.num_cpus,
             "num_gpus": workers.num_gpus,
-            "runtime_env": {
-                "env_vars": {
-                    "OMP_NUM_THREADS": str(num_threads),
-                    "POLARS_MAX_THREADS": str(num_threads),
-                    "TOKENIZERS_PARALLELISM": "false",
-                }
-            },
+            "runtime_env": {"env_vars": thread_variables(config)},
         },
         # Twice what it takes: the replica itself says no (429) to what is too much, Serve never makes anybody wait.
         "max_ongoing_requests": 2 * most,

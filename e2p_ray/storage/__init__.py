@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -169,22 +169,6 @@ class Storage:
             remedy = "Give a .parquet file or a folder that holds some."
             raise InputError("no Parquet file here", uri=uri, remedy=remedy)
         return found
-
-    def fetch_folder(self, uri: str, into: Path) -> Path:
-        """A folder as a local path: a local one as it is, an s3:// one downloaded below `into`."""
-        if not is_s3(uri):
-            if not local_path(uri).is_dir():
-                raise ObjectNotFoundError(f"there is no folder {uri}")
-            return local_path(uri)
-        found = list(self.list_objects(uri))
-        if not found:
-            raise ObjectNotFoundError(f"there is no object below {uri}")
-        for info in found:
-            relative = PurePosixPath(info.uri[len(uri.rstrip("/")) + 1 :])
-            if relative.is_absolute() or ".." in relative.parts:
-                raise StorageError(f"{info.uri}: a name that leads out of its folder is not downloaded")
-            self.download(info, into / relative)
-        return into
 
     def delta_options(self, uri: str = "s3://", *, with_retries: bool = False) -> dict[str, str]:
         """Options for deltalake and polars to reach the same place: they hold secrets. Empty for a local URI.
