@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
 from e2p_ray.config import JobConfig, ProjectorConfig, SamplingConfig
 from e2p_ray.engine.contract import EngineStats, Listener, ServingEngine, TextEngine
 from e2p_ray.generate import Generator
+from e2p_ray.results import Result
 from e2p_ray.schema import Content, DeadLetter, Generation, Group, Request, RequestKey, TextScore
 from e2p_ray.storage import Storage
 
@@ -59,6 +60,10 @@ class LoadedGenerator:
     def generate(self, groups: Sequence[Group], *, shard_id: str = "") -> tuple[list[Generation], list[DeadLetter]]:
         """See `Generator.generate`."""
         return self._generator.generate(groups, shard_id=shard_id)
+
+    def follow(self, groups: Iterable[Group | None], give: Callable[[Result], None]) -> None:
+        """See `Generator.follow`."""
+        self._generator.follow(groups, give)
 
     def fingerprint_of(self, request: Request, content: Content) -> str:
         """What the fingerprint of this request's row would be; on any thread."""

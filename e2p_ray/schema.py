@@ -133,6 +133,7 @@ class Group:
     content: Content
     task: str
     requests: tuple[Request, ...]
+    attempt: int = 0  # a further one is sampled, with the checks' retry temperature
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import yaml
 from e2p_ray.config import JobConfig, ServeConfig, TrainConfig, load_config
 from e2p_ray.config.load import Config
 from e2p_ray.errors import ConfigError
+from e2p_ray.serve.front import FLAGS
 from jobs.cluster_settings import FOLDER, AwsSettings, ClusterSettings, GroupSettings
 
 Kind = Literal["generate", "train", "schedule", "raycronjob", "serve", "aws"]
@@ -101,6 +102,7 @@ def _ray_service(settings: ClusterSettings, path: Path) -> list[dict[str, Any]]:
     worker["containers"][0]["volumeMounts"] = head["containers"][0]["volumeMounts"]
     for pod in (head, worker):
         pod["containers"][0]["ports"].append({"name": "serve", "containerPort": config.api.port})
+        pod["containers"][0]["env"] = [{"name": name, "value": value} for name, value in FLAGS.items()]
     service["spec"]["serveConfigV2"] = _as_yaml([serve_file(config, f"{_POD_FOLDER}/serve.yaml", options)])
     service["spec"]["rayClusterConfig"] = cluster
     return [config_map, service]

@@ -9,6 +9,7 @@ import sys
 import threading
 from types import FrameType
 
+import ray
 import yaml
 from ray import serve
 from ray.serve.config import HTTPOptions
@@ -18,6 +19,7 @@ from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.loaded import EngineFactory
 from e2p_ray.ray_session import ray_session
 from e2p_ray.serve.app import serve_file
+from e2p_ray.serve.front import front_of_local_ray, require_free_port
 from e2p_ray.serve.replica import APP_NAME, application
 from e2p_ray.serve.service import require_native
 from e2p_ray.storage import Storage
@@ -39,7 +41,10 @@ def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: E
     load_manifest(config, Storage(config.storage))  # says what does not fit before anything is started
     # For a Ray that is started here. Its own choice, 15, lets a batch stand back; a text that is waited for should not.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    with ray_session(config.workers.ray_address, include_dashboard=True):  # `serve deploy` talks to it
+    if not ray.is_initialized() and not (config.workers.ray_address or os.environ.get("RAY_ADDRESS")):
+        require_free_port(config.api.host, config.api.port)
+    # `serve deploy` talks to the dashboard.
+    with front_of_local_ray(), ray_session(config.workers.ray_address, include_dashboard=True):
         try:
             serve.start(http_options=HTTPOptions(host=config.api.host, port=config.api.port))
             serve.run(application(config, engine_factory=engine_factory), name=APP_NAME, route_prefix="/")

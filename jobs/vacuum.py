@@ -54,7 +54,7 @@ JOB = Job(
     prog="jobs.vacuum",
     description="Remove what no reader and no job can need: data files of no version that was current within the\n"
     "limit, runs that no such version shows and that nobody went on with, plans and updates that no kept run reads,\n"
-    "and what killed writers left. Only under generations, runs, plans and updates of output.uri. Run it while\n"
+    "and what killed writers left. Only under generations, runs, plans, updates and audit of output.uri. Run it while\n"
     "nothing publishes. Reads storage only. Exit code 4: the table was changed meanwhile, nothing was removed.",
     config=JobConfig,
     call=clean,

@@ -8,6 +8,8 @@ import os
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
+# An actor of Ray Train's that looks for nodes about to go: 2 s of CPU time a training, and no test drains one's node.
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 
@@ -16,12 +18,26 @@ from collections.abc import Iterator
 
 import pytest
 
+from e2p_ray.serve.front import front_of_local_ray
 from tests.s3 import s3_server
 
 __all__ = ["ray_cluster", "s3_server"]
 
-# Seconds on two cores: 250, 240, 90, 60. Two processes share the files, and neither shall be left with one at the end.
-_LONG_FILES = ("test_demo_job.py", "test_train_job.py", "test_batch.py", "test_mind_job.py", "test_cluster_submit.py")
+# Of more than some 40 s on two cores, the longest first: neither of two processes shall be left with one at the end.
+_LONG_FILES = (
+    "test_train_job.py",
+    "test_batch.py",
+    "test_nodes.py",
+    "test_demo_job.py",
+    "test_commit.py",
+    "test_storage_faults.py",
+    "test_serve_through.py",
+    "test_resume.py",
+    "test_evaluate.py",
+    "test_backfill_job.py",
+    "test_mind_job.py",
+    "test_cluster_submit.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,17 +48,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """A local Ray of 2 CPUs for the whole session."""
+    """A local Ray of 2 CPUs for the whole session; what is served on it has the front that jobs.serve starts."""
     import ray
 
-    ray.init(
-        num_cpus=2,
-        object_store_memory=200 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        configure_logging=True,
-    )
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
+    with front_of_local_ray(), pytest.MonkeyPatch.context() as patch:
+        ray.init(
+            num_cpus=2,
+            object_store_memory=200 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            configure_logging=True,
+        )
+        for name in [name for name in os.environ if name.startswith("RAY_SERVE_")]:
+            patch.delenv(name)  # processes that tests start have Rays of their own
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield
+        ray.shutdown()

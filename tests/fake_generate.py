@@ -10,7 +10,7 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from e2p_ray.config import JobConfig
@@ -20,7 +20,7 @@ from e2p_ray.schema import Completion, Group
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
 from jobs.generate import JOB, generate_run
-from tests.small_job import fake_engine
+from tests.small_job import fake_engine, first_groups
 
 _PAUSE_S = 0.05
 
@@ -35,12 +35,21 @@ def slow_engine(config: JobConfig, storage: Storage) -> FakeEngine:
     engine = fake_engine(config, storage)
     generate = engine.generate
 
-    def slowly(groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
-        groups = list(groups)
+    def note(attempt: int, groups: Sequence[Group]) -> None:
         keys = [request.key for group in groups for request in group.requests if request.key.user_id]
         call = json.dumps({"attempt": attempt, "keys": keys}).encode()
         storage.write_bytes(f"{calls_uri(config)}/{time.time_ns()}-{uuid.uuid4().hex}.json", call)
-        for completion in generate(groups, attempt=attempt):
+
+    def noted(groups: Iterable[Group | None]) -> Iterator[Group | None]:
+        known, groups = first_groups(groups)
+        note(0, known)
+        for number, group in enumerate(groups):
+            if number >= len(known) and group is not None:
+                note(group.attempt, [group])
+            yield group
+
+    def slowly(groups: Iterable[Group | None]) -> Iterator[Completion]:
+        for completion in generate(noted(groups)):
             time.sleep(_PAUSE_S / 10)
             yield completion
         time.sleep(_PAUSE_S)

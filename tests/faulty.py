@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import re
 import socket
 import struct
 import subprocess
@@ -75,22 +76,26 @@ class Faulty:
     endpoint_url: str
     script: list[str] = field(default_factory=list)  # one for each request to come, then `after`
     after: str = "ok"
+    only: str = ""  # a pattern of "METHOD /path": other requests are served, and neither counted nor in the script
     storm: Storm | None = None  # in place of the script
     num_requests: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # requests by fault
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def plan(self, script: Sequence[str], after: str = "ok") -> None:
+    def plan(self, script: Sequence[str], after: str = "ok", only: str = "") -> None:
         with self.lock:
             self.script, self.after, self.num_requests, self.storm = list(script), after, 0, None
+            self.only = only
             self.counts.clear()
 
     def brew(self, storm: Storm) -> None:
         self.plan([])
         self.storm = storm
 
-    def next(self) -> str:
+    def next(self, request: str) -> str:
         with self.lock:
+            if not re.search(self.only, request):
+                return "ok"
             self.num_requests += 1
             planned = self.script.pop(0) if self.script else self.after
             fault = self.storm.draw() if self.storm else planned
@@ -130,8 +135,14 @@ class Stormy:
 
     def brew(self, seed: int, denied_s: float = 0.0, **shares: float) -> None:
         """From now on faults by these shares; counts begin anew. Without shares: fair weather."""
-        storm = {"seed": seed, "denied_s": denied_s, "shares": shares}
-        request = urllib.request.Request(f"{self.endpoint_url}{_CONTROL}", json.dumps(storm).encode())
+        self._ask({"seed": seed, "denied_s": denied_s, "shares": shares})
+
+    def plan(self, script: Sequence[str], after: str = "ok", only: str = "") -> None:
+        """From now on these faults, one after another, for requests that match `only`; counts begin anew."""
+        self._ask({"script": list(script), "after": after, "only": only})
+
+    def _ask(self, weather: Mapping[str, object]) -> None:
+        request = urllib.request.Request(f"{self.endpoint_url}{_CONTROL}", json.dumps(weather).encode())
         with urllib.request.urlopen(request, timeout=30) as answer:
             assert answer.status == 200
 
@@ -176,7 +187,7 @@ def _handler(endpoint_url: str, stopping: threading.Event) -> type[BaseHTTPReque
             if self.path == _CONTROL:
                 self.control(data)
                 return
-            fault = self.faulty.next()
+            fault = self.faulty.next(f"{self.command} {self.path}")
             if fault in _ERRORS:
                 status, code = _ERRORS[fault]
                 self.reply(status, [], f"<Error><Code>{code}</Code><Message>no</Message></Error>".encode())
@@ -192,7 +203,8 @@ def _handler(endpoint_url: str, stopping: threading.Event) -> type[BaseHTTPReque
 
         def control(self, data: bytes) -> None:
             if self.command == "POST":
-                self.faulty.brew(Storm(**json.loads(data)))
+                asked = json.loads(data)
+                self.faulty.plan(**asked) if "script" in asked else self.faulty.brew(Storm(**asked))
             self.reply(200, [], json.dumps(self.faulty.counts).encode())
 
         def serve(self, data: bytes, fault: str) -> None:

@@ -47,6 +47,7 @@ CONTAINER = closed(
         allowPrivilegeEscalation={"const": False},
         capabilities=closed("drop", drop={"const": ["ALL"]}),
     ),
+    env=listed(closed("name value", name={"type": "string", "pattern": "^[A-Z_]+$"}, value=TEXT)),
     envFrom=listed(closed("secretRef", secretRef=closed("name", name=LABEL, optional=FLAG))),
     ports=listed(closed("name containerPort", name=LABEL, containerPort={"type": "integer", "maximum": 65535})),
     resources=RESOURCES,

@@ -45,7 +45,7 @@ def watched(gate: Gate, tokens: list[str]) -> Gate:
 
 
 class Longest:
-    """The most texts in a queue, looked at every millisecond."""
+    """The most texts that waited and were written at once, looked at every millisecond."""
 
     def __init__(self, loop: ModelLoop) -> None:
         self._loop, self.number = loop, 0
@@ -53,7 +53,7 @@ class Longest:
 
     def _look(self) -> None:
         while True:
-            self.number = max(self.number, self._loop.num_waiting)
+            self.number = max(self.number, self._loop.num_waiting + self._loop.num_running)
             time.sleep(0.001)
 
 

@@ -6,6 +6,8 @@ Drivers never load either of the two, so that a whole run goes through with the 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from e2p_ray.config import JobConfig, StorageConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.engine.manifest import ProjectorManifest, load_manifest, resolve_base_model
+from e2p_ray.schema import Group
 from e2p_ray.storage import Storage
 
 SPACE, DIM = "space-1", 8
@@ -81,6 +84,13 @@ def candidates_table(num_users: int, num_contents: int, per_user: int) -> pa.Tab
             "source": ["test"] * len(pairs),
         }
     )
+
+
+def first_groups(groups: Iterable[Group | None]) -> tuple[list[Group], Iterator[Group | None]]:
+    """The groups that wait when an engine begins, and all of them as it is to read them."""
+    source = iter(groups)
+    known = [group for group in takewhile(lambda group: group is not None, source) if group is not None]
+    return known, chain(known, source)
 
 
 def fake_engine(config: JobConfig, storage: Storage) -> FakeEngine:

@@ -20,22 +20,12 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.errors import ConfigError
 from e2p_ray.schema import Content
-from e2p_ray.train import (
-    Adapter,
-    AdapterKind,
-    LessonTable,
-    RowScores,
-    Target,
-    TrainSettings,
-    UserTable,
-    make_lessons,
-    profile_lessons,
-    score,
-    train_adapter,
-)
-from e2p_ray.train.baselines.adapters import adapter_loss, new_adapter
+from e2p_ray.train.baselines.adapters import Adapter, AdapterKind, adapter_loss, new_adapter, train_adapter
+from e2p_ray.train.baselines.profile import profile_lessons
 from e2p_ray.train.fit import draw
-from e2p_ray.train.lessons import Ragged
+from e2p_ray.train.lessons import LessonTable, Ragged, Target, UserTable, make_lessons
+from e2p_ray.train.score import RowScores, score
+from e2p_ray.train.settings import TrainSettings
 from tests.tiny_models import EMBEDDING_DIM, byte_tokenizer, configs, contents, save_model_folder
 
 NUM_CONTENTS, NUM_USERS = 4, 6

@@ -105,7 +105,7 @@ def test_shards_that_failed_are_trouble_even_under_a_limit(
     def broken(config: JobConfig, storage: Storage) -> Any:
         engine = fake_engine(config, storage)
 
-        def generate(groups: Any, *, attempt: int = 0) -> Any:
+        def generate(groups: Any) -> Any:
             raise OSError("the disk is full")
 
         engine.generate = generate  # type: ignore[method-assign]

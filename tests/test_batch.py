@@ -1,11 +1,6 @@
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from e2p_ray.batch import BatchProgress, ShardOutcome, run_batch
+from e2p_ray.batch.pace import Pace
 from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import Tally
 from e2p_ray.batch.worker import ShardWorker
@@ -23,8 +19,8 @@ from e2p_ray.config import JobConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.errors import ConfigError, GateError, IncompatibleError, IncompleteRunError, StorageError
 from e2p_ray.plan import make_plan, read_shard
-from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
 from e2p_ray.storage import Storage
+from tests.bad_engines import Hanging, Poisoned, Waiting, without_logits
 from tests.chaos.conservation import assert_conserved, readers_see
 from tests.s3 import IS_LONG
 from tests.small_job import DIM, SPACE, fake_engine, write_small_job
@@ -57,9 +53,13 @@ def opened(folder: Path, **changes: object) -> Opened:
     return Opened(config, storage, run)
 
 
-def test_a_whole_run_is_committed_and_told(tmp_path: Path) -> None:
+def test_a_whole_run_is_committed_and_told_and_then_only_what_is_pending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = opened(tmp_path, workers={"min_size": 1, "max_size": 2})
     told: list[BatchProgress] = []
+    steps: list[Any] = []
+    monkeypatch.setattr(Pace, "on_execution_step", lambda _, executor: steps.append(executor))
     summary = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine, on_progress=told.append)
     checked = verify(job.storage, job.run)
     markers = read_markers(job.storage, job.run)
@@ -71,82 +71,22 @@ def test_a_whole_run_is_committed_and_told(tmp_path: Path) -> None:
     assert summary.num_computed_tokens < summary.num_prompt_tokens
     assert [progress.num_done for progress in told] == list(range(len(job.run.shard_ids) + 1))
     assert told[-1].rows_per_s > 0
+    assert steps, "Ray Data's loop comes by after every step"
 
     again = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine)
     assert (again.num_done, again.num_done_before, again.num_attempts) == (0, len(markers), 0)
 
-
-class Waiting:
-    """An engine factory whose engines write nothing until a second worker has its engine, too."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __call__(self, config: JobConfig, storage: Storage) -> FakeEngine:
-        (self._folder / str(os.getpid())).touch()
-        engine = fake_engine(config, storage)
-        generate = engine.generate
-
-        def waiting(groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
-            for _ in range(1200):
-                if len(list(self._folder.iterdir())) > 1:
-                    break
-                time.sleep(0.05)
-            return generate(groups, attempt=attempt)
-
-        engine.generate = waiting  # type: ignore[method-assign]
-        return engine
+    before = {marker["shard_id"]: marker for marker in markers}
+    job.storage.delete(job.run.marker_uri(job.run.shard_ids[2]))
+    pending = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine)
+    assert (pending.num_done, pending.num_done_before) == (1, len(before) - 1)
+    assert {marker["shard_id"]: marker for marker in read_markers(job.storage, job.run)} == before
 
 
 def test_the_pool_grows_to_its_largest_size(tmp_path: Path, tries: Path) -> None:
     job = opened(tmp_path, workers={"min_size": 1, "max_size": 2})
     run_batch(job.config, job.storage, job.run, engine_factory=Waiting(tries))
     assert len({marker["stats"]["worker"] for marker in read_markers(job.storage, job.run)}) == 2
-
-
-def test_only_pending_shards_are_generated(tmp_path: Path) -> None:
-    job = opened(tmp_path)
-    run_batch(job.config, job.storage, job.run, engine_factory=fake_engine)
-    before = {marker["shard_id"]: marker for marker in read_markers(job.storage, job.run)}
-    lost = job.run.shard_ids[2]
-    job.storage.delete(job.run.marker_uri(lost))
-    summary = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine)
-    assert (summary.num_done, summary.num_done_before) == (1, len(before) - 1)
-    assert {marker["shard_id"]: marker for marker in read_markers(job.storage, job.run)} == before
-
-
-class Poisoned:
-    """An engine factory whose engine meets shards that end badly: by an exception, or by the death of its process.
-
-    A shard is known by one of its keys; each bad end leaves a file, so that tries can be counted across processes.
-    """
-
-    def __init__(self, folder: Path, *, raising: tuple[str, ...] = (), killing: tuple[str, ...] = (), times: int = 99):
-        self._folder, self._raising, self._killing, self._times = folder, raising, killing, times
-
-    def __call__(self, config: JobConfig, storage: Storage) -> FakeEngine:
-        engine = fake_engine(config, storage)
-        generate, bad = engine.generate, {*self._raising, *self._killing}
-
-        def poisoned(groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
-            known = list(groups)
-            for key in {"/".join(request.key) for group in known for request in group.requests} & bad:
-                if self._num_tries_of(key) >= self._times:
-                    continue
-                (self._folder / f"{time.time_ns()}-{key.replace('/', '-')}").touch()
-                if key in self._killing:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise ValueError(f"the vector [0.25, 0.5] of {key} is bad")
-            yield from generate(known, attempt=attempt)
-
-        engine.generate = poisoned  # type: ignore[method-assign]
-        return engine
-
-    def _num_tries_of(self, key: str) -> int:
-        return len(list(self._folder.glob(f"*-{key.replace('/', '-')}")))
-
-    def num_tries(self) -> int:
-        return len(list(self._folder.iterdir()))
 
 
 def keys_of(job: Opened, *numbers: int) -> tuple[str, ...]:
@@ -225,7 +165,8 @@ def rows_by_key(job: Opened, shard_id: str) -> dict[tuple[str, ...], tuple[Any, 
 def test_a_poisonous_request_is_found_and_the_rest_of_its_shard_is_committed(tmp_path: Path, tries: Path) -> None:
     small = {"num_users": 6, "plan": {"requests_per_shard": 4}}
     clean = opened(tmp_path / "clean", **small)
-    run_batch(clean.config, clean.storage, clean.run, engine_factory=fake_engine)
+    here = ShardWorker(clean.config, clean.storage, clean.run, fake_engine)
+    assert not any(here(pa.table({"shard_id": [shard]}))["error_type"][0].as_py() for shard in clean.run.shard_ids)
     job = opened(tmp_path / "poisoned", workers={"max_shard_attempts": 1}, **small)
     assert job.run.shard_ids == clean.run.shard_ids
     killing, raising = keys_of(job, 1, 2)
@@ -265,30 +206,6 @@ def test_control_where_everything_dies_the_search_stops(tmp_path: Path, tries: P
     assert run_batch(job.config, job.storage, job.run, engine_factory=fake_engine).num_dead_letters == 0
 
 
-class Hanging:
-    """An engine factory whose engine stops for ever at one request, once, holding Python's lock or not."""
-
-    def __init__(self, folder: Path, key: str, *, with_lock: bool):
-        self._mark, self._key, self._with_lock = folder / "hung", key, with_lock
-
-    def __call__(self, config: JobConfig, storage: Storage) -> FakeEngine:
-        engine = fake_engine(config, storage)
-        generate = engine.generate
-
-        def hanging(groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
-            known = list(groups)
-            keys = {"/".join(request.key) for group in known for request in group.requests}
-            if self._key in keys and not self._mark.exists():
-                self._mark.touch()
-                if self._with_lock:
-                    ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the lock: no Python thread runs any more
-                time.sleep(600)
-            yield from generate(known, attempt=attempt)
-
-        engine.generate = hanging  # type: ignore[method-assign]
-        return engine
-
-
 @pytest.mark.parametrize("with_lock", [False, True] if IS_LONG else [True])
 def test_a_worker_whose_engine_hangs_is_replaced(with_lock: bool, tmp_path: Path, tries: Path) -> None:
     job = opened(tmp_path, workers={"max_step_s": 2.0})
@@ -300,19 +217,6 @@ def test_a_worker_whose_engine_hangs_is_replaced(with_lock: bool, tmp_path: Path
     assert summary.num_dead_letters == 0
     if with_lock:
         assert_published(job, num_users=60, num_dead_letters=0)
-
-
-def without_logits(config: JobConfig, storage: Storage) -> FakeEngine:
-    """An engine whose every answer is an error."""
-    engine = fake_engine(config, storage)
-    generate = engine.generate
-
-    def erring(groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
-        for completion in generate(groups, attempt=attempt):
-            yield replace(completion, text="", finish_reason=FinishReason.ERROR, error_code=ErrorCode.NON_FINITE_LOGITS)
-
-    engine.generate = erring  # type: ignore[method-assign]
-    return engine
 
 
 def test_too_many_dead_letters_stop_a_run_within_a_shard(tmp_path: Path) -> None:

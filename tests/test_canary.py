@@ -7,8 +7,10 @@ opted out in the users table, and a text that was written for a user who then op
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -95,8 +97,8 @@ def engine_of(world: World) -> Any:
         engine = world.engine(config, storage)
         generate = engine.generate
 
-        def told(groups: Any, *, attempt: int = 0) -> Iterator[Completion]:
-            for result in generate(groups, attempt=attempt):
+        def told(groups: Any) -> Iterator[Completion]:
+            for result in generate(groups):
                 yield replace(result, text=TEXT) if result.key.user_id in LATE else result
 
         engine.generate = told  # type: ignore[method-assign]
@@ -130,27 +132,42 @@ def job_file(world: World) -> list[str]:
     return ["--config", str(world.folder / "job.yaml")]
 
 
-@pytest.fixture
-def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Scene:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     """A run whose users in `LATE` opt out before it is published, an update, and the operators' commands."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield _made(tmp_path_factory.mktemp("canary"), patch)
+
+
+@pytest.fixture
+def scene(made: Scene, tmp_path: Path) -> Iterator[Scene]:
+    """The scene, as it was made: what a test changes in its files is undone."""
+    shutil.copytree(made.world.folder, tmp_path / "kept")
+    yield made
+    shutil.rmtree(made.world.folder)
+    shutil.copytree(tmp_path / "kept", made.world.folder)
+
+
+def _made(folder: Path, patch: pytest.MonkeyPatch) -> Scene:
     storage = StorageConfig(access_key_id=SecretStr(SECRETS[0]), secret_access_key=SecretStr(SECRETS[1]))
-    world = make_world(tmp_path, monkeypatch, storage=storage)
+    world = make_world(folder, patch, storage=storage)
     for number, (name, user) in enumerate(world.users.items()):
         world.users[name] = replace(user, vector=user.vector and canary_vector(number))
     write(world)
-    said = [render_terminal(generate_run(world.config, engine_factory=engine_of(world), publish_it=False))]
-    assert any(hits(unpacked(path), [TEXT.encode()]) for path in objects(tmp_path / "out")), "the model wrote it"
-    for name in LATE:
-        world.users[name] = replace(world.users[name], personalize=False)
-    write(world)
-    assert run_job(jobs.publish.JOB, job_file(world)) == 0
-    world.contents["content-00"] = content(0, " The mayor smiled. ")
-    write(world)
-    said.append(render_terminal(generate_run(world.config, engine_factory=engine_of(world))))
-    for job in (jobs.validate.JOB, jobs.plan.JOB, jobs.status.JOB, jobs.history.JOB, jobs.audit.JOB):
-        assert run_job(job, job_file(world)) == 0, job.prog
-    shown = capsys.readouterr()
-    return Scene(world, "\n".join([*said, shown.out, shown.err]).encode())
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
+        said = [render_terminal(generate_run(world.config, engine_factory=engine_of(world), publish_it=False))]
+        assert any(hits(unpacked(path), [TEXT.encode()]) for path in objects(folder / "out")), "the model wrote it"
+        for name in LATE:
+            world.users[name] = replace(world.users[name], personalize=False)
+        write(world)
+        assert run_job(jobs.publish.JOB, job_file(world)) == 0
+        world.contents["content-00"] = content(0, " The mayor smiled. ")
+        write(world)
+        said.append(render_terminal(generate_run(world.config, engine_factory=engine_of(world))))
+        for job in (jobs.validate.JOB, jobs.plan.JOB, jobs.status.JOB, jobs.history.JOB, jobs.audit.JOB):
+            assert run_job(job, job_file(world)) == 0, job.prog
+    return Scene(world, "\n".join([*said, shown.getvalue()]).encode())
 
 
 def places(scene: Scene, marks: Iterable[bytes]) -> set[str]:

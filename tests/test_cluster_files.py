@@ -239,6 +239,7 @@ def test_a_service_builds_what_the_settings_say(configs: dict[Kind, Path], tmp_p
         assert application.args["config"] == f"{mount['mountPath']}/serve.yaml"
         ports = {one["name"]: one["containerPort"] for one in pod["containers"][0]["ports"]}
         assert ports["serve"] == deploy.http_options.port
+        assert {"name": "RAY_SERVE_ENABLE_HA_PROXY", "value": "1"} in pod["containers"][0]["env"]
     assert deploy.http_options.host == "0.0.0.0"
     (tmp_path / "mounted.yaml").write_text(config_map["data"]["serve.yaml"], encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:

@@ -64,7 +64,7 @@ from e2p_ray.schema import (
     to_table,
 )
 from e2p_ray.storage import ObjectInfo, Storage, parquet_bytes
-from tests.s3 import place_on
+from tests.s3 import IS_LONG, PLACES, place_on
 
 GATES = GatesConfig(max_fallback_share=0.9, max_dead_letter_share=0.9)
 NUM_SHARDS, NUM_USERS, NUM_CONTENTS = 4, 6, 3
@@ -196,6 +196,10 @@ def opened(storage: Storage, output_uri: str, resolved_config: dict[str, Any] | 
     made.write_users(users_table())
     open_run(storage, made.run, resolved_config or {})
     return made
+
+
+# On files as well only in the long variant: tests/chaos kills and races jobs on files, and what is on S3 is harder.
+on_s3 = pytest.mark.parametrize("world", ["local", "s3"] if IS_LONG else ["s3"], indirect=True)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -388,6 +392,7 @@ def commit_and_die(world: World, shard_id: str, num_writes: int) -> None:
     world.commit(shard_id, "killed", suicidal(world.storage, num_writes))
 
 
+@on_s3
 def test_killed_at_every_step_of_a_shard(world: World) -> None:
     """Data, dead letters, marker: a process killed after each of them, then a run of the same command again."""
     for shard_id, num_writes in zip(world.run.shard_ids, (1, 2, 3), strict=False):
@@ -432,6 +437,7 @@ def lose_and_double(rows: pa.Table) -> pa.Table:
     return pa.concat_tables([rows.slice(1), rows.slice(1, 1)])
 
 
+@pytest.mark.parametrize("world", PLACES, indirect=True)
 @pytest.mark.parametrize(
     ("change", "messages"),
     [
@@ -614,6 +620,7 @@ def test_upkeep_and_vacuum_leave_a_run_as_it_was(local: World) -> None:
     assert_conserved(pending)
 
 
+@on_s3
 def test_readers_see_one_run_or_the_other(world: World) -> None:
     runs = [world.with_run(f"run{number}") for number in (2, 3)]
     runs[0].publish()
@@ -688,6 +695,7 @@ def test_one_wins_over_an_emptied_table_too(local: World) -> None:
     assert race([local.with_run(f"racer{number}") for number in range(3)]) == {"won": 1, "conflict": 2}
 
 
+@on_s3
 def test_publishers_of_one_run_all_succeed(world: World) -> None:
     world.commit_pending()
     assert race([world] * 4) == {"won": 1, "already": 3}
@@ -711,6 +719,7 @@ def publish_and_die(world: World, step: str) -> None:
     publish(storage, world.run, GATES, world.users_uri)
 
 
+@on_s3
 def test_killed_at_every_step_of_publishing(world: World) -> None:
     world.commit_pending("run1")
     world.publish()

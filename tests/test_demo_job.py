@@ -2,55 +2,91 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import polars as pl
 import pytest
 import yaml
 from deltalake import DeltaTable
 
-from e2p_ray.config import Config, EvaluateConfig, TrainConfig, load_config
 from e2p_ray.demo import configs, world
 from e2p_ray.demo.newsroom import LANGUAGES
+from e2p_ray.storage import Storage
 from jobs import demo
-from jobs.evaluate import run_evaluation
-from jobs.train import train_projector
+from jobs.evaluate import read_evaluation
 
 BASE_MODEL = Path(os.environ.get("E2P_TEST_BASE_MODEL", configs.BASE_MODEL))
-C = TypeVar("C", bound=Config)
+NUM_SERVED = 40  # readers who get recommendations: four articles each, with two tasks
 
 SMALL = ["--gates.max_fallback_share", "1", "--gates.max_same_text_share", "1", "--plan.requests_per_shard", "150"]
-QUICK = {"num_retrieval_texts": 0, "num_written": 0, "noise": []}
+# Half of the demo's steps and less than half of its readers.
+TRAINING = {"num_steps": 60, "validate_every": 60}
+EVALUATION = {"num_retrieval_texts": 0, "num_written": 0, "noise": [], "max_targets": 400}
 needs_base_model = pytest.mark.skipif(
     not (BASE_MODEL / "model.safetensors").is_file(), reason="the demo's base model is not there"
 )
 
 
-def _write_small(folder: Path, *, world: Path, train: dict[str, Any], evaluation: dict[str, Any]) -> configs.JobFiles:
+@dataclass(frozen=True)
+class Shown:
+    """What a call of the demo printed, and where it wrote."""
+
+    folder: Path
+    out: str
+    err: str
+
+    @property
+    def table(self) -> DeltaTable:
+        return DeltaTable(str(self.folder / "output" / "generations"))
+
+
+def _small_world(folder: Path, *, seed: int) -> world.World:
+    made = world.write_world(folder, seed=seed, num_users=400, num_contents=40)
+    path = folder / "candidates.parquet"
+    candidates = pl.read_parquet(path)
+    served = candidates["user_id"].unique(maintain_order=True).head(NUM_SERVED)
+    candidates.filter(pl.col("user_id").is_in(served.implode())).write_parquet(path)
+    return made
+
+
+def _small_configs(folder: Path, *, world: Path) -> configs.JobFiles:
     found = configs.write_configs(folder, world=world, base_model=BASE_MODEL)
-    for path, section, changes in ((found.train, "training", train), (found.evaluate, "evaluation", evaluation)):
-        values = yaml.safe_load(path.read_text("utf-8"))
-        values[section] |= changes
-        path.write_text(yaml.safe_dump(values, allow_unicode=True), "utf-8")
+    changes: dict[Path, tuple[str, dict[str, Any]]] = {
+        found.train: ("training", TRAINING),
+        found.evaluate: ("evaluation", EVALUATION),
+    }
+    for path, (section, values) in changes.items():
+        config = yaml.safe_load(path.read_text("utf-8"))
+        config[section] |= values
+        path.write_text(yaml.safe_dump(config, allow_unicode=True), "utf-8")
     return found
 
 
-def _read(model: type[C], path: Path) -> C:
-    return load_config(model, ["--config", str(path)], prog="test", description="")
+def _demo(folder: Path) -> Shown:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = demo.main(["--folder", str(folder), *SMALL])
+    assert code == 0, err.getvalue()
+    return Shown(folder, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def shown(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """A smaller demo, from nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "write_world", _small_world)
+        patch.setattr(demo, "write_configs", _small_configs)
+        return _demo(tmp_path_factory.mktemp("demo") / "demo-run")
 
 
 @needs_base_model
-def test_demo_from_nothing_and_again(
-    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(demo, "write_world", partial(world.write_world, num_users=80, num_contents=8))
-    small = partial(_write_small, train={"num_steps": 3}, evaluation=QUICK | {"max_targets": 40})
-    monkeypatch.setattr(demo, "write_configs", small)
-    folder = tmp_path / "demo-run"
-    assert demo.main(["--folder", str(folder), *SMALL]) == 0
-    shown = capsys.readouterr()
+@pytest.mark.timeout(600)
+def test_demo_from_nothing(shown: Shown) -> None:
     accuracies = shown.out.split("right reader")[1].splitlines()[1:5]
     assert [line.split()[:2] for line in accuracies] == [
         [task, language] for task in ("explanation", "headline") for language in ("en", "ja")
@@ -58,30 +94,16 @@ def test_demo_from_nothing_and_again(
     assert "published: " in shown.out
     assert "constant token" in shown.out
     assert "[5/5]" in shown.err
-    table = DeltaTable(str(folder / "output" / "generations")).to_pyarrow_table()
+    table = shown.table.to_pyarrow_table()
     assert set(table["task"].to_pylist()) == {"headline", "explanation"}
-    assert len(list((folder / "output" / "runs").glob("*/report.html"))) == 1
-
-    assert demo.main(["--folder", str(folder), *SMALL]) == 0
-    again = capsys.readouterr()
-    assert "is finished" in again.err
-    assert "constant token" in again.out
-    assert DeltaTable(str(folder / "output" / "generations")).version() == 0
+    assert len(set(table["user_id"].to_pylist())) == NUM_SERVED
+    assert len(list((shown.folder / "output" / "runs").glob("*/report.html"))) == 1
 
 
 @needs_base_model
-@pytest.mark.timeout(600)
-def test_the_right_reader_beats_every_control_in_both_languages(tmp_path: Path, ray_cluster: None) -> None:
-    """By intervals that do not meet, though trained for half as long as the demo and on half as many readers."""
-    world.write_world(tmp_path / "world", num_users=500)
-    found = _write_small(
-        tmp_path,
-        world=tmp_path / "world",
-        train={"num_steps": 90, "validate_every": 90},
-        evaluation=QUICK | {"max_targets": 500},
-    )
-    assert train_projector(_read(TrainConfig, found.train)) is not None
-    evaluation = run_evaluation(_read(EvaluateConfig, found.evaluate))
+def test_the_right_reader_beats_every_control_in_both_languages(shown: Shown) -> None:
+    """By intervals that do not meet, on articles that nothing was trained on."""
+    evaluation = read_evaluation(Storage(), str(shown.folder / "evaluation"))
     assert evaluation.languages == tuple(sorted(LANGUAGES))
     for language in evaluation.languages:
         right = evaluation.score("right", language)
@@ -90,6 +112,16 @@ def test_the_right_reader_beats_every_control_in_both_languages(tmp_path: Path, 
             control = evaluation.score(method, language)
             assert control is not None
             assert right.nll_per_token.high < control.nll_per_token.low, (language, method)
+
+
+@needs_base_model
+def test_the_same_again_does_nothing_again(shown: Shown) -> None:
+    again = _demo(shown.folder)
+    assert "is finished" in again.err
+    assert "constant token" in again.out
+    assert "trains the constant token" not in again.err
+    assert "trains the constant token" in shown.err, "control: this is how it is said"
+    assert again.table.version() == 0
 
 
 def test_options_of_the_configuration_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

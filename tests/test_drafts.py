@@ -145,12 +145,18 @@ def test_a_draft_with_an_insertion_is_found_again() -> None:
     assert engine.stats.num_accepted_tokens >= 8
 
 
+def first_row(engine: Engine) -> Row:
+    row = next(iter(engine._rows(groups_of(1, 1))))
+    assert isinstance(row, Row)
+    return row
+
+
 def test_a_draft_begins_as_the_texts_before_it_did() -> None:
     """This model writes no blank first: after a few texts, drafts are tried without one."""
     engine = engine_of(GREEDY)
     experience = Experience()
     drafts = Drafts(tiny_models.byte_tokenizer(), tiny_models.EOS, experience)
-    row = replace(next(iter(engine._rows(groups_of(1, 1), 0, []))), draft="abc")
+    row = replace(first_row(engine), draft="abc")
     blank, plain = (tuple(tiny_models.byte_tokenizer().encode(text, add_special_tokens=False)) for text in (" a", "a"))
     assert drafts._given(row)[0][: len(blank)] == blank
     for _ in range(3):
@@ -193,7 +199,7 @@ class TestPolicy:
 def test_drafts_forget_texts_beyond_their_bounds() -> None:
     engine = engine_of(GREEDY)
     drafts = Drafts(tiny_models.byte_tokenizer(), tiny_models.EOS, Experience())
-    row = next(iter(engine._rows(groups_of(1, 1), 0, [])))
+    row = first_row(engine)
     for at in range(100):
         drafts.tell(row, (at, at + 1))
     told = drafts._told_of(row)

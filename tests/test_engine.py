@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,7 +27,7 @@ LLAMA = LlamaConfig(**tiny_models._common())
 
 def run(engine: Engine, groups: Sequence[Group], *, attempt: int = 0) -> dict[RequestKey, Completion]:
     found: dict[RequestKey, Completion] = {}
-    for completion in engine.generate(groups, attempt=attempt):
+    for completion in engine.generate([replace(item, attempt=attempt) for item in groups]):
         assert completion.key not in found, "one completion a request"
         found[completion.key] = completion
     assert set(found) == {request.key for item in groups for request in item.requests}
@@ -210,14 +211,14 @@ class TestTrouble:
     def test_a_row_that_never_fits_becomes_an_error_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         groups = messy_groups(4)
         poison = groups[1].requests[0].key
-        plain = Decoder._prefill
+        plain = Decoder._enter
 
         def limited(self: Decoder, wave: Any, rows: Any, prefixes: Any) -> None:
             if any(row.key == poison for row in rows):
                 raise MemoryError("made by the test")
             plain(self, wave, rows, prefixes)
 
-        monkeypatch.setattr(Decoder, "_prefill", limited)
+        monkeypatch.setattr(Decoder, "_enter", limited)
         found = run(engine_of(LLAMA), groups)
         assert {key for key, item in found.items() if item.error_code} == {poison}
         assert found[poison].error_code is ErrorCode.OUT_OF_MEMORY

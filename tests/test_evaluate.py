@@ -25,7 +25,9 @@ from e2p_ray.evaluate import evaluate
 from e2p_ray.evaluate.contest import shuffled_users
 from e2p_ray.schema import Content
 from e2p_ray.storage import Storage
-from e2p_ray.train import Target, TrainSettings, UserTable, train_projector
+from e2p_ray.train.lessons import Target, UserTable
+from e2p_ray.train.projector import train_projector
+from e2p_ray.train.settings import TrainSettings
 from jobs import evaluate as job
 from jobs.cli import run_job
 from tests.train_world import (
@@ -127,7 +129,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         "base_model": {"uri": str(folder / "base"), "device": "cpu"},
         "projector": {"uri": f"{folder}/projector"},
         "tasks": {"headline": TASK},
-        "training": {"num_steps": 40},  # of the controls and baselines
+        "training": {"num_steps": 25},  # of the controls and baselines
         "evaluation": {"num_retrieval_texts": 20, "num_retrieval_users": 10, "num_written": 20, "noise": [1.0, 4.0]},
     }
     found = resolve_base_model(config.base_model, storage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def group(content: Content, *requests: Request) -> Group:
 
 
 def one(engine: TextEngine, written: Group, *, attempt: int = 0) -> Completion:
-    (completion,) = engine.generate([written], attempt=attempt)
+    (completion,) = engine.generate([replace(written, attempt=attempt)])
     return completion
 
 

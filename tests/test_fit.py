@@ -18,19 +18,8 @@ from e2p_ray.engine.manifest import BaseModelFolder
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.storage import Storage
-from e2p_ray.train import (
-    Fit,
-    LessonTable,
-    StepRecord,
-    Target,
-    TrainSettings,
-    UserTable,
-    make_lessons,
-    new_projector,
-    score,
-)
 from e2p_ray.train.controls import derangement, score_controls
-from e2p_ray.train.fit import draw
+from e2p_ray.train.fit import Fit, draw
 from e2p_ray.train.job.checkpoint import (
     Checkpoint,
     UnusableCheckpoint,
@@ -38,6 +27,11 @@ from e2p_ray.train.job.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from e2p_ray.train.lessons import LessonTable, Target, UserTable, make_lessons
+from e2p_ray.train.projector import new_projector
+from e2p_ray.train.records import StepRecord
+from e2p_ray.train.score import score
+from e2p_ray.train.settings import TrainSettings
 from tests.tiny_models import byte_tokenizer, configs, contents, random_model, task
 
 FOLDER = BaseModelFolder(Path("."), "tiny@0", "bytes")

@@ -136,7 +136,7 @@ def test_row_order_files_and_copies_change_nothing(tmp_path: Path) -> None:
 def test_shuffles_make_the_same_plan_as_one_process(tmp_path: Path) -> None:
     world = messy_world(2)
     alone = plan_world(world, tmp_path / "a", requests_per_shard=40)
-    settings = {"requests_per_shard": 40, "single_node_bytes": 0, "num_partitions": 5}
+    settings = {"requests_per_shard": 40, "single_node_bytes": 0, "num_partitions": 3}
     shuffled = plan_world(world.shuffled(1), tmp_path / "b", num_files=3, **settings)
     assert replace(shuffled, uri=alone.uri) == alone
     assert_as_reference(shuffled, world)

@@ -19,21 +19,24 @@ from deltalake import DeltaTable
 
 import jobs.publish
 import jobs.purge
-from e2p_ray.commit import load_run
+from e2p_ray.batch.pieces import Piece
+from e2p_ray.commit import ShardStats, load_run
 from e2p_ray.commit.audit import verify_log
 from e2p_ray.commit.failures import ShardFailure, write_failure
 from e2p_ray.commit.purge import find_users, purge_users
 from e2p_ray.commit.purge_table import read_state, swap_files
+from e2p_ray.commit.shard import data_bytes, rows_of
 from e2p_ray.commit.users_in import Users
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.errors import IncompatibleError, PublishConflictError, StorageError
 from e2p_ray.plan import load_plan
-from e2p_ray.schema import ErrorCode, RequestKey
+from e2p_ray.schema import DeadLetter, ErrorCode, RequestKey
 from e2p_ray.storage import Storage
 from e2p_ray.update import Limits
 from jobs.cli import run_job
 from jobs.generate import generate_run
 from tests.s3 import IS_LONG, PLACES
+from tests.small_job import first_groups
 from tests.update_world import User, World, content, make_world, vector
 
 GONE = ("user-004", "user-007")
@@ -96,12 +99,12 @@ def stop_after(world: World, num_shards: int, **options: Any) -> None:
         made, calls = world.engine(config, storage), Counter[str]()
         generate = made.generate
 
-        def some(groups: Any, *, attempt: int = 0) -> Any:
-            groups = list(groups)
-            calls["first"] += attempt == 0 and any(r.user_embedding is not None for g in groups for r in g.requests)
+        def some(groups: Any) -> Any:
+            known, groups = first_groups(groups)
+            calls["first"] += any(r.user_embedding is not None for g in known for r in g.requests)
             if calls["first"] > num_shards:
                 raise RuntimeError("killed here")
-            return generate(groups, attempt=attempt)
+            return generate(groups)
 
         made.generate = some  # type: ignore[method-assign]
         return made
@@ -334,6 +337,24 @@ def test_notes_of_failures_that_name_them_go(tmp_path: Path, monkeypatch: pytest
     assert [path.rpartition("/")[2] for path in objects(world) if "/failures/" in path] == [f"{run.shard_ids[1]}.json"]
 
 
+def test_pieces_of_shards_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those without these users: requests have other places in a shard that lost some."""
+    world = make_world(tmp_path, monkeypatch)
+    report = world.run(publish_it=False)
+    run = load_run(world.storage, world.config.output.uri, report.run_id)
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    stats = ShardStats(1, 0, 0, 0, 0, 0.0, now, now, "host:1")
+    for place, user in enumerate(("user-004", "user-006")):
+        letter = DeadLetter(user, "content-01", "headline", ErrorCode.POISON, "m", run.shard_ids[0], run.run_id)
+        piece = Piece(run.shard_ids[0], place, place + 1)
+        world.storage.write_bytes(piece.uri(run), data_bytes(rows_of(()), (letter,), stats))
+    assert purge(world, users=Users(["user-999"])).num_objects == 0
+    assert len([path for path in objects(world) if "/pieces/" in path]) == 2, "control: nobody was purged"
+    purge(world)
+    assert not [path for path in objects(world) if "/pieces/" in path]
+    assert mentions(objects(world)) == {}
+
+
 def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A condition that somebody deleted by, a checkpoint, a file that a killed writer left, other users' names."""
     world = make_world(tmp_path, monkeypatch)
@@ -343,10 +364,13 @@ def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.Mo
     world.table().create_checkpoint()
     left = tmp_path / "out" / "plans" / f".x.parquet.{'0' * 32}.tmp"
     left.write_bytes(b"user-004")
+    torn = tmp_path / "out" / "generations" / "_delta_log" / f"{4:020d}.json#1"  # Delta's own, killed within a commit
+    torn.write_bytes(b'{"add":{"stats":"{\\"minValues\\":{\\"user_id\\":\\"user-004')
     (tmp_path / "out" / "note.bin").write_bytes(b"?")
     done = purge(world)
     assert mentions(objects(world)) == {}
     assert not left.exists()
+    assert not torn.exists()
     assert done.unread == (f"{world.config.output.uri}/note.bin",)
     log = (tmp_path / "out" / "generations" / "_delta_log" / f"{2:020d}.json").read_text()
     assert "user-008" in log, "control: who stays keeps the name in the log"

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx2
 import numpy as np
@@ -39,13 +40,16 @@ from e2p_ray.serve.client import (
     UnauthorizedError,
     UnavailableError,
 )
+from e2p_ray.serve.copies import Budget, Copies
 from e2p_ray.serve.gate import TokenBucket
+from e2p_ray.serve.loop import ModelLoop
 from e2p_ray.serve.messages import Consent, GenerationAnswer, ProblemBody
 from e2p_ray.serve.problems import ProblemError
+from e2p_ray.serve.replica import Replica
 from e2p_ray.storage import Storage
 from jobs.generate import generate_run
 from tests.serve_world import TOKENS, Site, serve_config, serving, slow
-from tests.small_job import DIM, SPACE, fake_engine, write_small_job
+from tests.small_job import DIM, SPACE, fake_engine, first_groups, write_small_job
 from tests.update_world import serial_batch
 
 VECTOR = np.linspace(0.1234567, 0.7654321, DIM).tolist()
@@ -231,6 +235,27 @@ def test_copies_are_bounded_in_bytes(job: JobConfig) -> None:
         pass
 
 
+def test_a_copy_has_no_name_at_any_moment(tmp_path: Path) -> None:
+    """So a replica that is killed leaves no user embeddings behind, also while it copies."""
+    rows = pa.table({"user_id": [f"u{n}" for n in range(2000)], "value": range(2000)})
+    pq.write_table(rows, tmp_path / "users.parquet", row_group_size=500)
+    folder, seen = tmp_path / "copies", list[list[Path]]()
+    folder.mkdir()
+
+    def looking(table: pa.Table) -> pa.Table:
+        seen.append(list(folder.iterdir()))
+        return table
+
+    files = [info for info in Storage().list_objects(str(tmp_path)) if info.name == "users.parquet"]
+    copies = Copies(Storage(), ["user_id"], ["user_id", "value"], Budget(1 << 20), str(folder), change=looking)
+    copies.refresh(files)
+    assert len(seen) == 5, "once for the schema, once for each row group"
+    assert not any(seen)
+    assert copies.find("u1234")[0]["value"].to_pylist() == [1234]
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    assert [line.rpartition(" ")[2] for line in mapped] == ["(deleted)"], "control: it is in this folder, on the disk"
+
+
 # -- streams, deadlines, disconnects -----------------------------------------------------------------------------------
 
 
@@ -308,7 +333,7 @@ def test_who_waits_behind_is_served_when_the_one_before_leaves(job: JobConfig) -
 
 
 def test_a_full_queue_says_when_to_come_again(job: JobConfig) -> None:
-    with serving(serve_config(job, replica={"max_waiting": 3}), slow(0.05)) as site:
+    with serving(serve_config(job, replica={"max_waiting": 2}, engine={"max_rows": 1}), slow(0.05)) as site:
 
         def ask(number: int) -> GenerationAnswer | TooManyRequestsError:
             try:
@@ -328,7 +353,7 @@ def test_a_full_queue_says_when_to_come_again(job: JobConfig) -> None:
         with site.client() as client:
             with pytest.raises(TooManyRequestsError):
                 client.generate_batch("headline", pairs)
-            assert len(client.generate_batch("headline", pairs[:3]).results) == 3, "the control: three may wait"
+            assert len(client.generate_batch("headline", pairs[:3]).results) == 3, "one place, two may wait"
 
 
 def test_equal_requests_are_written_once_and_unequal_ones_of_one_key_apart(job: JobConfig) -> None:
@@ -435,11 +460,11 @@ def test_a_request_that_makes_the_engine_fail_takes_no_other_with_it(job: JobCon
     poison = RequestKey("user-0005", "content-002", "headline")
 
     class Failing(FakeEngine):
-        def generate(self, groups: Any, *, attempt: int = 0) -> Any:
-            groups = list(groups)
-            if any(request.key == poison for group in groups for request in group.requests):
+        def generate(self, groups: Any) -> Any:
+            known, groups = first_groups(groups)
+            if any(request.key == poison for group in known for request in group.requests):
                 raise RuntimeError("a secret of the engine: 0.123456")
-            return super().generate(groups, attempt=attempt)
+            return super().generate(groups)
 
     def engine(config: JobConfig, storage: Storage) -> FakeEngine:
         made = fake_engine(config, storage)
@@ -454,6 +479,29 @@ def test_a_request_that_makes_the_engine_fail_takes_no_other_with_it(job: JobCon
         with pytest.raises(UnavailableError) as failed:
             client.generate("headline", user_id="user-0005", content_id="content-002")
         assert (failed.value.status, failed.value.code) == (500, "internal")
+
+
+def test_a_model_s_thread_that_ends_by_itself_is_seen_and_nobody_waits_for_it(
+    job: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(serve_config(job), slow(0.001)) as site, site.client() as client:
+        replica = cast(Replica, SimpleNamespace(service=site.service))
+        asyncio.run(Replica.check_health(replica))
+        assert client.generate("headline", user_id=PLAIN, content_id="content-000").text, "control"
+
+        def broken(self: ModelLoop) -> None:
+            raise SystemError("a bug of ours")
+
+        monkeypatch.setattr(ModelLoop, "run_errands", broken)
+        monkeypatch.setattr(threading, "excepthook", lambda words: None)
+        for _ in range(2):  # who waited when it ended, and who comes later
+            with pytest.raises(UnavailableError) as refused:
+                client.generate("headline", user_id=PLAIN, content_id="content-001", timeout_ms=20_000)
+            assert refused.value.code == "shutting_down"
+        assert httpx2.get(f"{site.url}/healthz").status_code == 503
+        with pytest.raises(RuntimeError, match="by itself"):
+            asyncio.run(Replica.check_health(replica))
+        assert httpx2.get(f"{site.url}/readyz").status_code == 200, "its tables are well"
 
 
 # -- who may ask -------------------------------------------------------------------------------------------------------
@@ -561,7 +609,9 @@ def test_swaps_under_load_lose_and_mix_nothing(tmp_path: Path) -> None:
         made.__class__ = Signing
         return made
 
-    serve = serve_config(config, checks={"foreign_numbers": False, "foreign_names": False, "language": False})
+    # An id that begins with ten digits is a telephone number.
+    checks = {f"foreign_{name}": False for name in ("numbers", "names", "contacts")} | {"language": False}
+    serve = serve_config(config, checks=checks)
     over, answers, errors = threading.Event(), list[GenerationAnswer](), list[ServiceError]()
 
     def ask(number: int) -> None:

@@ -38,10 +38,10 @@ from e2p_ray.storage import Storage
 from jobs.cli import run_job
 from jobs.serve import serve_until
 from tests import tiny_models
+from tests.bad_engines import Poisoned
 from tests.s3 import IS_LONG
 from tests.serve_world import TOKENS, Site, serve_config, serving, slow
 from tests.small_job import fake_engine, write_small_job
-from tests.test_batch import Poisoned
 from tests.test_serve_engine import LLAMA, save_projector, tiny_job
 from tests.test_serve_replica import free_port, until
 from tests.tiny_models import engine_of, group, task

@@ -34,15 +34,10 @@ from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.engine.teaching import prefixes_of
 from e2p_ray.errors import ConfigError, RunError
 from e2p_ray.schema import Content
-from e2p_ray.train import (
-    Target,
-    TrainSettings,
-    UserTable,
-    make_lessons,
-    new_projector,
-    target_loss,
-    train_projector,
-)
+from e2p_ray.train.lessons import Target, UserTable, make_lessons
+from e2p_ray.train.loss import target_loss
+from e2p_ray.train.projector import new_projector, train_projector
+from e2p_ray.train.settings import TrainSettings
 
 FOLDER = BaseModelFolder(Path("."), "tiny@0", "0")
 # Weights so wide that every token matters and a model has preferences.

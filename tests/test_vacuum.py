@@ -134,6 +134,9 @@ def make_old_world(tmp_path: Path) -> tuple[World, set[str]]:
         "plans/unfinished/shards/shard0.parquet",
         f"generations/data/pending/.shard3.parquet.{'0' * 32}.tmp",
         f"runs/pending/markers/.shard3.json.{'0' * 32}.tmp",
+        f"audit/.00000001.json.{'0' * 32}.tmp",
+        f"generations/_delta_log/.{3:020d}.json.{'0' * 32}.tmp",  # of a purge
+        f"generations/_delta_log/{3:020d}.json#1",  # of a commit
     ):
         gone.add(write(first, name, old=True))
     for name in (  # what must stay: young, or not ours to remove
@@ -143,6 +146,8 @@ def make_old_world(tmp_path: Path) -> tuple[World, set[str]]:
         "runs/shown/markers/shard9.json",
         "plans/unfinished2/shards/shard0.parquet",
         f"generations/data/pending/.shard2.parquet.{'0' * 32}.tmp",
+        f"audit/.00000002.json.{'0' * 32}.tmp",
+        f"generations/_delta_log/{4:020d}.json#1",
     ):
         write(first, name, old=False)
     for name in (

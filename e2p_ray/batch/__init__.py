@@ -23,10 +23,10 @@ from ray.data import ActorPoolStrategy, DataContext
 from e2p_ray import errors
 from e2p_ray.batch.failures import FailureNotes
 from e2p_ray.batch.limit import DeadLetterLimit
+from e2p_ray.batch.pace import Pace
 from e2p_ray.batch.poison import PoisonSearch
 from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import BatchProgress, BatchSummary, ShardOutcome, Tally
-from e2p_ray.batch.through import replica_outcomes
 from e2p_ray.batch.worker import ShardWorker
 from e2p_ray.batch.write import last_line
 from e2p_ray.commit import Run, pending_shards
@@ -74,6 +74,9 @@ def run_batch(
     def outcomes(pieces: Sequence[Mapping[str, Any]]) -> Generator[ShardOutcome]:
         left_s = None if max_seconds is None else max_seconds - tally.progress().generating_s
         if through_serve is not None:
+            # It brings Ray Serve: a second of CPU time that every worker of a pool would spend in vain.
+            from e2p_ray.batch.through import replica_outcomes
+
             return replica_outcomes(through_serve, (config, storage, run), pieces, left_s)
         return _pool_outcomes(config, (config, storage, run, engine_factory, left_s), tally, pieces)
 
@@ -155,6 +158,7 @@ def _configured(context: DataContext, config: JobConfig) -> DataContext:
     context.max_consecutive_actor_init_deaths = _MAX_INIT_FAILURES
     # With one shard at an actor at a time, a pool is never more than busy: the default threshold would not let it grow.
     context.autoscaling_config.actor_pool_util_upscaling_threshold = 1.0
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, Pace]
     # When the restarts below are used up, Ray Data waits on a pool without actors: this ends the pass.
     context.execution_no_progress_timeout_s = config.workers.max_stall_s
     return context

@@ -1,11 +1,11 @@
 """Removing users: every object below an output is read, and those that hold something of theirs are written without it.
 
 What is touched: files of the visible table (one commit; see purge_table.py), of older versions and of runs, with their
-markers; shards of plans and updates, with their manifests; drafts and old rows in them; dead letters; reports; the
-table's log. Ids of shards, plans and runs stay: they are names now, not hashes of what is left. All of a run's keys
-are still accounted for. So a pending run resumes where it was, as long as the same inputs are planned (the plan is
-found again, without the users) and the visible version had nothing of them. Otherwise the next jobs.generate starts
-another run, as after any other change of inputs or table.
+markers; shards of plans and updates, with their manifests; drafts and old rows in them; dead letters; pieces of shards
+that end their workers (all of them); reports; the table's log. Ids of shards, plans and runs stay: they are names now,
+not hashes of what is left. All of a run's keys are still accounted for. So a pending run resumes where it was, as long
+as the same inputs are planned (the plan is found again, without the users) and the visible version had nothing of them.
+Otherwise the next jobs.generate starts another run, as after any other change of inputs or table.
 
 Every step may be repeated: a purge that was killed is finished by the same call. No job should be writing meanwhile.
 What a bucket with versioning keeps of replaced objects is not reached.
@@ -111,7 +111,11 @@ def purge_users(storage: Storage, output_uri: str, users: Users, before: Survey,
     output_uri = output_uri.rstrip("/")
     table_uri = f"{output_uri}/generations"
     state, version = read_state(storage, table_uri), None
-    parquet = [hit for hit in before.hits if hit.info.uri.endswith(".parquet") and hit.place != LOG]
+    if before.hits:
+        _forget_pieces(storage, before.objects)
+    parquet = [
+        hit for hit in before.hits if hit.info.uri.endswith(".parquet") and hit.place != LOG and not _is_piece(hit.info)
+    ]
     if visible := [hit for hit in parquet if hit.place == VISIBLE]:
         version = swap_files(storage, state, _rewritten(storage, users, visible))
         say(f"version {version} of {table_uri} shows nothing of them")
@@ -133,6 +137,21 @@ def purge_users(storage: Storage, output_uri: str, users: Users, before: Survey,
         problem = f"{len(after.hits)} object(s) still hold something of these users: {named}"
         raise StorageError(f"{problem}. Stop what writes there and run the same command again")
     return Purge(before.by_place(), len(before.hits), version, len(after.objects), after.unread)
+
+
+def _forget_pieces(storage: Storage, objects: Iterable[ObjectInfo]) -> None:
+    """Pieces of shards name their requests by place, and a shard without these users has others there: all go.
+
+    The search that wrote them begins again. First of all, so that a purge that is killed leaves none beside new shards.
+    """
+    for info in objects:
+        if _is_piece(info):
+            storage.delete(info.uri)
+
+
+def _is_piece(info: ObjectInfo) -> bool:
+    """Whether it holds a part of a shard that ends its workers (batch/pieces.py)."""
+    return info.uri.split("/")[-3:-2] == ["pieces"]
 
 
 def _rewritten(storage: Storage, users: Users, hits: Sequence[Hit]) -> Iterator[Rewritten]:

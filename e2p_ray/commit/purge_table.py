@@ -18,13 +18,14 @@ from typing import Any
 from urllib.parse import unquote
 
 from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError
 
 from e2p_ray.commit.data_files import data_files
 from e2p_ray.commit.publish import digest_of
-from e2p_ray.commit.published import open_table, shown_by
+from e2p_ray.commit.published import open_table, said, shown_by
 from e2p_ray.commit.users_in import PURGED, Rewritten, Users
 from e2p_ray.commit.verify import DataFile, file_statistics
-from e2p_ray.errors import IncompatibleError, PublishConflictError
+from e2p_ray.errors import IncompatibleError, PublishConflictError, StorageError
 from e2p_ray.storage import Storage
 
 _COMMIT = re.compile(r"\d{20}\.json")
@@ -84,9 +85,9 @@ def swap_files(storage: Storage, state: TableState, files: Iterable[Rewritten]) 
             # Once it is rewritten under its own name as well, publishing its run again finds the same.
             as_published[old.path] = replace(old, size_bytes=len(file.data), num_rows=file.table.num_rows)
     version = state.table.version() + 1
-    said = _metadata(state.table, tuple(as_published.values()))
-    operation = "WRITE" if "files_digest" in said else "DELETE"
-    info = {"timestamp": now_ms, "operation": operation, "operationParameters": {}, "engineInfo": "e2p_ray", **said}
+    metadata = _metadata(state.table, tuple(as_published.values()))
+    operation = "WRITE" if "files_digest" in metadata else "DELETE"
+    info = {"timestamp": now_ms, "operation": operation, "operationParameters": {}, "engineInfo": "e2p_ray", **metadata}
     actions = [{"commitInfo": info}, *({"remove": action} for action in removed), *({"add": a} for a in added)]
     lines = "".join(json.dumps(action, ensure_ascii=False) + "\n" for action in actions)
     if not storage.put_if_absent(f"{state.uri}/_delta_log/{version:020d}.json", lines.encode()):
@@ -96,14 +97,14 @@ def swap_files(storage: Storage, state: TableState, files: Iterable[Rewritten]) 
 
 def _metadata(table: DeltaTable, as_published: tuple[DataFile, ...]) -> dict[str, str]:
     """What the version says of itself: still the publish that it shows, where it shows one without deleted rows."""
-    said = {"action": "purge"}
+    metadata = {"action": "purge"}
     shown = shown_by(table)
     if shown is None or shown.rows_deleted:
-        return said
+        return metadata
     by_run = [entry for entry in table.history(_HISTORY) if entry.get("run_id") == shown.run_id]
     for entry in by_run[:1]:
-        said |= {name: str(entry[name]) for name in _CARRIED_KEYS if name in entry}
-    return said | {
+        metadata |= {name: str(entry[name]) for name in _CARRIED_KEYS if name in entry}
+    return metadata | {
         "run_id": shown.run_id,
         "source_id": shown.source_id,
         "num_rows": str(sum(file.num_rows for file in as_published)),
@@ -121,10 +122,18 @@ def drop_old_checkpoints(storage: Storage, state: TableState) -> None:
     if table is None or all(version == table.version() for version in found.values()):
         return
     if table.version() not in found.values():
-        table.create_checkpoint()
+        _write_checkpoint(storage, table, state.uri)
     for uri, version in found.items():
         if version != table.version():
             storage.delete(uri)
+
+
+def _write_checkpoint(storage: Storage, table: DeltaTable, table_uri: str) -> None:
+    """Of the version that `table` is at; made twice, it says the same."""
+    try:
+        storage.patiently(table.create_checkpoint, "write a checkpoint of", table_uri)
+    except (DeltaError, OSError) as error:
+        raise StorageError(f"could not write a checkpoint of {table_uri}: {said(error)}") from error
 
 
 def fix_log(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -51,7 +51,6 @@ class _Goal:
     commit: dict[str, Any]
     files: tuple[DataFile, ...]
     num_changed: int  # of the files, those that consent changed since
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)  # tells this call's commit from an equal one
 
     @property
     def run_id(self) -> str:
@@ -186,14 +185,19 @@ def _refuse_deleted(commits: dict[int, dict[str, Any]], goal: int, base: DeltaTa
 def _commit(storage: Storage, base: DeltaTable, table_uri: str, goal: _Goal) -> RolledBack:
     actions = add_actions(storage, table_uri, base, goal.files) if goal.num_changed else []
     # A commit is bound to the version after `base`: made twice, the second finds the first there and is refused.
-    once = partial(_try_commit, storage, base, table_uri, goal, actions)
+    once = partial(_try_commit, storage, base, table_uri, goal, actions, _metadata(base, goal))
     return storage.patiently(once, "roll back", table_uri)
 
 
 def _try_commit(
-    storage: Storage, base: DeltaTable, table_uri: str, goal: _Goal, actions: Sequence[AddAction]
+    storage: Storage,
+    base: DeltaTable,
+    table_uri: str,
+    goal: _Goal,
+    actions: Sequence[AddAction],
+    metadata: dict[str, str],
 ) -> RolledBack:
-    version, metadata = base.version() + 1, _metadata(base, goal)
+    before = int(metadata["rolled_back_from"])
     properties = CommitProperties(custom_metadata=metadata, max_commit_retries=0)
     try:
         if goal.num_changed:
@@ -202,8 +206,8 @@ def _try_commit(
         else:
             base.restore(goal.version, commit_properties=properties)
     except (DeltaError, OSError) as error:
-        return _after_failure(storage, base, table_uri, goal, metadata, error)
-    return goal.result(version, already=False)
+        return _after_failure(storage, table_uri, before, goal, metadata, error)
+    return goal.result(before + 1, already=False)
 
 
 def _metadata(base: DeltaTable, goal: _Goal) -> dict[str, str]:
@@ -216,26 +220,22 @@ def _metadata(base: DeltaTable, goal: _Goal) -> dict[str, str]:
         "num_rows": sum(file.num_rows for file in goal.files),
         "num_files_suppressed": int(goal.commit.get("num_files_suppressed", 0)) + goal.num_changed,
         "files_digest": goal.digest,
-        "token": goal.token,
+        "token": uuid.uuid4().hex,  # tells this commit from another rollback to the same version
     }
     return {name: str(value) for name, value in values.items()}
 
 
 def _after_failure(
-    storage: Storage, base: DeltaTable, table_uri: str, goal: _Goal, metadata: Mapping[str, str], error: Exception
+    storage: Storage, table_uri: str, before: int, goal: _Goal, metadata: Mapping[str, str], error: Exception
 ) -> RolledBack:
     """Find out who was first: another commit, or ourselves before an answer was lost."""
     now = open_table(storage, table_uri)
     shown = shown_by(now) if now else None
     if now is not None and shown and shown.files_digest == goal.digest and not shown.rows_deleted:
-        return goal.result(now.version(), already=not _is_ours(now, base.version() + 1, metadata))
-    changed = now is not None and now.version() > base.version()
+        is_ours = now.version() == before + 1 and metadata.items() <= now.history(1)[0].items()
+        return goal.result(now.version(), already=not is_ours)
+    changed = now is not None and now.version() > before
     if changed or isinstance(error, CommitFailedError):
         problem = f"{table_uri} was changed while it was being rolled back to version {goal.version}"
         raise PublishConflictError(f"{problem}. Look at jobs.history, then do it again if it should follow") from error
     raise PassingError(said(error)) from error
-
-
-def _is_ours(table: DeltaTable, version: int, metadata: Mapping[str, str]) -> bool:
-    """Whether the newest commit is the one that was tried; another rollback to the same version has another token."""
-    return table.version() == version and metadata.items() <= table.history(1)[0].items()

@@ -1,7 +1,8 @@
 """What nobody can need any more under an output: found, and removed.
 
 Four folders are looked at: `generations` (the table), `runs`, `plans`, `updates`. Nothing beside them is touched, nor
-what lies in a folder of the table that begins with `_` (Delta's own). With a limit of so many hours, these are kept:
+what lies in a folder of the table that begins with `_` (Delta's own), but for what killed writers left there and in
+`audit`. With a limit of so many hours, these are kept:
 
 - every file of the table's newest version and of each version that was the newest within the limit: a reader may be
   at it, and `rollback` can go back to it;
@@ -156,6 +157,10 @@ def _outlived(run: _Folder) -> Iterator[DatedObject]:
             yield found
 
 
+def _is_unfinished(found: DatedObject) -> bool:
+    return is_unfinished(found.info.name)
+
+
 class _Search:
     """One look at all four folders."""
 
@@ -163,9 +168,11 @@ class _Search:
         self._storage, self._uri, self._live, self._cutoff_s = storage, output_uri, live, cutoff_s
         self._data: dict[str, _Folder] = {}
         self._other_data: list[DatedObject] = []
+        self._unfinished = [found for found in storage.list_dated(f"{output_uri}/audit") if _is_unfinished(found)]
         for found in storage.list_dated(f"{output_uri}/generations"):
             path = found.info.uri[len(f"{output_uri}/generations/") :]
             if any(part.startswith("_") for part in path.split("/")):
+                self._unfinished += [found] if _is_unfinished(found) else []
                 continue
             run_id = _run_of_data(path)
             (self._data.setdefault(run_id, _Folder()).objects if run_id else self._other_data).append(found)
@@ -184,6 +191,7 @@ class _Search:
         for run_id in sorted(self._runs.keys() | self._data.keys()):
             yield from self._orphans_of_run(run_id)
         yield from self._old(OrphanKind.STRAY_DATA, self._not_live(self._other_data))
+        yield from self._old(OrphanKind.UNFINISHED_WRITE, self._unfinished)
         for kind, folders in (("plans", self._plans), ("updates", self._updates)):
             for name, folder in sorted(folders.items()):
                 if (kind, name) in self._kept_plans or folder.modified_s >= self._cutoff_s:
@@ -210,7 +218,7 @@ class _Search:
         for found in folder.objects:
             *_, place, name = found.info.uri.split("/")
             is_stray = shard_ids is not None and place in places and name.rpartition(".")[0] not in shard_ids
-            if is_stray or is_unfinished(name):
+            if is_stray or _is_unfinished(found):
                 yield from self._old(OrphanKind.STRAY_OBJECT, [found])
 
     def _old(self, kind: OrphanKind, objects: Iterable[DatedObject]) -> Iterator[Orphan]:

@@ -19,7 +19,7 @@ from e2p_ray.config.sections import (
     TaskConfig,
     WorkersConfig,
 )
-from e2p_ray.config.serve import ApiConfig, ReplicaConfig, ServeConfig, TablesConfig
+from e2p_ray.config.serve import ApiConfig, ProfileConfig, ReplicaConfig, ServeConfig, TablesConfig
 from e2p_ray.config.train import ShapeConfig, TrainConfig, TrainingConfig, TrainInputsConfig, TrainWorkersConfig
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "LimitsConfig",
     "OutputConfig",
     "PlanConfig",
+    "ProfileConfig",
     "ProjectorConfig",
     "PromptTemplate",
     "ReplicaConfig",

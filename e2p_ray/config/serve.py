@@ -10,6 +10,7 @@ from e2p_ray.config.job import JobConfig
 from e2p_ray.config.sections import Section
 
 _MIN_TOKEN_CHARS = 16
+MAX_EVENTS = 256  # in one request, whatever is configured
 
 
 class ApiConfig(Section):
@@ -42,10 +43,15 @@ class ReplicaConfig(Section):
     min_replicas: int = Field(1, ge=0, description="0: none while nobody asks; the first request then waits for one")
     max_replicas: int = Field(1, ge=1)
     target_ongoing_requests: float = Field(16.0, gt=0, description="of one replica; more of them, and another comes")
+    look_back_s: float = Field(30.0, gt=0, description="what counts is their mean over this time")
     upscale_delay_s: float = Field(10.0, ge=0)
     downscale_delay_s: float = Field(300.0, ge=0)
-    max_waiting: int = Field(256, ge=1, description="texts that wait for the model; further ones get 429")
-    max_wait_ms: float = Field(3.0, ge=0, description="how long a busy replica lets requests gather, at least")
+    max_waiting: int = Field(
+        256,
+        ge=1,
+        description="texts that wait for one of engine.max_rows places; further ones get 429. Half as many as places: "
+        "who is accepted waits for half a text's time at most",
+    )
     shard_rows: int = Field(
         32,
         ge=1,
@@ -73,9 +79,19 @@ class TablesConfig(Section):
     folder: str | None = Field(None, description="where they lie; null: the system's folder for temporary files")
 
 
+class ProfileConfig(Section):
+    """How recent events that come with a request are folded into a user embedding; serve/profile.py has the formula."""
+
+    half_life_s: float = Field(86_400.0, gt=0, description="an event this old counts half")
+    stored_events: float = Field(8.0, gt=0, description="the user embedding counts as much as so many fresh events")
+    max_share: float = Field(0.4, ge=0, lt=0.5, description="of all events together, however many; 0: none counts")
+    max_events: int = Field(64, ge=1, le=MAX_EVENTS, description="of one user in a request")
+
+
 class ServeConfig(JobConfig):
     """The job whose texts are served, and how."""
 
     api: ApiConfig
     replica: ReplicaConfig = ReplicaConfig()
     tables: TablesConfig = TablesConfig()
+    profile: ProfileConfig = ProfileConfig()

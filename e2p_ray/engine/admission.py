@@ -43,10 +43,7 @@ class Admission:
         fitting: list[Row] = []
         num_computed = 0
         for row in pending:
-            tokens = self._num_slot_tokens(row)
-            if wave is not None and not wave.has_room_for(tokens, row.sampling.max_new_tokens):
-                break  # needs larger slots: they come when this wave is done
-            longest = max(max_tokens, tokens)
+            longest = max(max_tokens, self._num_slot_tokens(row))
             more = 0 if row.segments.left in prefixes else len(row.segments.left)
             count = num_rows + len(fitting) + 1
             num_bytes = count * self._row_bytes(longest) + store.bytes_of(num_prefix_tokens + more)
@@ -71,13 +68,28 @@ class Admission:
         kv_bytes = base.kv_bytes_per_token * (4 // base.dtype.itemsize if base.device.type == "cpu" else 1)
         return num_tokens * kv_bytes + 12 * base.vocab_size + 64 * base.d_model
 
-    def new_wave(self, rows: Sequence[Row], num_pending: int) -> Wave:
-        """Buffers for these rows, and for as many of the pending ones as may come in later."""
-        base = self._base
+    def wave_for(self, rows: Sequence[Row], num_pending: int, wave: Wave | None) -> Wave:
+        """A wave with room for these rows besides its own, and for as many of the pending ones as may come in later."""
+        max_new = max(row.sampling.max_new_tokens for row in rows)
         max_tokens = max(map(self._num_slot_tokens, rows))
+        if wave is None:
+            max_rows = self._max_rows(max_tokens, len(rows), num_pending)
+            return Wave(self._slots(max_rows, max_tokens), max_new)
+        slots, num_rows = wave.slots, len(wave) + len(rows)
+        max_tokens, max_new = max(max_tokens, slots.max_tokens), max(max_new, wave.max_new_tokens)
+        if num_rows > slots.max_rows or max_tokens > slots.max_tokens or max_new > wave.max_new_tokens:
+            # Twice as many, because who comes one by one would have everything copied for each.
+            wanted = max(2 * num_rows, slots.max_rows)
+            wave.grow(self._max_rows(max_tokens, num_rows, wanted), max_tokens, max_new)
+        return wave
+
+    def _max_rows(self, max_tokens: int, least: int, wanted: int) -> int:
         affordable = self.bounds.max_bytes // self._row_bytes(max_tokens)
-        num_rows = max(min(self.bounds.max_rows, num_pending, affordable), len(rows))
-        slots = SuffixSlots(
+        return max(min(self.bounds.max_rows, wanted, affordable), least)
+
+    def _slots(self, num_rows: int, max_tokens: int) -> SuffixSlots:
+        base = self._base
+        return SuffixSlots(
             base.num_layers,
             num_rows,
             base.num_kv_heads,
@@ -86,7 +98,15 @@ class Admission:
             dtype=base.dtype,
             device=base.device,
         )
-        return Wave(slots, max(row.sampling.max_new_tokens for row in rows))
+
+    def run_along(self, rows: Sequence[Row], num_running: int) -> bool:
+        """Whether the first pass of new rows may take those that run along: a pass for all costs less than two.
+
+        Those that run have a place for each of the new ones' tokens in it, filled or not, in the attention to own
+        tokens: a sixtieth of what a token costs (d_model 512).
+        """
+        longest = max(row.num_suffix_tokens(self._num_soft) for row in rows)
+        return (num_running + len(rows)) * longest <= PREFILL_TOKENS
 
     def parts(self, rows: Sequence[Row]) -> Iterator[slice]:
         """Rows whose own tokens are prefilled together: as many as a prefill batch holds."""

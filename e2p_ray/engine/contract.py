@@ -63,10 +63,12 @@ class TextEngine(Protocol):
         """Stable hash of the prompt's template and layout."""
         ...
 
-    def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+    def generate(self, groups: Iterable[Group | None]) -> Iterator[Completion]:
         """Exactly one completion a request, in any order; an error in one row is a completion with an error code.
 
-        A request without a user embedding is written without a soft token. `attempt` > 0 samples with the checks'
+        Groups are read while others are written: those that come later join them. None among them says that none
+        waits now; an engine that has nothing to write then is done. A key may come again once it has been completed.
+        A request without a user embedding is written without a soft token. An attempt above 0 samples with the checks'
         retry temperature from another random stream. A request's draft never changes its text.
         """
         ...

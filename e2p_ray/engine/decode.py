@@ -1,9 +1,10 @@
 """The token loop: rows of many contents decoded together behind their shared prefixes.
 
 Each content's left part is prefilled once, all rows' own tokens in one batch; then one token a row and step, or as many
-as the row's draft gets right. Finished rows leave the batch at once; new ones come in when half the wave is free (a
-wave of 64 that waits for its longest row loses a fifth against one of 256 that is compacted: measured while designing,
-8 contents x 64 users).
+as the row's draft gets right. Finished rows leave the batch at once. Where more rows wait than there is room for, new
+ones come in when half the wave is free (a wave of 64 that waits for its longest row loses a fifth against one of 256
+that is compacted: measured while designing, 8 contents x 64 users). Where all have room, they come in at the next step,
+their own tokens in one pass with the others' next ones.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from e2p_ray.engine.overhead import measure_overhead_tokens
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.row import Row
-from e2p_ray.engine.rows_step import Readers, RowsStep
+from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.sampling import Chosen, choose
 from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.engine.stopping import Stopping
@@ -77,22 +78,24 @@ class Decoder:
         """How large a wave may get: what was given, or less once memory has run out."""
         return self._admission.bounds
 
-    def run(self, rows: Iterable[Row]) -> Iterator[Completion]:
-        """Decode every row. Out of memory halves the wave, down to one row, which then becomes an error.
+    def run(self, rows: Iterable[Row | Completion | None]) -> Iterator[Completion]:
+        """Decode every row; completions are handed on. None: no row waits now, more may come while others are decoded.
 
-        The listener may decode other rows between two steps: these have a wave of their own, and this one goes on then.
+        Out of memory halves the wave, down to one row, which then becomes an error. The listener may decode other rows
+        between two steps: these have a wave of their own, and this one goes on then.
         """
         source = iter(rows)
         outer = self._pending, self._wave, self._drafts
         self._pending, self._wave = deque(), None
         self._drafts = None if self._new_drafts is None else self._new_drafts()
         try:
-            while self._fill(source) or self._wave is not None:
+            while (refused := self._fill(source)) or self._has_rows():
+                yield from refused
                 if self.listener is not None:
                     self.listener.between_steps()
                     yield from self._drop(self.listener.cancelled())
-                    if not self._has_rows():
-                        continue
+                if not self._has_rows():
+                    continue
                 try:
                     finished = self._advance()
                 except (RuntimeError, MemoryError) as error:
@@ -108,20 +111,23 @@ class Decoder:
     def _has_rows(self) -> bool:
         return bool(self._pending) or self._wave is not None
 
-    def _fill(self, source: Iterator[Row]) -> bool:
-        """Keep a wave's worth of rows waiting."""
-        while len(self._pending) < self.bounds.max_rows:
-            row = next(source, None)
-            if row is None:
-                break
-            self._pending.append(row)
-        return bool(self._pending)
+    def _fill(self, source: Iterator[Row | Completion | None]) -> list[Completion]:
+        """Keep a wave's worth of rows waiting; completions among them are returned."""
+        found = []
+        while len(self._pending) < self.bounds.max_rows and (row := next(source, None)) is not None:
+            if isinstance(row, Completion):
+                found.append(row)
+            else:
+                self._pending.append(row)
+        return found
 
     def _advance(self) -> list[Completion]:
         num_rows = 0 if self._wave is None else len(self._wave)
-        admitted = bool(self._pending) and num_rows <= self.bounds.max_rows // 2 and self._admit()
-        if not admitted:
-            self._step()
+        # Where more wait than there is room for, in batches: a pass and a prefill for each that leaves would cost more.
+        all_fit = num_rows + len(self._pending) <= self.bounds.max_rows
+        if not (self._pending and (all_fit or num_rows <= self.bounds.max_rows // 2) and self._admit()):
+            assert self._wave is not None, "there are rows, and one alone may always come in"
+            self._pass(self._wave, 0)
         return self._retire()
 
     def _shrink(self) -> list[Completion]:
@@ -149,73 +155,77 @@ class Decoder:
         if not rows:
             return False
         if self._wave is None:
-            self._wave = self._admission.new_wave(rows, len(self._pending))
             self.stats = replace(self.stats, num_waves=self.stats.num_waves + 1)
+        wave = self._wave = self._admission.wave_for(rows, len(self._pending), self._wave)
         computed = self.store.num_computed_tokens
         prefixes = self.store.get([row.segments.left for row in rows], [row.segments.num_stem for row in rows])
         self._count(prefix=self.store.num_computed_tokens - computed)
+        running = len(wave) > 0 and self._admission.run_along(rows, len(wave))
         for part in self._admission.parts(rows):
-            self._prefill(self._wave, rows[part], prefixes[part])
+            first = 0 if running and part.start == 0 else len(wave)
+            self._enter(wave, rows[part], prefixes[part])
+            self._pass(wave, first)
         return True
 
-    def _prefill(self, wave: Wave, rows: list[Row], prefixes: list[Prefix | None]) -> None:
-        """Soft tokens and right parts of new rows in one pass, with what their drafts say; then their first tokens."""
-        first = len(wave)
-        num_own = np.array([row.num_suffix_tokens(self._num_soft) for row in rows])
+    def _enter(self, wave: Wave, rows: list[Row], prefixes: list[Prefix | None]) -> None:
+        """From those that wait into the wave, without any token in its slots yet."""
         drafts = [self._drafts.of(row) if self._drafts is not None else None for row in rows]
-        room = np.array([row.sampling.max_new_tokens for row in rows]) - 1
-        ahead = self._ahead(drafts, room, others_wait=len(self._pending) > len(rows))
-        visible = [row.num_visible(self._num_soft) for row in rows]
-        counts = num_own + [len(tokens) for tokens in ahead]
-        step = RowsStep(wave.slots, first, np.zeros(len(rows), np.int64), counts, Readers.of(prefixes, visible))
-        hidden = self._base.hidden(self._suffix_embeds(rows, num_own, ahead, step), step.position_ids, step)[0]
-        wave.add(rows, drafts, prefixes, visible)
-        for _ in rows:  # only now: memory may have run out before
+        wave.add(rows, drafts, prefixes, [row.num_visible(self._num_soft) for row in rows])
+        for _ in rows:
             self._pending.popleft()
-        wave.num_own[first : len(wave)] = num_own - 1  # the last of them counts as what the first token follows
-        self._count(rows=int(num_own.sum()), prompt=sum(map(self._num_prompt_tokens, rows)))
-        num_truncated = sum(row.segments.truncated for row in rows)
-        self.stats = replace(self.stats, num_truncated=self.stats.num_truncated + num_truncated)
+
+    # -- one pass ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _pass(self, wave: Wave, first: int) -> None:
+        """Rows from slot `first` on: the last token of those that run, soft tokens and right parts of new ones behind.
+
+        With what their drafts say, in one go; then each row's next token, or as many as its draft got right.
+        """
+        num_rows = len(wave)
+        begun = first + int(np.count_nonzero(wave.num_written[first:num_rows]))  # new rows are behind them
+        new = wave.rows[begun:]
+        num_own = np.array([*[1] * (begun - first), *(row.num_suffix_tokens(self._num_soft) for row in new)])
+        room = (wave.max_new - wave.num_written)[first:num_rows] - 1
+        ahead = self._ahead(wave.drafts[first:], room, others_wait=bool(self._pending))
+        counts = num_own + [len(tokens) for tokens in ahead]
+        step = RowsStep(wave.slots, first, wave.num_own[first:num_rows], counts, wave.readers(first))
+        embeds = self._embeds(wave.last_tokens(first, begun), new, num_own, ahead, step)
+        hidden = self._base.hidden(embeds[None], step.position_ids, step)[0]
+        wave.num_own[first:num_rows] += num_own - 1  # the last of them counts as what the next token follows
+        self._count(rows=int(num_own[begun - first :].sum()), prompt=sum(map(self._num_prompt_tokens, new)))
+        num_truncated = sum(row.segments.truncated for row in new)
+        self.stats = replace(
+            self.stats,
+            num_truncated=self.stats.num_truncated + num_truncated,
+            num_steps=self.stats.num_steps + (begun > first),
+        )
         self._write(wave, first, hidden, step, ahead)
 
-    def _suffix_embeds(self, rows: list[Row], num_own: _Ints, ahead: Sequence[TokenIds], step: RowsStep) -> Tensor:
-        """(1, T, d_model): each row's soft tokens, its right part (or the prefix's last token) and its guesses."""
-        base, packed = self._base, (step.row, step.offset)
-        num_soft = np.array([self._num_soft if row.user_embedding is not None else 0 for row in rows])
-        ids = np.zeros((len(rows), int(step.offset.max()) + 1), np.int64)
-        for at, row in enumerate(rows):
-            tokens = (*row.right, *ahead[at])
-            ids[at, num_soft[at] : num_soft[at] + len(tokens)] = tokens
-        embeds = base.embed(torch.from_numpy(ids[packed]).to(base.device))
-        soft = step.offset < num_soft[step.row]
-        if soft.any():
-            given = [row.user_embedding for row in rows if row.user_embedding is not None]
+    def _embeds(
+        self, last_tokens: _Ints, new: list[Row], num_own: _Ints, ahead: Sequence[TokenIds], step: RowsStep
+    ) -> Tensor:
+        """(T, d_model): the last tokens of rows that run; new rows' soft tokens and right parts; all rows' guesses."""
+        base, num_begun = self._base, len(last_tokens)
+        num_soft = np.zeros(len(num_own), np.int64)
+        num_soft[num_begun:] = [self._num_soft if row.user_embedding is not None else 0 for row in new]
+        ids = np.zeros((len(num_own), int(step.offset.max()) + 1), np.int64)
+        ids[:num_begun, 0] = last_tokens
+        for at, row in enumerate(new, num_begun):
+            ids[at, num_soft[at] : num_own[at]] = row.right
+        for at, tokens in enumerate(ahead):
+            if tokens:
+                ids[at, num_own[at] : num_own[at] + len(tokens)] = tokens
+        embeds = base.embed(torch.from_numpy(ids[step.row, step.offset]).to(base.device))
+        given = [row.user_embedding for row in new if row.user_embedding is not None]
+        if given:
+            soft = step.offset < num_soft[step.row]
             projected = self._projector(torch.from_numpy(np.stack(given)).to(base.device)).to(base.dtype)
             user = np.cumsum(num_soft > 0) - 1  # a row's place among those with a user embedding
             places = torch.from_numpy(np.flatnonzero(soft)).to(base.device)
             chosen = torch.from_numpy(user[step.row[soft]] * self._num_soft + step.offset[soft]).to(base.device)
             embeds = embeds.index_copy(0, places, projected.flatten(0, 1)[chosen])
-        return embeds[None]
-
-    # -- one token more, or as many as the drafts get right ----------------------------------------------------------
-
-    @torch.inference_mode()
-    def _step(self) -> None:
-        wave = self._wave
-        assert wave is not None
-        n = len(wave)
-        room = wave.max_new[:n] - wave.num_written[:n] - 1
-        ahead = self._ahead(wave.drafts, room, others_wait=bool(self._pending))
-        counts = np.array([1 + len(tokens) for tokens in ahead])
-        step = RowsStep(wave.slots, 0, wave.num_own[:n], counts, wave.readers())
-        ids = np.zeros((n, int(counts.max())), np.int64)
-        ids[:, 0] = wave.last_tokens()
-        for at, tokens in enumerate(ahead):
-            ids[at, 1 : 1 + len(tokens)] = tokens
-        embeds = self._base.embed(torch.from_numpy(ids[step.row, step.offset]).to(self._base.device))
-        hidden = self._base.hidden(embeds[None], step.position_ids, step)[0]
-        self.stats = replace(self.stats, num_steps=self.stats.num_steps + 1)
-        self._write(wave, 0, hidden, step, ahead)
+        return embeds
 
     def _ahead(self, drafts: Sequence[RowDraft | None], room: _Ints, *, others_wait: bool) -> list[TokenIds]:
         """For each row the tokens to try in the next pass."""

@@ -114,14 +114,9 @@ class Engine(PromptedEngine):
             store=self._decoder.store,
         )
 
-    def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+    def generate(self, groups: Iterable[Group | None]) -> Iterator[Completion]:
         """See `TextEngine.generate`. Completions come as rows finish; groups are read a wave ahead at most."""
-        refused: list[Completion] = []
-        for completion in self._decoder.run(self._rows(groups, attempt, refused)):
-            yield from refused
-            refused.clear()
-            yield completion
-        yield from refused
+        return self._decoder.run(self._rows(groups))
 
     def score(self, groups: Iterable[Group], texts: Mapping[RequestKey, str]) -> Iterator[TextScore]:
         """See `ScoringEngine.score`; each content is prefilled once, for scoring and generating alike."""

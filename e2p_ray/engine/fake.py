@@ -85,12 +85,15 @@ class FakeEngine:
             return self._tasks[task].prompt_id(language, "content_first", 1)
         return hashlib.sha256(f"fake {task}".encode()).hexdigest()[:16]
 
-    def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
-        """One completion a request, group by group."""
+    def generate(self, groups: Iterable[Group | None]) -> Iterator[Completion]:
+        """One completion a request, group by group: nothing is under way when the next group is read."""
         for group in groups:
+            if group is None:
+                return
             num_prefix = num_tokens(group.content.title + group.content.body)
             completions = [
-                self._heard(self._complete(group.content, request, num_prefix, attempt)) for request in group.requests
+                self._heard(self._complete(group.content, request, num_prefix, group.attempt))
+                for request in group.requests
             ]
             self._count(completions, num_prefix, group.requests)
             yield from completions

@@ -6,51 +6,17 @@ import hashlib
 import json
 import socket
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from e2p_ray.engine.attention import ATTENTION_NAME, Step, step_attention
 from e2p_ray.engine.fused import FusedDecoder, fits
 from e2p_ray.engine.packed import can_pack, pack
-from e2p_ray.errors import ConfigError, UnsupportedModelError
-
-# Each is proven equal to transformers' own forward in tests/test_engine_architectures.py.
-SUPPORTED_MODEL_TYPES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt_neox", "gpt2"}
-)
-# Rotary embeddings whose angles depend on the length of the sequence: a shared prefix has none of its own.
-_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-
-
-def refuse_unsupported(config: PreTrainedConfig, where: str) -> None:
-    """Raise UnsupportedModelError naming what in this architecture the engine does not fit."""
-
-    def refuse(why: str) -> None:
-        raise UnsupportedModelError(
-            f"{where}: {why}. Supported model types: {', '.join(sorted(SUPPORTED_MODEL_TYPES))}"
-        )
-
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        refuse(f"model type {config.model_type!r} is not supported")
-    for rope in _rope_types(getattr(config, "rope_parameters", None)):
-        if rope in _LENGTH_DEPENDENT_ROPE:
-            refuse(f"rotary embedding {rope!r} depends on the sequence length")
-    if getattr(config, "use_bidirectional_attention", False):
-        refuse("its attention is not causal")
-    if getattr(config, "add_cross_attention", False):
-        refuse("it has cross-attention")
-
-
-def _rope_types(parameters: Any) -> list[str]:
-    if not isinstance(parameters, dict):
-        return []
-    if "rope_type" in parameters:
-        return [parameters["rope_type"]]
-    return [nested.get("rope_type", "default") for nested in parameters.values() if isinstance(nested, dict)]
+from e2p_ray.engine.supported import refuse_unsupported
+from e2p_ray.errors import ConfigError
 
 
 def pick_device(device: str, *, num_gpus: float = 0) -> torch.device:

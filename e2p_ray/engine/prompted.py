@@ -72,18 +72,21 @@ class PromptedEngine:
         other._tasks, other.layout = tasks, self.layout.with_tasks(tasks)
         return other
 
-    def _rows(self, groups: Iterable[Group], attempt: int, refused: list[Completion]) -> Iterator[Row]:
-        """The requests as rows; those whose prompt cannot be made go to `refused`."""
+    def _rows(self, groups: Iterable[Group | None]) -> Iterator[Row | Completion | None]:
+        """The requests as rows; a completion for those whose prompt cannot be made. None stays None."""
         for group in groups:
-            sampling = self._sampling(group.task, attempt)
+            if group is None:
+                yield None
+                continue
+            sampling = self._sampling(group.task, group.attempt)
             try:
                 segments = self.layout.segments(group.content, group.task)
             except RowError as error:
                 code = ErrorCode(error.code)
-                refused += [Completion(r.key, "", FinishReason.ERROR, 0, 0, 0.0, code) for r in group.requests]
+                yield from (Completion(r.key, "", FinishReason.ERROR, 0, 0, 0.0, code) for r in group.requests)
                 continue
             for request in group.requests:
-                stream = stream_key(request.key, sampling.seed, attempt)
+                stream = stream_key(request.key, sampling.seed, group.attempt)
                 yield Row(request.key, segments, request.user_embedding, sampling, stream, request.draft)
 
     def _sampling(self, task: str, attempt: int) -> SamplingConfig:

@@ -105,6 +105,16 @@ class SuffixSlots:
         self.keys = [torch.zeros(size, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(size, dtype=dtype, device=device) for _ in range(num_layers)]
 
+    def grown(self, max_rows: int, max_tokens: int, num_rows: int) -> SuffixSlots:
+        """Larger slots with what the first `num_rows` of these hold."""
+        keys = self.keys[0]
+        other = SuffixSlots(
+            len(self.keys), max_rows, keys.shape[1], max_tokens, keys.shape[3], dtype=keys.dtype, device=keys.device
+        )
+        for old, new in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            new[:num_rows, :, : self.max_tokens] = old[:num_rows]
+        return other
+
     def clear(self, row: int) -> None:
         """Forget a row that went wrong, so that its NaN cannot reach the row that gets its slot."""
         for buffer in (*self.keys, *self.values):

@@ -95,33 +95,42 @@ class VllmEngine(PromptedEngine):
         self._numbers = itertools.count()  # vLLM's request ids
         self.stats = EngineStats()
 
-    def generate(self, groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
+    def generate(self, groups: Iterable[Group | None]) -> Iterator[Completion]:
         """See `TextEngine.generate`. At most max_rows requests are with vLLM; drafts are not used."""
-        refused: list[Completion] = []
-        rows = self._embedded(self._rows(groups, attempt, refused), refused)
+        rows = self._embedded(self._rows(groups))
         running: dict[str, _Running] = {}
         try:
             while True:
-                for row in itertools.islice(rows, self._max_rows - len(running)):
-                    running[self._submit(row)] = _Running(row)
+                refused = self._fill(running, rows)
                 yield from refused
-                refused.clear()
-                if not running:
+                if running:
+                    yield from self._step(running)
+                elif not refused:
                     return
-                yield from self._step(running)
         finally:
             self._vllm.abort_request(list(running))
 
     # -- requests go in ----------------------------------------------------------------------------------------------
 
-    def _embedded(self, rows: Iterable[Row], refused: list[Completion]) -> Iterator[_Row]:
+    def _fill(self, running: dict[str, _Running], rows: Iterator[_Row | Completion | None]) -> list[Completion]:
+        """Hand over what waits, as far as there is room; what cannot be handed over comes back."""
+        refused = []
+        while len(running) < self._max_rows and (row := next(rows, None)) is not None:
+            if isinstance(row, Completion):
+                refused.append(row)
+            else:
+                running[self._submit(row)] = _Running(row)
+        return refused
+
+    def _embedded(self, rows: Iterable[Row | Completion | None]) -> Iterator[_Row | Completion | None]:
         for given in rows:
+            if given is None or isinstance(given, Completion):
+                yield given
+                continue
             soft = None if given.user_embedding is None else self._soft(given.user_embedding)
             row = _Row(given.key, given.segments, soft, given.sampling, given.stream)
-            if soft is not None and not bool(torch.isfinite(soft).all()):
-                refused.append(_error(row, ErrorCode.NON_FINITE_LOGITS))
-            else:
-                yield row
+            finite = soft is None or bool(torch.isfinite(soft).all())
+            yield row if finite else _error(row, ErrorCode.NON_FINITE_LOGITS)
 
     @torch.inference_mode()
     def _soft(self, user_embedding: UserEmbedding) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from e2p_ray.engine.sampling import RowSampling
 from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
 
 _Ints = npt.NDArray[np.int64]
+_Number = TypeVar("_Number", bound=np.generic)
 
 
 class Wave:
@@ -41,10 +43,22 @@ class Wave:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def has_room_for(self, num_tokens: int, max_new_tokens: int) -> bool:
-        """Whether a row of this size fits into the buffers."""
-        free = len(self.rows) < self.slots.max_rows
-        return free and num_tokens <= self.slots.max_tokens and max_new_tokens <= self.written.shape[1]
+    @property
+    def max_new_tokens(self) -> int:
+        """How many tokens a row may write."""
+        return self.written.shape[1]
+
+    def grow(self, max_rows: int, max_tokens: int, max_new_tokens: int) -> None:
+        """Buffers for so many rows of so many tokens, with what these hold."""
+        self.slots = self.slots.grown(max_rows, max_tokens, len(self.rows))
+        self.written = _resized(self.written, (max_rows, max_new_tokens))
+        self.logprobs = _resized(self.logprobs, (max_rows, max_new_tokens))
+        self.num_written, self.num_own, self.num_chars, self.num_fresh, self.max_new, self.max_chars = (
+            _resized(array, (max_rows,))
+            for array in (
+                self.num_written, self.num_own, self.num_chars, self.num_fresh, self.max_new, self.max_chars,
+            )
+        )  # fmt: skip
 
     def add(
         self,
@@ -65,16 +79,17 @@ class Wave:
         self.max_chars[span] = [row.sampling.max_chars or np.iinfo(np.int64).max for row in rows]
         self.sampling = self.sampling.join(RowSampling.of([(row.sampling, row.stream) for row in rows]))
 
-    def readers(self) -> Readers:
-        """Which rows read which prefix; kept until rows come or go."""
+    def readers(self, first: int = 0) -> Readers:
+        """Which rows from `first` on read which prefix; those of all are kept until rows come or go."""
+        if first:
+            return Readers.of(self._prefixes[first:], self._visible[first:])
         if self._readers is None:
             self._readers = Readers.of(self._prefixes, self._visible)
         return self._readers
 
-    def last_tokens(self) -> _Ints:
-        """The token each row wrote last (n,)."""
-        n = len(self.rows)
-        return self.written[np.arange(n), self.num_written[:n] - 1]
+    def last_tokens(self, first: int, end: int) -> _Ints:
+        """The token that each of these rows wrote last."""
+        return self.written[np.arange(first, end), self.num_written[first:end] - 1]
 
     def tokens(self, slot: int) -> _Ints:
         """All that a row has written."""
@@ -115,3 +130,11 @@ class Wave:
         self._prefixes = [self._prefixes[slot] for slot in order]
         self._visible = [self._visible[slot] for slot in order]
         self._readers = None
+
+
+def _resized(array: npt.NDArray[_Number], shape: tuple[int, ...]) -> npt.NDArray[_Number]:
+    """The same values in an array of another shape, zeros where it is larger."""
+    new = np.zeros(shape, array.dtype)
+    both = tuple(slice(min(sizes)) for sizes in zip(array.shape, shape, strict=True))
+    new[both] = array[both]
+    return new

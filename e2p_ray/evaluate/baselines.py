@@ -13,8 +13,10 @@ from e2p_ray.downstream.evaluation import MethodCost
 from e2p_ray.errors import ConfigError
 from e2p_ray.evaluate.contest import Contest, Scored, soft_token_scores
 from e2p_ray.evaluate.controls import num_parameters, train_on
-from e2p_ray.train import LessonTable, RowScores, Target, profile_lessons, train_adapter
-from e2p_ray.train.baselines.adapters import AdapterKind
+from e2p_ray.train.baselines.adapters import AdapterKind, train_adapter
+from e2p_ray.train.baselines.profile import profile_lessons
+from e2p_ray.train.lessons import LessonTable, Target
+from e2p_ray.train.score import RowScores
 
 
 def score_baseline(contest: Contest, method: ExtraMethod) -> Scored:

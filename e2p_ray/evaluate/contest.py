@@ -18,7 +18,10 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.evaluate.data import EvaluationData
-from e2p_ray.train import LessonTable, RowScores, Target, TrainSettings, derangement, make_lessons, score
+from e2p_ray.train.controls import derangement
+from e2p_ray.train.lessons import LessonTable, Target, make_lessons
+from e2p_ray.train.score import RowScores, score
+from e2p_ray.train.settings import TrainSettings
 
 Say = Callable[[str], None]
 Ints = npt.NDArray[np.int64]

@@ -10,7 +10,9 @@ from e2p_ray.downstream.evaluation import MethodCost
 from e2p_ray.downstream.measures.methods import CONSTANT, MEAN, NO_SOFT_TOKEN, RIGHT, SHUFFLED
 from e2p_ray.engine.projector import Projector
 from e2p_ray.evaluate.contest import Contest, Scored, soft_token_scores
-from e2p_ray.train import LessonTable, TrainSettings, fit_projector, new_projector, start_calmly
+from e2p_ray.train.lessons import LessonTable
+from e2p_ray.train.projector import fit_projector, new_projector, start_calmly
+from e2p_ray.train.settings import TrainSettings
 
 
 def num_parameters(projector: Projector) -> int:

@@ -15,7 +15,7 @@ from e2p_ray.errors import InputError
 from e2p_ray.plan.inputs import Space, latest, user_rows
 from e2p_ray.schema import Content, validate_schema
 from e2p_ray.storage import Storage
-from e2p_ray.train import Target, UserTable
+from e2p_ray.train.lessons import Target, UserTable
 
 _USER_COLUMNS = ("user_id", "embedding", "embedding_space", "personalize", "updated_at")
 _MORE_USER_COLUMNS = ("profile_text", "history_size")  # read where the table has them

@@ -14,7 +14,8 @@ from e2p_ray.evaluate.contest import Contest
 from e2p_ray.evaluate.data import read_user_vectors, space_of
 from e2p_ray.plan.inputs import Space
 from e2p_ray.storage import Storage
-from e2p_ray.train import LessonTable, score
+from e2p_ray.train.lessons import LessonTable
+from e2p_ray.train.score import score
 
 NOISE, LATER, REFIT = "noise", "later", "refit"
 

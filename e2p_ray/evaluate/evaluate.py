@@ -25,7 +25,9 @@ from e2p_ray.evaluate.retrieval import retrieval_matrices
 from e2p_ray.evaluate.writing import Written, write_texts
 from e2p_ray.plan.inputs import Space
 from e2p_ray.storage import Storage
-from e2p_ray.train import TrainSettings, check_frozen, make_lessons
+from e2p_ray.train.lessons import make_lessons
+from e2p_ray.train.projector import check_frozen
+from e2p_ray.train.settings import TrainSettings
 
 
 def evaluate(config: EvaluateConfig, storage: Storage, say: Say) -> Evaluation:

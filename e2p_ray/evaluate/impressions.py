@@ -8,7 +8,8 @@ import polars as pl
 
 from e2p_ray.downstream.measures.methods import NO_SOFT_TOKEN, RIGHT, SHUFFLED
 from e2p_ray.evaluate.contest import Contest, shuffled_users
-from e2p_ray.train import Target, score
+from e2p_ray.train.lessons import Target
+from e2p_ray.train.score import score
 
 
 def ranked_impressions(contest: Contest) -> pl.DataFrame | None:

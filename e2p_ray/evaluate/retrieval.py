@@ -10,7 +10,8 @@ from e2p_ray.downstream.measures.methods import CONSTANT, RIGHT
 from e2p_ray.downstream.measures.retrieval import LikelihoodMatrix
 from e2p_ray.engine.projector import Projector
 from e2p_ray.evaluate.contest import Contest, Ints
-from e2p_ray.train import LessonTable, Ragged, score
+from e2p_ray.train.lessons import LessonTable, Ragged
+from e2p_ray.train.score import score
 
 _MIN_USERS = 2
 

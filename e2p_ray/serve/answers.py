@@ -12,11 +12,14 @@ from e2p_ray.serve.problems import ProblemError
 from e2p_ray.serve.service import Asked, Service, elapsed_ms
 
 
-async def answered(service: Service, asked: Asked, began_s: float) -> GenerationAnswer:
-    """One text; a ProblemError is raised."""
+def published_answer(asked: Asked, began_s: float) -> GenerationAnswer | None:
+    """The published text, None where it is not what would be written now."""
     known = asked.known_text
-    if known is not None:
-        return answer_of(asked, known, "published", began_s)
+    return None if known is None else _answer_of(asked, known, "published", began_s)
+
+
+async def written_answer(service: Service, asked: Asked, began_s: float) -> GenerationAnswer:
+    """A text that is written now; a ProblemError is raised."""
     (outcome,) = await service.write([asked.job()])
     if isinstance(outcome, ProblemError):
         raise outcome
@@ -54,9 +57,9 @@ def _result(
 ) -> GenerationAnswer | ProblemBody:
     if isinstance(asked, ProblemError):
         return ProblemBody(**asked.body())
-    known = asked.known_text
-    if known is not None:
-        return answer_of(asked, known, "published", began_s)
+    published = published_answer(asked, began_s)
+    if published is not None:
+        return published
     outcome = outcomes[asked]
     if isinstance(outcome, ProblemError):
         return ProblemBody(**outcome.body())
@@ -65,10 +68,10 @@ def _result(
 
 def generated_answer(asked: Asked, row: Generation, began_s: float) -> GenerationAnswer:
     """A text that was written for this request."""
-    return answer_of(asked, {name: getattr(row, name) for name in row.__slots__}, "generated", began_s)
+    return _answer_of(asked, {name: getattr(row, name) for name in row.__slots__}, "generated", began_s)
 
 
-def answer_of(asked: Asked, row: Mapping[str, Any], source: str, began_s: float) -> GenerationAnswer:
+def _answer_of(asked: Asked, row: Mapping[str, Any], source: str, began_s: float) -> GenerationAnswer:
     """A row of the output table as an answer."""
     wanted = GenerationAnswer.model_fields.keys() & row.keys() - {"user_id"}
     return GenerationAnswer.model_validate(

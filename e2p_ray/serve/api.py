@@ -6,15 +6,16 @@ import asyncio
 import time
 from collections.abc import Coroutine
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from e2p_ray.batch.write import this_process
-from e2p_ray.serve.answers import all_answered, answered
+from e2p_ray.serve.answers import all_answered, published_answer, written_answer
 from e2p_ray.serve.contents import MAX_LISTED, MAX_SEARCH_CHARS, ContentsAnswer, listed
 from e2p_ray.serve.editors import add_page
 from e2p_ray.serve.gate import App, Gate, TokenBucket
@@ -30,12 +31,10 @@ from e2p_ray.serve.messages import (
     TableState,
     responses,
 )
-from e2p_ray.serve.problems import MEDIA_TYPE, ProblemError, deadline_passed
+from e2p_ray.serve.problems import MEDIA_TYPE, ProblemError, deadline_passed, ended
 from e2p_ray.serve.ranking import ranked
 from e2p_ray.serve.service import Service
 from e2p_ray.serve.streaming import begun_stream, until_gone
-
-T = TypeVar("T")
 
 _CLIENT_LEFT = 499  # as nginx calls it; nobody is there to read it
 _PROBLEMS = responses(401, 404, 408, 413, 422, 429, 500, 503, 504)
@@ -62,7 +61,10 @@ def _add_writing(app: FastAPI, service: Service) -> None:
         if body.stream:
             stream = begun_stream(service, asked, began_s, timeout_s, request.receive)
             return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        return await _attended(request, answered(service, asked, began_s), timeout_s)
+        published = published_answer(asked, began_s)
+        if published is not None:  # nothing to wait for, so nobody has to watch whether the client stays
+            return _json(published)
+        return await _attended(request, written_answer(service, asked, began_s), timeout_s)
 
     @app.post("/v1/generations:batch", response_model=BatchAnswer, responses=_PROBLEMS, summary="Write many texts")
     async def batch(request: Request, body: BatchRequest) -> Any:
@@ -103,8 +105,10 @@ def _add_state(app: FastAPI, service: Service) -> None:
     ) -> ContentsAnswer:
         return await asyncio.to_thread(listed, service.tables, search, limit)
 
-    @app.get("/healthz", response_model=StateAnswer, summary="Whether this process lives")
+    @app.get("/healthz", response_model=StateAnswer, responses=responses(503), summary="Whether this process lives")
     async def healthz() -> StateAnswer:
+        if not service.loop.is_alive:
+            raise ended()
         return StateAnswer(status="ok")
 
     @app.get("/readyz", response_model=StateAnswer, responses=responses(503), summary="Whether requests may come")
@@ -114,13 +118,18 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return StateAnswer(status="ready")
 
 
-async def _attended(request: Request, work: Coroutine[Any, Any, T], timeout_s: float) -> T | Response:
+def _json(answer: BaseModel) -> Response:
+    """An answer as it is: what FastAPI is given as a model it would validate once more."""
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+async def _attended(request: Request, work: Coroutine[Any, Any, BaseModel], timeout_s: float) -> Response:
     """The result of some work, as long as its client is there and its time is not over; else it is cancelled."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(until_gone(request.receive))
     try:
         await asyncio.wait({task, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
-            return task.result()
+            return _json(task.result())
         if gone.done():
             return Response(status_code=_CLIENT_LEFT)
         raise deadline_passed()

@@ -73,8 +73,9 @@ class Client:
         self._http.close()
 
     def generate(self, task: str, **request: Any) -> GenerationAnswer:
-        """One text; `request` has user_id or embedding and embedding_space, content_id or content (title, body,
-        language), and sampling and timeout_ms where wanted. Raises a ServiceError."""
+        """One text; `request` has user_id or embedding and embedding_space, events of that space where there are some
+        (each with embedding, weight, age_s), content_id or content (title, body, language), and sampling and timeout_ms
+        where wanted. Raises a ServiceError."""
         return self._post("/v1/generations", {"task": task, **request}, GenerationAnswer)
 
     def generate_batch(self, task: str, pairs: Sequence[Mapping[str, Any]], **request: Any) -> BatchAnswer:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -125,13 +125,12 @@ class Copies:
 
     def _copied(self, info: ObjectInfo) -> _Copy:
         taken, hashes = 0, [np.zeros((0, 2), np.uint64)]
-        folder = tempfile.TemporaryDirectory(prefix="e2p_ray-serve-", dir=self._folder)
         try:
-            with folder, self._storage.open_parquet(info) as file:
+            # A file without a name from the beginning: a process that is killed meanwhile leaves no user embeddings.
+            with tempfile.TemporaryFile(dir=self._folder) as sink, self._storage.open_parquet(info) as file:
                 self._check(file.schema_arrow, info.uri)
-                path = Path(folder.name, "rows.arrow")
                 schema = _plain(self._change(file.schema_arrow.empty_table().select(self._columns)).schema)
-                with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+                with pa.ipc.new_file(sink, schema) as writer:
                     for group in range(file.metadata.num_row_groups):
                         rows = file.read_row_group(group, columns=self._columns, use_threads=False)
                         rows = self._change(rows).select(self._columns).cast(schema)
@@ -140,7 +139,9 @@ class Copies:
                         taken += num_bytes
                         writer.write_table(rows)
                         hashes.append(hash_rows(*(rows[name] for name in self._key)))
-                mapped = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+                sink.flush()
+                mapping = mmap.mmap(sink.fileno(), 0, access=mmap.ACCESS_READ)
+                mapped = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(mapping))).read_all()
         except BaseException:
             self._budget.give_back(taken)
             raise

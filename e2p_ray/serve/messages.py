@@ -9,10 +9,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from e2p_ray.config import SamplingConfig
+from e2p_ray.config.serve import MAX_EVENTS
 from e2p_ray.schema import Arm, FinishReason, Reason, Status
 
 _MAX_ID_CHARS = 512
 _MAX_DIM = 16_384
+_MAX_WEIGHT = 1e6
 
 Id = Annotated[str, Field(min_length=1, max_length=_MAX_ID_CHARS)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -57,6 +59,16 @@ class SamplingOverride(Message):
         return sampling.model_copy(update=given)
 
 
+class Event(Message):
+    """Something that a user did lately, as the vector of what it was done to."""
+
+    embedding: tuple[Finite, ...] = Field(
+        min_length=1, max_length=_MAX_DIM, repr=False, description="its direction counts; never logged or repeated"
+    )
+    weight: float = Field(1.0, gt=0, le=_MAX_WEIGHT, allow_inf_nan=False, description="a click is 1, a purchase more")
+    age_s: float = Field(0.0, ge=0, allow_inf_nan=False, description="how long ago")
+
+
 class UserPart(Message):
     """Who it is for: a user of the users table, or a user embedding, or both (then this embedding is used)."""
 
@@ -64,14 +76,17 @@ class UserPart(Message):
     embedding: tuple[Finite, ...] | None = Field(
         None, min_length=1, max_length=_MAX_DIM, repr=False, description="a user embedding; never logged or repeated"
     )
-    embedding_space: Id | None = Field(None, description="the space of `embedding`")
+    embedding_space: Id | None = Field(None, description="the space of `embedding` and `events`")
+    events: tuple[Event, ...] | None = Field(
+        None, max_length=MAX_EVENTS, repr=False, description="folded into the user embedding, for this request alone"
+    )
 
     @model_validator(mode="after")
     def _says_who(self) -> Self:
         if self.user_id is None and self.embedding is None:
             raise ValueError("give user_id, or embedding and embedding_space")
-        if (self.embedding is None) != (self.embedding_space is None):
-            raise ValueError("embedding and embedding_space go together")
+        if (self.embedding is None and self.events is None) != (self.embedding_space is None):
+            raise ValueError("embedding_space goes with embedding and events, and they with it")
         return self
 
 
@@ -110,6 +125,16 @@ class GenerationRequest(Pair):
                     "content": {"title": "Harbour bridge opens", "body": "It cost 40 million.", "language": "en"},
                     "task": "headline",
                     "stream": True,
+                },
+                {
+                    "user_id": "user-7",
+                    "embedding_space": "mf-2026-11",
+                    "events": [
+                        {"embedding": [0.4, -0.1, 0.7, 0.2], "age_s": 30},
+                        {"embedding": [0.3, 0.1, 0.9, 0.0], "age_s": 3600, "weight": 3},
+                    ],
+                    "content_id": "bridge",
+                    "task": "headline",
                 },
             ]
         }

@@ -60,6 +60,11 @@ def queue_full(retry_after_s: int) -> ProblemError:
     )
 
 
+def ended() -> ProblemError:
+    """The replica ends, or its model's thread has."""
+    return ProblemError(503, "shutting_down", "this replica is about to end; ask again", retry_after_s=1)
+
+
 def deadline_passed() -> ProblemError:
     """The request's time is over; its decoding has been stopped."""
     return ProblemError(504, "deadline_passed", "no text within timeout_ms; its decoding was stopped")

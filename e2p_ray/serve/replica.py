@@ -42,6 +42,11 @@ class Replica:
         if uri is not None:
             await self.service.swap(str(uri))
 
+    async def check_health(self) -> None:
+        """Serve asks this now and then, and replaces the replica where it raises."""
+        if not self.service.loop.is_alive:
+            raise RuntimeError("the model's thread has ended by itself; its traceback is in this replica's log")
+
     async def served_texts(self) -> dict[str, Any]:
         """What a batch asks before it sends its shards: the fields of `ServedTexts`."""
         return asdict(self._desk.served_texts)
@@ -78,6 +83,8 @@ def application(config: ServeConfig, *, engine_factory: EngineFactory | None = N
             "max_replicas": replica.max_replicas,
             "initial_replicas": max(replica.min_replicas, 1),
             "target_ongoing_requests": replica.target_ongoing_requests,
+            "look_back_period_s": replica.look_back_s,
+            "metrics_interval_s": replica.look_back_s / 3,  # as in Ray's own defaults
             "upscale_delay_s": replica.upscale_delay_s,
             "downscale_delay_s": replica.downscale_delay_s,
         },

@@ -31,11 +31,13 @@ from e2p_ray.schema import (
     TextScore,
     UserEmbedding,
 )
+from e2p_ray.serve.call import Job
 from e2p_ray.serve.log import ReplicaLog
 from e2p_ray.serve.lookup import Published, Tables, User
-from e2p_ray.serve.loop import Job, ModelLoop
+from e2p_ray.serve.loop import ModelLoop
 from e2p_ray.serve.messages import Consent, ContentPart, SamplingOverride, SwapState, UserPart
-from e2p_ray.serve.problems import ProblemError
+from e2p_ray.serve.problems import ProblemError, ended
+from e2p_ray.serve.profile import given_embedding, given_events
 from e2p_ray.storage import Storage
 
 RUN_ID = "online"  # what stands for a run in a text that was written for one request
@@ -89,7 +91,6 @@ class Service:
         self.loop = ModelLoop(
             max_rows=config.engine.max_rows,
             max_waiting=config.replica.max_waiting,
-            max_wait_ms=config.replica.max_wait_ms,
         )
         self._variants: OrderedDict[tuple[LoadedGenerator, str, str], LoadedGenerator] = OrderedDict()
         self._varying = threading.Lock()
@@ -168,14 +169,17 @@ class Service:
         return found
 
     def _user(self, asked: UserPart, loaded: LoadedGenerator) -> User:
-        """Consent as the table has it now, whatever embedding came with the request."""
-        given = None if asked.embedding is None else _checked(asked, loaded)
-        if asked.user_id is None:
-            return User(Consent.GIVEN, given)
-        user = self.tables.user(asked.user_id, Space(loaded.embedding_space, loaded.embedding_dim))
+        """Consent as the table has it now, whatever came with the request, and the user embedding of this moment."""
+        space, profile = Space(loaded.embedding_space, loaded.embedding_dim), self.config.profile
+        given, events = given_embedding(asked, space), given_events(asked, space, profile)
+        user = User(Consent.GIVEN) if asked.user_id is None else self.tables.user(asked.user_id, space)
         if user.consent is not Consent.GIVEN:
             return User(user.consent, None, Reason.OPTED_OUT)
-        return user if given is None else User(Consent.GIVEN, given)
+        if given is not None:
+            user = User(Consent.GIVEN, given)
+        if events is None or user.user_embedding is None:
+            return user
+        return User(Consent.GIVEN, events.fold_into(user.user_embedding, profile))
 
     def _variant(self, base: LoadedGenerator, task: str, override: SamplingOverride) -> LoadedGenerator:
         """The generator with another sampling; equal ones are one, so that their texts are written together."""
@@ -218,7 +222,7 @@ class Service:
             status = 503 if result.error_code is ErrorCode.OUT_OF_MEMORY else 422
             return ProblemError(status, result.error_code.value, result.message)
         if isinstance(result, asyncio.CancelledError):
-            return ProblemError(503, "shutting_down", "this replica is about to end; ask again", retry_after_s=1)
+            return ended()
         self._log.error("text_failed", error_type=type(result).__name__)
         return ProblemError(500, "internal", "the model failed on this request")
 
@@ -273,22 +277,6 @@ def _warmed(loaded: LoadedGenerator) -> LoadedGenerator:
         if dead_letters:
             raise IncompatibleError(f"projector {loaded.projector_id}: {dead_letters[0].message}")
     return loaded
-
-
-def _checked(asked: UserPart, loaded: LoadedGenerator) -> UserEmbedding:
-    """The request's user embedding, fit for this projector; ProblemError 422 without a value of it."""
-    assert asked.embedding is not None, "the caller looked"
-    if asked.embedding_space != loaded.embedding_space:
-        raise ProblemError(422, "embedding_other_space", f"this projector reads the space {loaded.embedding_space!r}")
-    if len(asked.embedding) != loaded.embedding_dim:
-        raise ProblemError(422, "embedding_wrong_size", f"this projector reads {loaded.embedding_dim} dimensions")
-    with np.errstate(over="ignore"):
-        vector = np.array(asked.embedding, np.float64).astype(np.float32)
-    if not np.isfinite(vector).all():
-        raise ProblemError(422, "embedding_non_finite", "a component is too large for float32")
-    if not vector.any():
-        raise ProblemError(422, "embedding_zero", "all components are zero")
-    return vector
 
 
 def _key_id(asked: UserPart, user: User) -> str:

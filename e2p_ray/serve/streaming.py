@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from typing import Any
 
-from e2p_ray.serve.answers import answer_of, generated_answer
+from e2p_ray.serve.answers import generated_answer, published_answer
 from e2p_ray.serve.problems import ProblemError, deadline_passed
 from e2p_ray.serve.service import Asked, Service
 
@@ -30,9 +30,9 @@ def begun_stream(
     service: Service, asked: Asked, began_s: float, timeout_s: float, receive: Receive
 ) -> AsyncIterator[bytes]:
     """The events of a request that is in the queue now; ProblemError 429 where that is full."""
-    known = asked.known_text
-    if known is not None:
-        return _only(_event("done", answer_of(asked, known, "published", began_s).model_dump_json()))
+    published = published_answer(asked, began_s)
+    if published is not None:
+        return _only(_event("done", published.model_dump_json()))
     loop, texts = asyncio.get_running_loop(), asyncio.Queue[str | None]()
     job = asked.job(on_text=lambda text: _put(loop, texts, text))
     service.submit([job])

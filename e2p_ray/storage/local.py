@@ -14,7 +14,8 @@ from e2p_ray.errors import AccessDeniedError, ObjectNotFoundError, StorageError
 from e2p_ray.storage.objects import DatedObject, ObjectInfo, changed_error
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_UNFINISHED = re.compile(r"^\..*\.[0-9a-f]{32}\.tmp$")  # what a killed writer leaves behind
+# What a killed writer leaves behind: one of ours, and one of Delta's log.
+_UNFINISHED = re.compile(r"^\..*\.[0-9a-f]{32}\.tmp$|^(\d{20}\..*|_last_checkpoint)#\d+$")
 
 
 def local_path(uri: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -10,17 +10,9 @@ import numpy.typing as npt
 from e2p_ray.engine.projector import Projector
 from e2p_ray.train.fit import Fit
 from e2p_ray.train.lessons import LessonTable
+from e2p_ray.train.records import Scores
 
 CONTROLS = ("right", "shuffled", "mean", "none")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scores:
-    """Nats of every row's target by control, (n,) each; its tokens (n,) and its user (n,), a number without meaning."""
-
-    nll: dict[str, npt.NDArray[np.float64]]
-    num_tokens: npt.NDArray[np.int64]
-    user: npt.NDArray[np.int32]
 
 
 def score_controls(fit: Fit, projector: Projector, table: LessonTable) -> Scores:

@@ -16,9 +16,10 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.teaching import prefixes_of
-from e2p_ray.errors import ConfigError, RunError
+from e2p_ray.errors import RunError
 from e2p_ray.train.lessons import LessonTable
 from e2p_ray.train.loss import target_loss
+from e2p_ray.train.records import StepRecord
 from e2p_ray.train.score import RowScores, score
 from e2p_ray.train.settings import TrainSettings
 
@@ -53,18 +54,6 @@ class Alone:
 
     def sum(self, value: Tensor) -> Tensor:
         return value
-
-
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One point of the curves; losses in nats per target token."""
-
-    step: int  # steps done
-    loss: float
-    learning_rate: float
-    gradient_norm: float
-    num_tokens: int
-    validation_loss: float | None = None
 
 
 class Fit:
@@ -236,13 +225,3 @@ def draw(table: LessonTable, settings: TrainSettings, step: int, rank: int, size
         count = min(settings.users_per_content, len(rows))
         lessons.append(table.lesson(lesson, random.choice(rows, size=count, replace=False).tolist()))
     return lessons
-
-
-def refuse_constant(lessons: LessonTable) -> None:
-    """ConfigError where all user embeddings are one and the same: nothing could be learned from them."""
-    used = lessons.user_embeddings[np.unique(lessons.user)]
-    if len(used) > 1 and not (used != used[0]).any():
-        raise ConfigError(
-            f"all {len(used):,} users of the targets have the same user embedding: there is nothing to personalise by. "
-            "Look at the job that writes the users table"
-        )

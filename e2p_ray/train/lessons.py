@@ -192,3 +192,13 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise ConfigError("the base model's tokenizer has no end token: a projector could not learn where a text ends")
     return int(tokenizer.eos_token_id)
+
+
+def refuse_constant(lessons: LessonTable) -> None:
+    """ConfigError where all user embeddings are one and the same: nothing could be learned from them."""
+    used = lessons.user_embeddings[np.unique(lessons.user)]
+    if len(used) > 1 and not (used != used[0]).any():
+        raise ConfigError(
+            f"all {len(used):,} users of the targets have the same user embedding: there is nothing to personalise by. "
+            "Look at the job that writes the users table"
+        )

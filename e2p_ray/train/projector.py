@@ -15,8 +15,9 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.projector import Projector, ReferenceStatistics
 from e2p_ray.errors import RunError
 from e2p_ray.schema import Content
-from e2p_ray.train.fit import Fit, StepRecord
+from e2p_ray.train.fit import Fit
 from e2p_ray.train.lessons import LessonTable, Target, UserTable, make_lessons
+from e2p_ray.train.records import StepRecord
 from e2p_ray.train.settings import TrainSettings
 
 

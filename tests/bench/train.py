@@ -28,9 +28,10 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.teaching import prefixes_of, row_losses
-from e2p_ray.train import Fit, LessonTable, TrainSettings, UserTable, new_projector
-from e2p_ray.train.fit import draw
-from e2p_ray.train.lessons import Ragged
+from e2p_ray.train.fit import Fit, draw
+from e2p_ray.train.lessons import LessonTable, Ragged, UserTable
+from e2p_ray.train.projector import new_projector
+from e2p_ray.train.settings import TrainSettings
 from tests.bench.harness import interleaved, print_results
 from tests.bench.workloads import llama_30m
 from tests.tiny_models import EMBEDDING_DIM, random_model

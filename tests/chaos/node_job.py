@@ -20,7 +20,7 @@ import ray
 from e2p_ray.config import JobConfig
 from e2p_ray.downstream.report import render_terminal
 from e2p_ray.engine.fake import FakeEngine
-from e2p_ray.schema import Completion, Group
+from e2p_ray.schema import Completion, Group, RequestKey
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
 from jobs.generate import JOB, generate_run
@@ -58,15 +58,22 @@ def counted_engine(config: JobConfig, storage: Storage) -> FakeEngine:
     engine = fake_engine(config, storage)
     generate = engine.generate
 
-    def counted(groups: Iterable[Group], *, attempt: int = 0) -> Iterator[Completion]:
-        known = list(groups)
+    def counted(groups: Iterable[Group | None]) -> Iterator[Completion]:
         # One unpersonalised text is written in every shard that needs it; a personalised one in a single shard.
-        plain = {request.key for group in known for request in group.requests if request.user_embedding is None}
-        for completion in generate(known, attempt=attempt):
+        first = set[RequestKey]()
+
+        def seen() -> Iterator[Group | None]:
+            for group in groups:
+                if group is not None and group.attempt == 0:
+                    first.update(request.key for request in group.requests if request.user_embedding is not None)
+                yield group
+
+        for completion in generate(seen()):
             while (folder / HOLD).exists():
                 time.sleep(_PAUSE_S)
             time.sleep(_PAUSE_S)
-            if not attempt and completion.key not in plain:
+            if completion.key in first:
+                first.remove(completion.key)
                 out.write(json.dumps(completion.key) + "\n")
             yield completion
 

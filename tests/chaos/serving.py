@@ -40,7 +40,7 @@ class Running:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def longest_queue(self) -> int:
-        """The most texts that waited for the model at once; ends the process, which says so then."""
+        """The most texts that waited and were written at once; ends the process, which says so then."""
         self.stop()
         return int(_said(self.log, r"LONGEST (\d+)"))
 

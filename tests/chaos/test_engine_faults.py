@@ -100,14 +100,14 @@ def assert_only_these_are_lost(config: JobConfig, run_id: str, lost: set[Key], c
 def test_a_row_that_alone_does_not_fit_is_a_dead_letter(
     seed: int, undisturbed: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lost, plain = chosen_keys(undisturbed, seed, 3), Decoder._prefill
+    lost, plain = chosen_keys(undisturbed, seed, 3), Decoder._enter
 
     def limited(self: Decoder, wave: Any, rows: Any, prefixes: Any) -> None:
         if any(tuple(row.key) in lost for row in rows):
             raise MemoryError("made by the test")
         plain(self, wave, rows, prefixes)
 
-    monkeypatch.setattr(Decoder, "_prefill", limited)
+    monkeypatch.setattr(Decoder, "_enter", limited)
     config = write_real_job(tmp_path)
     report = generate_run(config)
     assert_only_these_are_lost(config, report.run_id, lost, "out_of_memory", undisturbed)

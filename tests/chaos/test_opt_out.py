@@ -69,10 +69,10 @@ def during(world: World, user_id: str = USER) -> Callable[[JobConfig, Storage], 
         made, calls = world.engine(config, storage), iter(range(1000))
         generate = made.generate
 
-        def writing(groups: Any, *, attempt: int = 0) -> Iterator[Any]:
+        def writing(groups: Any) -> Iterator[Any]:
             if next(calls) == 2:
                 opt_out(world, user_id)
-            return generate(groups, attempt=attempt)
+            return generate(groups)
 
         made.generate = writing  # type: ignore[method-assign]
         return made

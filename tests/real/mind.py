@@ -24,7 +24,9 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prompt import load_tokenizer
 from e2p_ray.schema import Content
 from e2p_ray.storage import Storage
-from e2p_ray.train import Target, TrainResult, TrainSettings, UserTable, train_projector
+from e2p_ray.train.lessons import Target, UserTable
+from e2p_ray.train.projector import TrainResult, train_projector
+from e2p_ray.train.settings import TrainSettings
 from e2p_ray.upstream.factorise import FactoriseSettings, factorise
 from jobs.generate import generate_run
 from tests.real.data import FOLDER

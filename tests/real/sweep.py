@@ -27,18 +27,11 @@ from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.prompt import load_tokenizer
 from e2p_ray.schema import Content
 from e2p_ray.storage import Storage
-from e2p_ray.train import (
-    LessonTable,
-    Target,
-    TrainSettings,
-    UserTable,
-    derangement,
-    fit_projector,
-    make_lessons,
-    new_projector,
-    score,
-    start_calmly,
-)
+from e2p_ray.train.controls import derangement
+from e2p_ray.train.lessons import LessonTable, Target, UserTable, make_lessons
+from e2p_ray.train.projector import fit_projector, new_projector, start_calmly
+from e2p_ray.train.score import score
+from e2p_ray.train.settings import TrainSettings
 from tests.real.data import FOLDER
 from tests.real.task import WRITERS, RealTask
 

@@ -25,8 +25,9 @@ from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.engine.teaching import prefixes_of, row_losses
 from e2p_ray.errors import ConfigError, RunError
 from e2p_ray.train.baselines.live_prefixes import LivePrefixes
-from e2p_ray.train.fit import StepRecord, draw, schedule
+from e2p_ray.train.fit import draw, schedule
 from e2p_ray.train.lessons import LessonTable
+from e2p_ray.train.records import StepRecord
 from e2p_ray.train.score import RowScores, score
 from e2p_ray.train.settings import TrainSettings
 

@@ -30,8 +30,7 @@ from e2p_ray.schema import Content
 from e2p_ray.storage import ObjectInfo, Storage
 from e2p_ray.train.data.joins import Chunk, Joined, JoinSettings, concat, join
 from e2p_ray.train.data.tables import SourceTable, read_contents, read_targets, read_users
-from e2p_ray.train.fit import refuse_constant
-from e2p_ray.train.lessons import LessonTable, Ragged, Target, UserTable, lessons_of
+from e2p_ray.train.lessons import LessonTable, Ragged, Target, UserTable, lessons_of, refuse_constant
 from e2p_ray.train.settings import TrainSettings
 
 _SETS = ("training", "validation")

@@ -16,9 +16,9 @@ from e2p_ray.errors import E2PError, IncompleteRunError
 from e2p_ray.train.data.inputs import PreparedLessons
 from e2p_ray.train.job.board import Board, TrainProgress
 from e2p_ray.train.job.checkpoint import checkpoint_uri
+from e2p_ray.train.job.contract import Trained, WorkerJob, run_worker
 from e2p_ray.train.job.prepared import Prepared, settings_of
 from e2p_ray.train.job.session import typed_errors
-from e2p_ray.train.job.worker import Trained, WorkerJob, run_worker
 
 _POLL_S = 0.5
 _MAX_START_FAILURES = 3  # of the workers' group, each after ten minutes of waiting for room

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from e2p_ray.config import ShapeConfig, TrainConfig, TrainingConfig
 from e2p_ray.engine.manifest import BaseModelFolder, ProjectorManifest, read_manifest, resolve_base_model
-from e2p_ray.engine.model import refuse_unsupported
+from e2p_ray.engine.supported import refuse_unsupported
 from e2p_ray.errors import ConfigError, IncompatibleError
 from e2p_ray.storage import Storage, is_s3
 from e2p_ray.storage.local import local_path

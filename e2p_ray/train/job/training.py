@@ -14,15 +14,15 @@ import torch
 from e2p_ray.engine.manifest import ProjectorManifest
 from e2p_ray.engine.projector import Projector, ReferenceStatistics
 from e2p_ray.errors import RunError
-from e2p_ray.train.controls import Scores
 from e2p_ray.train.data.inputs import PreparedLessons, Reading, prepare_lessons
 from e2p_ray.train.data.joins import JoinSettings
 from e2p_ray.train.job.board import TrainProgress
+from e2p_ray.train.job.contract import Trained
 from e2p_ray.train.job.distributed import new_board, train_on_workers
 from e2p_ray.train.job.prepared import Prepared, settings_of
 from e2p_ray.train.job.provenance import code_of, curves_said, inputs_of, settings_said
 from e2p_ray.train.job.session import check_resources, quiet_ray_data, train_session, typed_errors
-from e2p_ray.train.job.worker import Trained
+from e2p_ray.train.records import Scores
 
 _TARGETS_PER_CHUNK = 20_000
 

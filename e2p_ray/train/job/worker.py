@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import ray
 import ray.train
 import ray.train.torch
@@ -18,54 +15,21 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from e2p_ray.config import BaseModelConfig, TrainWorkersConfig
-from e2p_ray.engine.manifest import BaseModelFolder, ProjectorManifest
+from e2p_ray.engine.manifest import BaseModelFolder
 from e2p_ray.engine.model import BaseModel, pick_device
 from e2p_ray.engine.projector import ReferenceStatistics
 from e2p_ray.errors import E2PError, RunError
-from e2p_ray.storage import Storage
-from e2p_ray.train.controls import Scores, score_controls
+from e2p_ray.train.controls import score_controls
 from e2p_ray.train.data.inputs import folder_here
-from e2p_ray.train.fit import Fit, StepRecord
+from e2p_ray.train.fit import Fit
 from e2p_ray.train.job.board import TrainProgress
 from e2p_ray.train.job.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from e2p_ray.train.job.contract import Trained, WorkerJob
 from e2p_ray.train.lessons import LessonTable, UserTable
 from e2p_ray.train.projector import check_frozen, new_projector, start_calmly
-from e2p_ray.train.settings import TrainSettings
+from e2p_ray.train.records import StepRecord
 
 _POST_EVERY_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerJob:
-    """What a worker needs to know. Picklable; lessons by reference."""
-
-    train_id: str
-    storage: Storage
-    base_model: BaseModelConfig
-    folder: BaseModelFolder
-    workers: TrainWorkersConfig
-    settings: TrainSettings
-    embedding_space: str
-    checkpoint_uri: str
-    checkpoint_every: int
-    training: ray.ObjectRef[Any]
-    validation: ray.ObjectRef[Any] | None
-    reference: ray.ObjectRef[Any]
-    board: Any
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Trained:
-    """What the first worker brings back."""
-
-    manifest: ProjectorManifest
-    weights: dict[str, npt.NDArray[np.float32]]
-    records: tuple[StepRecord, ...]
-    scores: Scores | None  # of the validation lessons
-    base_model_hash: str
-    seconds_s: float  # of training, earlier calls included
-    hardware: dict[str, str]
 
 
 class Workers:
@@ -85,9 +49,8 @@ class Workers:
         return value
 
 
-def run_worker(config: dict[str, Any]) -> Trained | None:
-    """Ray Train's function: rank 0 returns what came out; errors that a new start would not mend go to the board."""
-    job: WorkerJob = config["job"]
+def work(job: WorkerJob) -> Trained | None:
+    """Rank 0 returns what came out; errors that a new start would not mend go to the board."""
     num_starts, go_on = ray.get(job.board.start.remote(ray.train.get_context().get_world_rank()))
     if not go_on:
         return None  # Ray Train starts failed workers again: an error that was posted ends this
