@@ -116,8 +116,10 @@ def shake(model: Any) -> None:
         assert parameter.ndim in (1, 2), name
 
 
-def packed_engine(name: str, layout: Layout, cue_after: str, dtype: torch.dtype) -> tuple[Any, Engine]:
-    """A model, and an engine with the same weights, packed."""
+def packed_engine(
+    name: str, layout: Layout, cue_after: str, dtype: torch.dtype, *, keep_plain: bool = False
+) -> tuple[Any, Engine]:
+    """A model, and an engine with the same weights, packed; in passes over few rows where it has the plain ones too."""
     model, twin = (tiny_models.random_model(ARCHITECTURES[name]) for _ in range(2))
     shake(model)
     twin.load_state_dict(model.state_dict())
@@ -125,25 +127,32 @@ def packed_engine(name: str, layout: Layout, cue_after: str, dtype: torch.dtype)
         ARCHITECTURES[name],
         layout=layout,
         tasks={"headline": tiny_models.task(cue_after=cue_after)},
-        max_rows=7,
+        max_rows=3 if keep_plain else 7,
         model=twin.to(dtype),
     )
-    engine._decoder._base.pack()
+    engine._decoder._base.pack(keep_plain=keep_plain)
     return model, engine
 
 
 @pytest.mark.parametrize(
-    ("layout", "cue_after"), [("content_first", ""), ("content_first", " headline:"), ("soft_first", "")]
+    ("layout", "cue_after", "keep_plain"),
+    [
+        ("content_first", "", False),
+        ("content_first", " headline:", False),
+        ("soft_first", "", False),
+        ("content_first", "", True),
+    ],
 )
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_packed_weights_give_the_same_logits(
-    name: str, layout: Layout, cue_after: str, monkeypatch: pytest.MonkeyPatch
+    name: str, layout: Layout, cue_after: str, keep_plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, engine = packed_engine(name, layout, cue_after, torch.float32)
+    model, engine = packed_engine(name, layout, cue_after, torch.float32, keep_plain=keep_plain)
     base = engine._decoder._base
     assert (base.fused is not None) == (ARCHITECTURES[name].model_type in FUSED_MODEL_TYPES)
     packed = [module for module in base.model.modules() if isinstance(module, PackedLinear)]
     assert packed or name == "gpt2", "gpt2 has no linear layers, but convolutions of width 1"
+    assert all((module.plain is not None) == keep_plain for module in packed)
     short = of_length(8, "short")  # a window must reach back to a soft token that comes first
     groups = [tiny_models.group(content, range(5), without=[1]) for content in (short, *tiny_models.contents(3))]
     trace = run_traced(engine, groups, monkeypatch)

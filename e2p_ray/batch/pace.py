@@ -17,8 +17,8 @@ class Pace(ExecutionCallback):
     """A pause after every step of Ray Data's loop, which waits for tasks only.
 
     While there is none, because the one worker died and its successor loads, the loop takes a whole core: the one that
-    the successor could load with. With a pause, two cores had a hung worker replaced and its run done after 15 s instead
-    of 38, and a killed one after 13 instead of 28 (Ray 2.60, whose version is pinned: the callback is not public).
+    the successor could load with. With a pause, two cores had a hung worker replaced and its run done after 15 s, not
+    38, and a killed one after 13, not 28 (Ray 2.60, whose version is pinned: the callback is not public).
     """
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:

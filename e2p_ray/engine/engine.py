@@ -154,7 +154,7 @@ def load_engine(config: JobConfig, storage: Storage) -> Engine:
     tokenizer = load_tokenizer(folder.path)
     if _stamps(given) != before:
         raise IncompatibleError(f"{given}: replaced while it was being loaded. Run the command again")
-    base.pack()
+    base.pack(keep_plain=bool(config.engine.keep_plain))
     return Engine(
         base,
         projector,

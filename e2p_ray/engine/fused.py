@@ -29,7 +29,7 @@ FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 class FusedDecoder(nn.Module):
     """The layers of a frozen model, packed; the model itself keeps its embeddings and head only."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, keep_plain: bool = False) -> None:
         super().__init__()
         decoder: Any = model.base_model
         self._rotary: nn.Module = decoder.rotary_emb
@@ -37,7 +37,7 @@ class FusedDecoder(nn.Module):
         window = model.config.sliding_window if model.config.model_type == "mistral" else None
         self._layers = nn.ModuleList()
         for number in range(len(decoder.layers)):
-            self._layers.append(_Layer(decoder.layers[number], window))
+            self._layers.append(_Layer(decoder.layers[number], window, keep_plain))
             decoder.layers[number] = nn.Identity()  # its weights are freed
 
     def forward(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:
@@ -55,7 +55,7 @@ class FusedDecoder(nn.Module):
 class _Layer(nn.Module):
     """Attention and gated MLP with their norms and residuals."""
 
-    def __init__(self, layer: Any, window: int | None) -> None:
+    def __init__(self, layer: Any, window: int | None, keep_plain: bool) -> None:
         super().__init__()
         attention = layer.self_attn
         self._head_dim: int = attention.head_dim
@@ -71,11 +71,12 @@ class _Layer(nn.Module):
         self._num_heads, self._num_kv_heads = (len(weight) // self._head_dim for weight, _ in parts[:2])
         biases = [bias for _, bias in parts if bias is not None]
         assert len(biases) in (0, len(parts)), "all of them have a bias, or none"
-        self._qkv = PackedLinear(torch.cat([weight for weight, _ in parts]), torch.cat(biases) if biases else None)
-        self._output = PackedLinear(attention.o_proj.weight, attention.o_proj.bias)
+        weight, bias = torch.cat([weight for weight, _ in parts]), torch.cat(biases) if biases else None
+        self._qkv = PackedLinear(weight, bias, keep_plain=keep_plain)
+        self._output = PackedLinear(attention.o_proj.weight, attention.o_proj.bias, keep_plain=keep_plain)
         self._query_norm = _Norm(attention.q_norm, order) if hasattr(attention, "q_norm") else None
         self._key_norm = _Norm(attention.k_norm, order) if hasattr(attention, "k_norm") else None
-        packed = gated_mlp(layer.mlp)
+        packed = gated_mlp(layer.mlp, keep_plain=keep_plain)
         assert packed is not None, "checked by fits"
         self._mlp = packed
 

@@ -107,12 +107,15 @@ class BaseModel:
         )
         return cls(model.to(device))
 
-    def pack(self) -> None:
-        """Speed up a model that is only run, never trained through or hashed again; nothing where that cannot be."""
+    def pack(self, *, keep_plain: bool = False) -> None:
+        """Speed up a model that is only run, never trained through or hashed again; nothing where that cannot be.
+
+        keep_plain: a second copy of weights in fp32, with which a pass over few rows is faster.
+        """
         if can_pack(self.dtype, self.device):
             if fits(self.model):
-                self.fused = FusedDecoder(self.model)
-            pack(self.model)
+                self.fused = FusedDecoder(self.model, keep_plain=keep_plain)
+            pack(self.model, keep_plain=keep_plain)
             head = self.model.get_output_embeddings()
             assert isinstance(head, nn.Module)
             self._head = head

@@ -85,7 +85,7 @@ class Service:
         log: ReplicaLog | None = None,
     ) -> None:
         require_native(config)
-        self.config = config
+        self.config = config = _for_few_rows(config)
         self._log = log or ReplicaLog()
         self.tables = Tables(config, storage, self._log)
         self.loop = ModelLoop(
@@ -257,6 +257,13 @@ class Service:
             self.swap_state = SwapState(projector_uri=projector_uri, done=True, error=None)
             self._log.info("swapped", projector_id=self._loaded.projector_id, before=old.projector_id)
             return True
+
+
+def _for_few_rows(config: ServeConfig) -> ServeConfig:
+    """The configuration of an engine that often writes for one or two users only."""
+    if config.engine.keep_plain is not None:
+        return config
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"keep_plain": True})})
 
 
 def require_native(config: ServeConfig) -> None:
