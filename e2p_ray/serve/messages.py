@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from e2p_ray.config import SamplingConfig
 from e2p_ray.config.serve import MAX_EVENTS
@@ -16,7 +16,17 @@ _MAX_ID_CHARS = 512
 _MAX_DIM = 16_384
 _MAX_WEIGHT = 1e6
 
-Id = Annotated[str, Field(min_length=1, max_length=_MAX_ID_CHARS)]
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("half a character (a lone surrogate) is no text") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]  # JSON can say what no encoding can
+Id = Annotated[Text, Field(min_length=1, max_length=_MAX_ID_CHARS)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -37,8 +47,8 @@ class Message(BaseModel):
 class InlineContent(Message):
     """A content that need not be in the contents table."""
 
-    title: str = Field("", max_length=2000)
-    body: str
+    title: Text = Field("", max_length=2000)
+    body: Text
     language: str = Field(pattern=r"^[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8}){0,3}$", examples=["en", "ja"])
 
 
@@ -167,7 +177,7 @@ class BatchRequest(Message):
 class Candidate(ContentPart):
     """A content to be ranked."""
 
-    text: str | None = Field(None, min_length=1, max_length=2000, description="what is scored; absent: the title")
+    text: Text | None = Field(None, min_length=1, max_length=2000, description="what is scored; absent: the title")
 
 
 class ScoresRequest(UserPart):
