@@ -28,7 +28,6 @@ from e2p_ray.serve.client import Client, DeadlineError, ServiceError
 from e2p_ray.serve.messages import GenerationAnswer, ProblemBody
 from jobs.generate import generate_run
 from tests import tiny_models
-from tests.chaos.fuzz import Sender
 from tests.chaos.serving import asked, good_answer, served_alone
 from tests.s3 import IS_LONG
 from tests.serve_world import TOKENS, Site, serve_config, serving, slow
@@ -197,27 +196,33 @@ OVERLOAD_S = 60.0 if IS_LONG else 2.0
 def demand(port: int, num_users: int, seconds: float, period_s: float = 0.0) -> tuple[list[float], Counter[str]]:
     """Seconds of every accepted request, and what became of all.
 
-    Every user asks again once the answer is there, but not before a period is over.
+    Every user asks again once the answer is there, but not before a period is over. All in one thread: eighty of them
+    would wait for each other's turns, and the times would be theirs.
     """
     over_s, times, counts = time.monotonic() + seconds, list[float](), Counter[str]()
 
-    def user(number: int) -> None:
-        at, sender = number, Sender(port)
+    async def user(number: int) -> None:
+        at, (reader, writer) = number, await asyncio.open_connection("127.0.0.1", port)
         while (now_s := time.monotonic()) < over_s:
             at += num_users
-            answer = sender.send(asked(f"user-{at % 200:04d}", f"content-{at // 200 % 6:03d}"))
-            counts[str(answer.status)] += 1
-            if answer.status == 200:
+            writer.write(asked(f"user-{at % 200:04d}", f"content-{at // 200 % 6:03d}").data)
+            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            body = await reader.readexactly(int(head.split("content-length: ")[1].split("\r\n")[0]))
+            status = head.split(" ")[1]
+            counts[status] += 1
+            if status == "200":
                 times.append(time.monotonic() - now_s)
-            elif answer.status == 429:
-                problem = ProblemBody.model_validate_json(answer.body)
+            elif status == "429":
+                problem = ProblemBody.model_validate_json(body)
                 assert problem.code == "queue_full"
-                assert f"retry-after: {problem.retry_after_s}" in answer.headers.lower()
-            time.sleep(max(0.0, now_s + period_s - time.monotonic()))
-        sender.close()
+                assert f"retry-after: {problem.retry_after_s}" in head
+            await asyncio.sleep(max(0.0, now_s + period_s - time.monotonic()))
+        writer.close()
 
-    with ThreadPoolExecutor(num_users) as pool:
-        list(pool.map(user, range(num_users)))
+    async def users() -> None:
+        await asyncio.gather(*map(user, range(num_users)))
+
+    asyncio.run(users())
     return times, counts
 
 
