@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from e2p_ray.check import check
 from e2p_ray.config import JobConfig
@@ -46,7 +45,6 @@ class Generator:
     def __init__(self, engine: TextEngine, config: JobConfig, run_id: str) -> None:
         self._engine = engine
         self._config = config
-        self._run_id = run_id
         self._results = Results(engine, config, run_id)
 
     def generate(self, groups: Sequence[Group], *, shard_id: str = "") -> tuple[list[Generation], list[DeadLetter]]:
@@ -72,7 +70,7 @@ class Generator:
         None among the groups: nobody waits now, ask again after the next step; they end when all that came is given.
         At any time a request key is on its way once and a content id stands for one content. AssertionError as above.
         """
-        flow = _Flow(groups, self._config, Results(self._engine, self._config, self._run_id, shard_id), give)
+        flow = _Flow(groups, self._config, self._results, give, shard_id)
         for completion in self._engine.generate(flow.groups()):
             flow.take(completion)
         flow.require_done()
@@ -95,10 +93,15 @@ class _Flow:
     """Requests on their way: what the engine is to write for each, and what became of it."""
 
     def __init__(
-        self, groups: Iterable[Group | None], config: JobConfig, results: Results, give: Callable[[Result], None]
+        self,
+        groups: Iterable[Group | None],
+        config: JobConfig,
+        results: Results,
+        give: Callable[[Result], None],
+        shard_id: str,
     ) -> None:
         self._source, self._source_is_over = iter(groups), False
-        self._config, self._results, self._give = config, results, give
+        self._config, self._results, self._give, self._shard_id = config, results, give, shard_id
         self._next: deque[Group] = deque()  # for the engine
         self._asked: dict[RequestKey, Group] = {}  # texts that it owes, by request or unpersonalised key
         self._open: dict[RequestKey, _Open] = {}
@@ -202,7 +205,7 @@ class _Flow:
 
     def _settle(self, state: _Open, shared: Written | None = None) -> None:
         del self._open[state.request.key]
-        self._give(self._results.result(state.request, state.content, state.own, shared))
+        self._give(self._results.result(state.request, state.content, state.own, shared, self._shard_id))
 
     def _checked(self, completion: Completion, group: Group) -> Written:
         text, verdict = one_line(completion.text), Verdict()
@@ -234,12 +237,7 @@ def _require_sound(groups: Sequence[Group]) -> None:
                 raise AssertionError(f"{request.key} is in the group of {content_id!r}, {group.task!r}")
 
 
-class _Keyed(Protocol):
-    @property
-    def key(self) -> RequestKey: ...
-
-
-def _require_same_keys(planned: Iterable[RequestKey], results: Iterable[_Keyed]) -> None:
+def _require_same_keys(planned: Iterable[RequestKey], results: Iterable[Result]) -> None:
     """Row conservation: key sets, never counts, and no key twice on either side."""
     wanted = Counter(planned)
     found = Counter(result.key for result in results)

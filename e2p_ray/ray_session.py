@@ -38,6 +38,11 @@ def ray_session(address: str | None, *, include_dashboard: bool = False) -> Iter
         ray.shutdown()
 
 
+def names_no_cluster(address: str | None) -> bool:
+    """Whether neither a configuration nor the environment says where a Ray is, so that a job starts its own."""
+    return address is None and not os.environ.get("RAY_ADDRESS")
+
+
 def alive_nodes() -> list[Mapping[str, float]]:
     """The resources of every node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
@@ -46,7 +51,7 @@ def alive_nodes() -> list[Mapping[str, float]]:
 def only_machine(address: str | None) -> Mapping[str, float] | None:
     """The resources of the one machine that there is; None for a cluster, which may grow."""
     nodes = alive_nodes()
-    return nodes[0] if address is None and not os.environ.get("RAY_ADDRESS") and len(nodes) == 1 else None
+    return nodes[0] if names_no_cluster(address) and len(nodes) == 1 else None
 
 
 @contextmanager

@@ -74,30 +74,31 @@ class Written:
 class Results:
     """Turns what was written for a request into its row of the output, or into its dead letter."""
 
-    def __init__(self, engine: TextEngine, config: JobConfig, run_id: str, shard_id: str = "") -> None:
+    def __init__(self, engine: TextEngine, config: JobConfig, run_id: str) -> None:
         self._engine = engine
         self._config = config
         self._run_id = run_id
-        self._shard_id = shard_id
         self._settings: dict[tuple[str, str], TextSettings] = {}
         self._content_part = lru_cache(_MAX_KEPT_PARTS)(content_part)
 
-    def result(self, request: Request, content: Content, own: Written | None, shared: Written | None) -> Result:
-        """The row of one request; a dead letter where there is no text to publish.
+    def result(
+        self, request: Request, content: Content, own: Written | None, shared: Written | None, shard_id: str
+    ) -> Result:
+        """The row of one request of a shard; a dead letter where there is no text to publish.
 
         own: the last personalised text, None where none was asked for; shared: the unpersonalised one, likewise.
         """
         if request.key.user_id == UNPERSONALIZED_USER_ID:
-            return self._dead_letter(request, ErrorCode.NULL_KEY)
+            return self._dead_letter(request, ErrorCode.NULL_KEY, shard_id)
         if own is not None and own.completion.error_code is not None:
-            return self._dead_letter(request, own.completion.error_code)
+            return self._dead_letter(request, own.completion.error_code, shard_id)
         if own is not None and own.accepted:
             return self._row(request, content, Status.OK, own.first_reason, Arm.SOFT_TOKEN, own)
         status, reason = _why_not_personalized(request, content, own)
         if shared is not None and shared.accepted:
             return self._row(request, content, status, reason, Arm.NO_SOFT_TOKEN, shared)
         if not content.title.strip():
-            return self._dead_letter(request, ErrorCode.EMPTY_CONTENT)
+            return self._dead_letter(request, ErrorCode.EMPTY_CONTENT, shard_id)
         return self._row(request, content, status, reason, Arm.TITLE, None)
 
     def fingerprint(self, request: Request, content: Content) -> str:
@@ -136,9 +137,9 @@ class Results:
             generated_at=datetime.now(UTC),
         )
 
-    def _dead_letter(self, request: Request, code: ErrorCode) -> DeadLetter:
+    def _dead_letter(self, request: Request, code: ErrorCode, shard_id: str) -> DeadLetter:
         message = _MESSAGES.get(code, code.value)
-        return DeadLetter(*request.key, code, message, self._shard_id, self._run_id)
+        return DeadLetter(*request.key, code, message, shard_id, self._run_id)
 
     def _settings_of(self, task: str, language: str) -> TextSettings:
         """Once per task and language."""

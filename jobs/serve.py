@@ -17,7 +17,7 @@ from ray.serve.config import HTTPOptions
 from e2p_ray.config import ServeConfig
 from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.loaded import EngineFactory
-from e2p_ray.ray_session import ray_session
+from e2p_ray.ray_session import names_no_cluster, ray_session
 from e2p_ray.serve.app import serve_file
 from e2p_ray.serve.front import front_of_local_ray, require_free_port
 from e2p_ray.serve.replica import APP_NAME, application
@@ -41,7 +41,7 @@ def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: E
     load_manifest(config, Storage(config.storage))  # says what does not fit before anything is started
     # For a Ray that is started here. Its own choice, 15, lets a batch stand back; a text that is waited for should not.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    if not ray.is_initialized() and not (config.workers.ray_address or os.environ.get("RAY_ADDRESS")):
+    if not ray.is_initialized() and names_no_cluster(config.workers.ray_address):
         require_free_port(config.api.host, config.api.port)
     # `serve deploy` talks to the dashboard.
     with front_of_local_ray(), ray_session(config.workers.ray_address, include_dashboard=True):

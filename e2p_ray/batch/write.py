@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from typing import Any
 
 from e2p_ray.batch.logs import ActorLog
 from e2p_ray.batch.metrics import BatchMetrics
@@ -19,7 +19,7 @@ from e2p_ray.batch.tally import ShardOutcome
 from e2p_ray.commit import Run, ShardStats, commit_shard
 from e2p_ray.commit.failures import cut_between_words
 from e2p_ray.commit.run import ARTIFACTS
-from e2p_ray.engine.contract import EngineStats
+from e2p_ray.engine.contract import Artifacts, EngineStats
 from e2p_ray.errors import E2PError, IncompatibleError, RunError
 from e2p_ray.loaded import LoadedGenerator
 from e2p_ray.plan import read_shard
@@ -39,17 +39,6 @@ class Written:
     dead_letters: Sequence[DeadLetter]
     work: EngineStats
     seconds_s: float
-
-
-class Artifacts(Protocol):
-    """What names the artifacts that texts are made with."""
-
-    @property
-    def projector_id(self) -> str: ...
-    @property
-    def base_model_id(self) -> str: ...
-    @property
-    def embedding_space(self) -> str: ...
 
 
 WriteGroups = Callable[[Sequence[Group], str], Written]  # groups and the id of their shard

@@ -38,11 +38,8 @@ class EngineStats:
         )
 
 
-class TextEngine(Protocol):
-    """Writes one raw text a request; what becomes of it is decided in `generate.py`.
-
-    A text depends on its request, content and attempt only: never on its neighbours, their order or the worker.
-    """
+class Artifacts(Protocol):
+    """The ids of what texts are made with; `commit.run.ARTIFACTS` names them."""
 
     @property
     def projector_id(self) -> str: ...
@@ -52,6 +49,13 @@ class TextEngine(Protocol):
 
     @property
     def embedding_space(self) -> str: ...
+
+
+class TextEngine(Artifacts, Protocol):
+    """Writes one raw text a request; what becomes of it is decided in `generate.py`.
+
+    A text depends on its request, content and attempt only: never on its neighbours, their order or the worker.
+    """
 
     @property
     def embedding_dim(self) -> int: ...

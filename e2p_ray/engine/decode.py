@@ -26,7 +26,7 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.overhead import measure_overhead_tokens
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
-from e2p_ray.engine.row import Row
+from e2p_ray.engine.row import Row, rows_at_hand
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.sampling import Chosen, choose
 from e2p_ray.engine.shared_prefix import Prefix
@@ -113,13 +113,9 @@ class Decoder:
 
     def _fill(self, source: Iterator[Row | Completion | None]) -> list[Completion]:
         """Keep a wave's worth of rows waiting; completions among them are returned."""
-        found = []
-        while len(self._pending) < self.bounds.max_rows and (row := next(source, None)) is not None:
-            if isinstance(row, Completion):
-                found.append(row)
-            else:
-                self._pending.append(row)
-        return found
+        rows, completions = rows_at_hand(source, self.bounds.max_rows - len(self._pending))
+        self._pending += rows
+        return completions
 
     def _advance(self) -> list[Completion]:
         num_rows = 0 if self._wave is None else len(self._wave)

@@ -9,6 +9,7 @@ gate into the products saves two passes over the widest activations (1.0 to 1.25
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,16 +17,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _DTYPES = (torch.float32, torch.bfloat16)
-# Below this many rows a packed product in fp32 waits for memory longer than a plain one (1,536 x 512 out of the
+# Up to so many rows a packed product in fp32 waits for memory longer than a plain one (1,536 x 512 out of the
 # third-level cache, packed and plain in us: 343 and 187 for 1 row, 373 and 177 for 3, 390 and 280 for 4, 414 and 389
 # for 8; in bf16 packed is ahead from 1 row on).
 _FEW_ROWS = 4
-_ACTIVATED: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda output: output,
-    "swish": functional.silu,
-    "gelu": partial(functional.gelu, approximate="tanh"),
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """A function behind a product: oneDNN's names for it, and torch's own."""
+
+    name: str
+    algorithm: str
+    apply: Callable[[Tensor], Tensor]
+
+
+_NONE = Activation("none", "", lambda output: output)
+_SILU = Activation("swish", "", functional.silu)
+_ACTIVATIONS = {
+    "SiLUActivation": _SILU,
+    "SiLU": _SILU,
+    "GELUTanh": Activation("gelu", "tanh", partial(functional.gelu, approximate="tanh")),
 }
-_ACTIVATIONS = {"SiLUActivation": ("swish", ""), "SiLU": ("swish", ""), "GELUTanh": ("gelu", "tanh")}
 
 
 class PackedLinear(nn.Module):
@@ -39,34 +52,42 @@ class PackedLinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """The product and the bias."""
-        return self.then(states, "none", "")
+        return self.then(states, _NONE)
 
-    def then(self, states: Tensor, activation: str, algorithm: str) -> Tensor:
-        """The same with an activation of oneDNN behind it."""
-        if self.plain is not None and _are_few(states):
-            return _ACTIVATED[activation](functional.linear(states, self.plain, self.bias))
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(states, self.packed, self.bias, activation, [], algorithm)
+    def then(self, states: Tensor, activation: Activation) -> Tensor:
+        """The same with an activation behind it."""
+        if (few := self._few(states)) is not None:
+            return activation.apply(few)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(
+            states, self.packed, self.bias, activation.name, [], activation.algorithm
+        )
         return output
 
     def times(self, states: Tensor, other: Tensor) -> Tensor:
         """The same, multiplied with `other`."""
-        if self.plain is not None and _are_few(states):
-            return functional.linear(states, self.plain, self.bias).mul_(other)
+        if (few := self._few(states)) is not None:
+            return few.mul_(other)
         output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(states, other, self.packed, self.bias, "mul")
         return output
 
     def plus(self, states: Tensor, other: Tensor) -> Tensor:
         """The same, added to `other`."""
-        if self.plain is not None and _are_few(states):
-            return functional.linear(states, self.plain, self.bias).add_(other)
+        if (few := self._few(states)) is not None:
+            return few.add_(other)
         output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(states, other, self.packed, self.bias, "add")
         return output
+
+    def _few(self, states: Tensor) -> Tensor | None:
+        """The product and the bias by the plain weight, where that is kept and faster."""
+        if self.plain is None or states.numel() > _FEW_ROWS * states.shape[-1]:
+            return None
+        return functional.linear(states, self.plain, self.bias)
 
 
 class GatedMLP(nn.Module):
     """down(activation(gate(x)) * up(x)) with packed weights, as Llama and its kin have it."""
 
-    def __init__(self, gate: PackedLinear, up: PackedLinear, down: PackedLinear, activation: tuple[str, str]) -> None:
+    def __init__(self, gate: PackedLinear, up: PackedLinear, down: PackedLinear, activation: Activation) -> None:
         super().__init__()
         self.gate, self.up, self.down = gate, up, down
         self._activation = activation
@@ -81,11 +102,7 @@ class GatedMLP(nn.Module):
         return self.down.plus(self._inner(states), other)
 
     def _inner(self, states: Tensor) -> Tensor:
-        return self.up.times(states, self.gate.then(states, *self._activation))
-
-
-def _are_few(states: Tensor) -> bool:
-    return states.numel() <= _FEW_ROWS * states.shape[-1]
+        return self.up.times(states, self.gate.then(states, self._activation))
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
@@ -95,8 +112,8 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype in _DTYPES and bool(torch.backends.mkldnn.enabled) and found
 
 
-def activation_of(module: nn.Module | None) -> tuple[str, str] | None:
-    """What oneDNN calls this activation, None if it has none such."""
+def activation_of(module: nn.Module | None) -> Activation | None:
+    """This activation, None if oneDNN has none such."""
     return _ACTIVATIONS.get(type(module).__name__)
 
 

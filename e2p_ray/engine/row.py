@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from e2p_ray.config import SamplingConfig
 from e2p_ray.engine.prompt import Segments
-from e2p_ray.schema import RequestKey, UserEmbedding
+from e2p_ray.schema import Completion, RequestKey, UserEmbedding
+
+_ROW = TypeVar("_ROW")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,3 +41,14 @@ class Row:
     def num_visible(self, num_soft_tokens: int) -> int:
         """How much of the shared prefix the row reads."""
         return len(self.segments.left) - self._takes_last
+
+
+def rows_at_hand(source: Iterator[_ROW | Completion | None], room: int) -> tuple[list[_ROW], list[Completion]]:
+    """As many rows as there is room for and as wait now, and the completions between them, which need no engine."""
+    rows, completions = list[_ROW](), list[Completion]()
+    while len(rows) < room and (row := next(source, None)) is not None:
+        if isinstance(row, Completion):
+            completions.append(row)
+        else:
+            rows.append(row)
+    return rows, completions

@@ -27,7 +27,7 @@ from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.prompt import Segments, load_tokenizer
 from e2p_ray.engine.prompted import PromptedEngine
-from e2p_ray.engine.row import Row
+from e2p_ray.engine.row import Row, rows_at_hand
 from e2p_ray.engine.stopping import Stopping
 from e2p_ray.engine.vllm_core import end_tokens, num_positions, read_config, read_token_embedding, start_vllm
 from e2p_ray.errors import ConfigError, IncompatibleError
@@ -101,7 +101,9 @@ class VllmEngine(PromptedEngine):
         running: dict[str, _Running] = {}
         try:
             while True:
-                refused = self._fill(running, rows)
+                more, refused = rows_at_hand(rows, self._max_rows - len(running))
+                for row in more:
+                    running[self._submit(row)] = _Running(row)
                 yield from refused
                 if running:
                     yield from self._step(running)
@@ -111,16 +113,6 @@ class VllmEngine(PromptedEngine):
             self._vllm.abort_request(list(running))
 
     # -- requests go in ----------------------------------------------------------------------------------------------
-
-    def _fill(self, running: dict[str, _Running], rows: Iterator[_Row | Completion | None]) -> list[Completion]:
-        """Hand over what waits, as far as there is room; what cannot be handed over comes back."""
-        refused = []
-        while len(running) < self._max_rows and (row := next(rows, None)) is not None:
-            if isinstance(row, Completion):
-                refused.append(row)
-            else:
-                running[self._submit(row)] = _Running(row)
-        return refused
 
     def _embedded(self, rows: Iterable[Row | Completion | None]) -> Iterator[_Row | Completion | None]:
         for given in rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -57,8 +56,6 @@ class Call(Listener):
         self.loaded: LoadedGenerator | None = None  # that of its first job
         self._jobs: dict[RequestKey, list[Job]] = {}
         self._began_s: dict[RequestKey, float] = {}
-        self._contents: dict[str, Content] = {}
-        self._num_of: Counter[str] = Counter()  # requests by content
         self._streamed: set[RequestKey] = set()
         self._seen = -1  # how many had been cancelled when `_gone` was found
         self._gone: Set[RequestKey] = frozenset()
@@ -85,16 +82,15 @@ class Call(Listener):
             return False
         if same := self._jobs.get(job.request.key):
             return same[0].fingerprint == job.fingerprint and same[0].content == job.content
-        content = self._contents.get(job.content.content_id, job.content)
-        return len(self._jobs) < self._max_rows and content == job.content
+        others = (same[0].content for same in self._jobs.values())
+        same_id = (content for content in others if content.content_id == job.content.content_id)
+        return len(self._jobs) < self._max_rows and next(same_id, job.content) == job.content
 
     def add(self, job: Job) -> None:
         """A job comes in."""
         key, self.loaded, self._seen = job.request.key, job.loaded, -1
         if key not in self._jobs:
             self._jobs[key], self._began_s[key] = [], time.monotonic()
-            self._contents[key.content_id] = job.content
-            self._num_of[key.content_id] += 1
         self._jobs[key].append(job)
         if job.on_text is not None:
             self._streamed.add(key)
@@ -125,9 +121,6 @@ class Call(Listener):
         key = result.key
         jobs, self._seen = self._jobs.pop(key), -1
         self._streamed.discard(key)
-        self._num_of[key.content_id] -= 1
-        if not self._num_of[key.content_id]:
-            del self._num_of[key.content_id], self._contents[key.content_id]
         self._queue.took(time.monotonic() - self._began_s.pop(key))
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
