@@ -12,6 +12,7 @@ from torch import Tensor
 
 from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
+from e2p_ray.engine.few_rows import FewRows
 from e2p_ray.engine.fused import FUSED_MODEL_TYPES
 from e2p_ray.engine.manifest import Layout
 from e2p_ray.engine.packed import PackedLinear
@@ -141,6 +142,8 @@ def packed_engine(
         ("content_first", " headline:", False),
         ("soft_first", "", False),
         ("content_first", "", True),
+        ("content_first", " headline:", True),
+        ("soft_first", "", True),
     ],
 )
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -155,7 +158,17 @@ def test_packed_weights_give_the_same_logits(
     assert all((module.plain is not None) == keep_plain for module in packed)
     short = of_length(8, "short")  # a window must reach back to a soft token that comes first
     groups = [tiny_models.group(content, range(5), without=[1]) for content in (short, *tiny_models.contents(3))]
+    asked, by_numpy = list[bool](), FewRows.takes
+
+    def takes(self: FewRows, step: RowsStep) -> bool:
+        asked.append(by_numpy(self, step))
+        return asked[-1]
+
+    monkeypatch.setattr(FewRows, "takes", takes)
     trace = run_traced(engine, groups, monkeypatch)
+    assert any(asked) == (keep_plain and base.fused is not None), "few rows go their own way"
+    if any(asked) and getattr(ARCHITECTURES[name], "sliding_window", None):
+        assert not all(asked), "but where a window ends"
     assert largest_difference(model, engine, groups, trace) < TOLERANCE
     assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"
 

@@ -346,6 +346,29 @@ def test_who_waits_behind_is_served_when_the_one_before_leaves(job: JobConfig) -
             late.result()
 
 
+def test_what_needs_no_writing_is_answered_while_the_queue_is_full(published: JobConfig) -> None:
+    known = next(key for key in rows_of(published) if key.task == "headline")
+    contents = [{"title": f"Bridge {n}", "body": "The bridge opened.", "language": "en"} for n in range(3)]
+    config = serve_config(published, replica={"max_waiting": 1}, engine={"max_rows": 1})
+    with serving(config, slow(1.0)) as site, site.client() as client, ThreadPoolExecutor(2) as pool:
+
+        def wait(content: dict[str, str]) -> None:
+            with site.client() as own, pytest.raises(DeadlineError):
+                own.generate("headline", user_id=PLAIN, content=content, timeout_ms=2000)
+
+        crowd = [pool.submit(wait, content) for content in contents[:2]]
+        _until(site.service.loop.refusal, lambda refused: refused is not None)
+        assert client.generate("headline", user_id=known.user_id, content_id=known.content_id).source == "published"
+        with pytest.raises(TooManyRequestsError) as full:
+            client.generate("headline", user_id=PLAIN, content=contents[2])
+        assert full.value.retry_after_s is not None
+        half = b'{"user_id": "\\ud800", "content_id": "content-000", "task": "headline"}'
+        for body, status in ((b"{", 422), (b"[" * 5000, 422), (half, 422), (b"[]", 429), (b'{"user_id": 3}', 429)):
+            assert post(site, "/v1/generations", body).status_code == status
+        for one in crowd:
+            one.result()
+
+
 def test_a_full_queue_says_when_to_come_again(job: JobConfig) -> None:
     with serving(serve_config(job, replica={"max_waiting": 2}, engine={"max_rows": 1}), slow(0.05)) as site:
 

@@ -19,16 +19,28 @@ _NUM_BUCKETS_LOG2 = 6
 _MAX_MEMORY_BYTES = 1 << 20  # of one bucket; what is beyond goes to a temporary file
 
 
+# Odd, and no sum of some of them is a multiple of a large power of two.
+_WEIGHTS = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], np.uint64)
+
+
 def hash_rows(*columns: pa.ChunkedArray | pa.Array) -> Hashes:
     """A 128-bit hash of each row over string columns, (n, 2); good within one process. The columns' order counts."""
-    halves = []
-    for half in range(2):
-        total = np.zeros(len(columns[0]), dtype=np.uint64)
-        for position, column in enumerate(columns):
-            # A sum of independent hashes, not a hash of joined strings: no separator can be forged.
-            total += _strings(column).hash(seed=1000 * half + position).to_numpy()
-        halves.append(total)
-    return np.stack(halves, axis=1)
+    # A weighted sum of hashes, not a hash of joined strings: no separator can be forged.
+    total = np.zeros((len(columns[0]), 2), dtype=np.uint64)
+    for column, weight in zip(columns, _WEIGHTS[: len(columns)], strict=True):
+        total += _both_halves(_strings(column)) * weight
+    return total
+
+
+def hash_key(*parts: str) -> Hashes:
+    """What `hash_rows` has for one row, (2,), four times as fast (650 us a row of three parts otherwise)."""
+    weights = _WEIGHTS[: len(parts), None]
+    total: Hashes = (_both_halves(pl.Series(parts, dtype=pl.String)) * weights).sum(axis=0, dtype=np.uint64)
+    return total
+
+
+def _both_halves(strings: pl.Series) -> Hashes:
+    return np.stack([strings.hash(seed).to_numpy() for seed in (0, 1000)], axis=1)
 
 
 def _strings(column: pa.ChunkedArray | pa.Array) -> pl.Series:

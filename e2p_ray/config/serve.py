@@ -47,10 +47,10 @@ class ReplicaConfig(Section):
     upscale_delay_s: float = Field(10.0, ge=0)
     downscale_delay_s: float = Field(300.0, ge=0)
     max_waiting: int = Field(
-        256,
+        128,
         ge=1,
-        description="texts that wait for one of engine.max_rows places; further ones get 429. Half as many as places: "
-        "who is accepted waits for half a text's time at most",
+        description="texts that wait for one of engine.max_rows places; further ones get 429. A quarter as many as "
+        "places: with half as many, ten times too many requests tripled the time of those that were accepted",
     )
     shard_rows: int = Field(
         32,

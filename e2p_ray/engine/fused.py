@@ -20,7 +20,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from e2p_ray.engine.attention import Shape, Step
+from e2p_ray.engine.few_rows import FewRows
 from e2p_ray.engine.packed import PackedLinear, activation_of, gated_mlp
+from e2p_ray.engine.rows_step import RowsStep
 
 # Same modules under the same names; each is compared with transformers in tests/test_engine_architectures.py.
 FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -33,12 +35,15 @@ class FusedDecoder(nn.Module):
         super().__init__()
         decoder: Any = model.base_model
         self._rotary: nn.Module = decoder.rotary_emb
-        self._norm = _Norm(decoder.norm)
+        self._norm = Norm(decoder.norm)
         window = model.config.sliding_window if model.config.model_type == "mistral" else None
-        self._layers = nn.ModuleList()
+        layers = []
         for number in range(len(decoder.layers)):
-            self._layers.append(_Layer(decoder.layers[number], window, keep_plain))
+            layers.append(FusedLayer(decoder.layers[number], window, keep_plain))
             decoder.layers[number] = nn.Identity()  # its weights are freed
+        self._layers = nn.ModuleList(layers)
+        has_plain = keep_plain and model.dtype is torch.float32
+        self._few_rows = FewRows(layers, self._norm) if has_plain else None
 
     def forward(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:
         """(n, q, d_model) at position_ids (n, q) to the last layer's normed states."""
@@ -46,66 +51,68 @@ class FusedDecoder(nn.Module):
         cos, sin = self._rotary(torch.empty(0, dtype=torch.float32, device=embeds.device), position_ids)
         half = cos.shape[-1] // 2
         turns = torch.complex(cos[..., :half], sin[..., :half]).view(-1, 1, half)
+        if self._few_rows is not None and isinstance(step, RowsStep) and self._few_rows.takes(step):
+            return self._few_rows(states, turns, step).view(embeds.shape)
         for layer in self._layers:
             states = layer(states, turns, step, embeds.shape[0])
         normed: Tensor = self._norm(states)
         return normed.view(embeds.shape)
 
 
-class _Layer(nn.Module):
+class FusedLayer(nn.Module):
     """Attention and gated MLP with their norms and residuals."""
 
     def __init__(self, layer: Any, window: int | None, keep_plain: bool) -> None:
         super().__init__()
         attention = layer.self_attn
-        self._head_dim: int = attention.head_dim
-        self._shape = Shape(float(attention.scaling), getattr(attention, "sliding_window", None) or window, None)
-        self._number: int = attention.layer_idx
-        self._before_attention, self._before_mlp = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
-        order = _side_by_side(self._head_dim)
+        self.head_dim: int = attention.head_dim
+        self.shape = Shape(float(attention.scaling), getattr(attention, "sliding_window", None) or window, None)
+        self.number: int = attention.layer_idx
+        self.before_attention, self.before_mlp = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
+        order = _side_by_side(self.head_dim)
         parts = [
             _reordered(attention.q_proj, order),
             _reordered(attention.k_proj, order),
             (attention.v_proj.weight, attention.v_proj.bias),
         ]
-        self._num_heads, self._num_kv_heads = (len(weight) // self._head_dim for weight, _ in parts[:2])
+        self.num_heads, self.num_kv_heads = (len(weight) // self.head_dim for weight, _ in parts[:2])
         biases = [bias for _, bias in parts if bias is not None]
         assert len(biases) in (0, len(parts)), "all of them have a bias, or none"
         weight, bias = torch.cat([weight for weight, _ in parts]), torch.cat(biases) if biases else None
-        self._qkv = PackedLinear(weight, bias, keep_plain=keep_plain)
-        self._output = PackedLinear(attention.o_proj.weight, attention.o_proj.bias, keep_plain=keep_plain)
-        self._query_norm = _Norm(attention.q_norm, order) if hasattr(attention, "q_norm") else None
-        self._key_norm = _Norm(attention.k_norm, order) if hasattr(attention, "k_norm") else None
+        self.qkv = PackedLinear(weight, bias, keep_plain=keep_plain)
+        self.output = PackedLinear(attention.o_proj.weight, attention.o_proj.bias, keep_plain=keep_plain)
+        self.query_norm = Norm(attention.q_norm, order) if hasattr(attention, "q_norm") else None
+        self.key_norm = Norm(attention.k_norm, order) if hasattr(attention, "k_norm") else None
         packed = gated_mlp(layer.mlp, keep_plain=keep_plain)
         assert packed is not None, "checked by fits"
-        self._mlp = packed
+        self.mlp = packed
 
     def forward(self, states: Tensor, turns: Tensor, step: Step, num_rows: int) -> Tensor:
         """(n * q, d_model) to the same; `turns` (n * q, 1, head_dim / 2) are the rotations as complex numbers."""
-        heads = self._qkv(self._before_attention(states)).view(len(states), -1, self._head_dim)
-        num_rotated = self._num_heads + self._num_kv_heads
-        queries, keys, values = heads.tensor_split((self._num_heads, num_rotated), dim=1)
-        if self._query_norm is not None and self._key_norm is not None:
-            queries, keys = self._query_norm(queries), self._key_norm(keys)
+        heads = self.qkv(self.before_attention(states)).view(len(states), -1, self.head_dim)
+        num_rotated = self.num_heads + self.num_kv_heads
+        queries, keys, values = heads.tensor_split((self.num_heads, num_rotated), dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
 
         def by_row(tensor: Tensor) -> Tensor:  # (n, heads, q, D)
             return tensor.view(num_rows, -1, *tensor.shape[1:]).transpose(1, 2)
 
         queries, keys = by_row(_turned(queries, turns)), by_row(_turned(keys, turns))
-        keys, values = step.update(keys, by_row(values), self._number)
-        attended = step.attend(self._number, queries, keys, values, self._shape)
-        states = self._output.plus(attended.transpose(1, 2).reshape(len(states), -1).to(states.dtype), states)
-        return self._mlp.plus(self._before_mlp(states), states)
+        keys, values = step.update(keys, by_row(values), self.number)
+        attended = step.attend(self.number, queries, keys, values, self.shape)
+        states = self.output.plus(attended.transpose(1, 2).reshape(len(states), -1).to(states.dtype), states)
+        return self.mlp.plus(self.before_mlp(states), states)
 
 
-class _Norm(nn.Module):
+class Norm(nn.Module):
     """Root-mean-square norm over the last dimension."""
 
     def __init__(self, norm: Any, order: Tensor | None = None) -> None:
         super().__init__()
         weight = norm.weight.detach()
-        self._weight = weight if order is None else weight[order]
-        self._epsilon: float = norm.variance_epsilon
+        self.weight = weight if order is None else weight[order]
+        self.epsilon: float = norm.variance_epsilon
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., d) to the same."""
@@ -113,8 +120,8 @@ class _Norm(nn.Module):
         squares = torch.linalg.vector_norm(flat[0], dim=-1, dtype=torch.float32).square_().div_(flat.shape[-1])
         # A batch norm whose channels are the rows: one pass that reckons in float32, where torch's own RMS norm takes
         # five (512 rows of 512 in bf16: 80 us after the squares' 100, against 390).
-        normed = functional.batch_norm(flat, torch.zeros_like(squares), squares, eps=self._epsilon)
-        return normed.mul_(self._weight).view(states.shape)
+        normed = functional.batch_norm(flat, torch.zeros_like(squares), squares, eps=self.epsilon)
+        return normed.mul_(self.weight).view(states.shape)
 
 
 def fits(model: PreTrainedModel) -> bool:

@@ -20,7 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 # Up to so many rows a packed product in fp32 waits for memory longer than a plain one (1,536 x 512 out of the
 # third-level cache, packed and plain in us: 343 and 187 for 1 row, 373 and 177 for 3, 390 and 280 for 4, 414 and 389
 # for 8; in bf16 packed is ahead from 1 row on).
-_FEW_ROWS = 4
+FEW_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class PackedLinear(nn.Module):
 
     def _few(self, states: Tensor) -> Tensor | None:
         """The product and the bias by the plain weight, where that is kept and faster."""
-        if self.plain is None or states.numel() > _FEW_ROWS * states.shape[-1]:
+        if self.plain is None or states.numel() > FEW_ROWS * states.shape[-1]:
             return None
         return functional.linear(states, self.plain, self.bias)
 

@@ -19,6 +19,7 @@ from e2p_ray.engine.attention import Shape, attention, joined_attention, merge
 from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
 
 _Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float32]
 
 # From so many new tokens a row on, torch's CPU kernel beats two products (256 rows of 16: 5.2 ms against 6.8 ms).
 _KERNEL_WIDTH = 8
@@ -43,6 +44,14 @@ class Readers:
     starts: _Ints
     prefix_lengths: _Ints
     runs: tuple[tuple[int, int], ...]
+
+    def by_row(self) -> list[tuple[Prefix, int] | None]:
+        """What each row reads, and how much of it."""
+        found: list[tuple[Prefix, int] | None] = [None] * len(self.order)
+        for at, reading in enumerate(zip(self.prefixes, self.visible, strict=True)):
+            for row in self.order[self.starts[at] : self.starts[at + 1]]:
+                found[row] = reading
+        return found
 
     @classmethod
     def of(cls, prefixes: Sequence[Prefix | None], visible: Sequence[int]) -> Readers:
@@ -99,13 +108,16 @@ class RowsStep:
         self.end: _Ints = ends - 1
         at = lengths[self.row] + self.offset
         positions = readers.prefix_lengths[self.row] + at
-        self._last_position = int(positions.max())
+        self.last_position = int(positions.max())
         self._num_own = int((lengths + counts).max())
         # A grid (n, width) of the rows' own queries: short rows repeat their last token.
         width = int(counts.max())
         across = np.minimum(np.arange(width), counts[:, None] - 1)
         self._width = width
         self._even = int(counts.min()) == width
+        self.is_single = width == 1  # one new token a row
+        self._lengths = lengths
+        self._single: list[tuple[int, tuple[Prefix, int] | None]] | None = None
         self._all_visible = width == 1 and int(lengths.min()) == int(lengths.max())
         # The tokens of one prefix's readers, side by side.
         asking = np.concatenate([[0], np.cumsum(counts[readers.order])])
@@ -136,9 +148,26 @@ class RowsStep:
                 slots[self._slot_row, :, self._slot_at] = given.to(slots.dtype)
         return keys, values
 
+    def read_singly(self, layer: int, keys: _Floats, values: _Floats) -> Iterator[list[tuple[_Floats, _Floats]]]:
+        """For each row, by numpy, keys and values (Hkv, t, D) of its prefix and of its own tokens.
+
+        With the new ones (n, Hkv, D) among them; for a pass `is_single` on a CPU.
+        """
+        if self._single is None:
+            self._single = [*zip(self._lengths.tolist(), self._readers.by_row(), strict=True)]
+        own_keys, own_values = (slots[layer][self._span].numpy() for slots in (self._slots.keys, self._slots.values))
+        for row, (at, reading) in enumerate(self._single):
+            own_keys[row, :, at], own_values[row, :, at] = keys[row], values[row]
+            parts = [(own_keys[row, :, : at + 1], own_values[row, :, : at + 1])]
+            if reading is not None:
+                prefix, length = reading
+                before = prefix.keys[layer].numpy(), prefix.values[layer].numpy()
+                parts.append((before[0][0, :, :length], before[1][0, :, :length]))
+            yield parts
+
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
         """Attention output (1, H, T, D) for packed queries (1, H, T, D), each token's heads side by side in memory."""
-        window = shape.window if shape.window is not None and self._last_position >= shape.window else None
+        window = shape.window if shape.window is not None and self.last_position >= shape.window else None
         _, num_heads, num_tokens, head_dim = queries.shape
         by_token = queries[0].transpose(0, 1).view(num_tokens, keys.shape[1], -1, head_dim)  # (T, Hkv, g, D)
         before = self._attend_prefixes(layer, by_token, shape, window) if self._readers.prefixes else None

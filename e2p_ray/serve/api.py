@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from e2p_ray.batch.write import this_process
 from e2p_ray.serve.answers import all_answered, published_answer, written_answer
 from e2p_ray.serve.contents import MAX_LISTED, MAX_SEARCH_CHARS, ContentsAnswer, listed
+from e2p_ray.serve.crowd import GENERATIONS_PATH, Crowd
 from e2p_ray.serve.editors import add_page
 from e2p_ray.serve.gate import App, Gate, TokenBucket
 from e2p_ray.serve.messages import (
@@ -47,13 +48,13 @@ def make_api(service: Service) -> App:
     _add_writing(app, service)
     _add_state(app, service)
     add_page(app)
-    return Gate(app, service.config.api)
+    return Gate(app, service.config.api, Crowd(service).refusal)
 
 
 def _add_writing(app: FastAPI, service: Service) -> None:
     limits = service.config.api
 
-    @app.post("/v1/generations", response_model=GenerationAnswer, responses=_PROBLEMS, summary="Write one text")
+    @app.post(GENERATIONS_PATH, response_model=GenerationAnswer, responses=_PROBLEMS, summary="Write one text")
     async def generations(request: Request, body: GenerationRequest) -> Any:
         began_s = time.perf_counter()
         asked = service.look_up(body, body, body.task, body.sampling)

@@ -18,12 +18,15 @@ from e2p_ray.errors import ConfigError
 
 # One published text, 480 requests by one user, everything on one core, the machine busy (load 5 to 6), p50 ms and CPU
 # ms a request: Serve's proxy 17.4 and 18.3; the same with gRPC to the replica, and user code and router without threads
-# of their own, 13.8 and 15.1; HAProxy 3.5 and 3.8; the API by uvicorn without Ray 2.6 and 2.2. HAProxy with user code
-# on the replica's own thread takes 2.7, but a step of ours that is slow would then hold up health checks.
+# of their own, 13.8 and 15.1; HAProxy 3.5 and 3.8; the API by uvicorn without Ray 2.6 and 2.2.
 FLAGS = {
     # A request goes from HAProxy straight to a server in its replica. Serve's own proxy is kept as the way in while
     # there is no replica. Nobody retries what a replica has seen; what no replica took goes to another one.
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    # User code on the replica's own thread: with one more, three take turns with the model's. A published text 3.1 for
+    # 3.5 ms; ten times too many requests, p99 of the accepted 2.0 and 2.1 s for 2.4 and 3.3. A slow step of ours holds
+    # up health checks (0.4 ms measured), which Serve gives half a minute.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     # A replica that is to end is reached this long, until HAProxy knows of it (30 by default, for slower balancers; it
     # knows within a second or two, and what is refused later goes to another one). Then it takes no new requests and
     # finishes those it has, for replica.drain_s.

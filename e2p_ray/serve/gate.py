@@ -49,11 +49,14 @@ class Gate:
     """Lets requests through to an ASGI app that have a token, keep their rate and are small enough.
 
     What is let through finds its token's bucket in scope["state"]["bucket"], for what costs more than one text. The
-    body has been read by then: no app waits for a client that sends slowly.
+    body has been read by then: no app waits for a client that sends slowly. `refusal` is asked last, with the path and
+    the body of what would be let through.
     """
 
-    def __init__(self, app: App, config: ApiConfig) -> None:
-        self._app, self._max_body_bytes = app, config.max_body_bytes
+    def __init__(
+        self, app: App, config: ApiConfig, refusal: Callable[[str, bytes], ProblemError | None] = lambda *_: None
+    ) -> None:
+        self._app, self._max_body_bytes, self._refusal = app, config.max_body_bytes, refusal
         self._digests = [_digest(token.get_secret_value().encode()) for token in config.tokens]
         self._anonymous = config.allow_anonymous and not config.tokens
         self._buckets = [TokenBucket(config.rate_per_s, config.burst) for _ in config.tokens or (None,)]
@@ -74,6 +77,9 @@ class Gate:
             return
         if body is None:
             return  # the client left
+        if (refused := self._refusal(scope["path"], body)) is not None:
+            await _answer(refused, send)
+            return
         scope.setdefault("state", {})["bucket"] = bucket
         await self._app(scope, _replayed(body, receive), send)
 

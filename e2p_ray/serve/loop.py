@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from e2p_ray.results import Result
 from e2p_ray.serve.call import Call, Job
 from e2p_ray.serve.pauses import Pauses, interrupted
-from e2p_ray.serve.problems import ended, queue_full
+from e2p_ray.serve.problems import ProblemError, ended, queue_full
 
 T = TypeVar("T")
 
@@ -79,14 +79,20 @@ class ModelLoop:
         with self._changed:
             if not self._thread.is_alive():
                 raise ended()
-            free = max(self._max_rows - self.num_running, 0)  # places that the first of them are about to take
-            if len(self._waiting) + len(jobs) > self._max_waiting + free:
-                rounds = 1 + len(self._waiting) / self._max_rows
-                raise queue_full(min(max(1, math.ceil(rounds * self._text_s)), _MAX_RETRY_AFTER_S))
+            if refused := self.refusal(len(jobs)):
+                raise refused
             self._waiting += jobs
             self._changed.notify_all()
         for job in jobs:
             job.future.add_done_callback(lambda future, job=job: self._forget(future, job))  # type: ignore[misc]
+
+    def refusal(self, num_texts: int = 1) -> ProblemError | None:
+        """429 where so many more texts may not wait, None where they may."""
+        free = max(self._max_rows - self.num_running, 0)  # places that the first who wait are about to take
+        if len(self._waiting) + num_texts <= self._max_waiting + free:
+            return None
+        rounds = 1 + len(self._waiting) / self._max_rows
+        return queue_full(min(max(1, math.ceil(rounds * self._text_s)), _MAX_RETRY_AFTER_S))
 
     def run(self, call: Callable[[], T]) -> Future[T]:
         """Make a call on the model's thread, before what waits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,10 @@ from e2p_ray.storage import Storage
 
 APP_NAME = "e2p_ray"
 DEPLOYMENT_NAME = "generator"
+# How long the model's thread waits, behind each of some hundred operations a step, for another one that runs Python (5
+# ms by Python's default). Eight places, ten times too many requests, p99 of the accepted, two runs each: 2,018 and 2,095
+# ms with 5 ms, 1,835 and 1,973 with this, 2,180 and 2,416 with 0.05.
+_SWITCH_INTERVAL_S = 0.0005
 
 
 class Replica:
@@ -34,6 +39,7 @@ class Replica:
         # half the time of a text (measured).
         gc.collect()
         gc.freeze()
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
     def __serve_build_asgi_app__(self) -> App:
         return make_api(self.service)
@@ -80,6 +86,8 @@ def application(config: ServeConfig, *, engine_factory: EngineFactory | None = N
             "num_gpus": workers.num_gpus,
             "runtime_env": {"env_vars": thread_variables(config)},
         },
+        # HAProxy has a log, too; a line for each of a crowd's refusals takes a tenth of what they cost.
+        "logging_config": {"enable_access_log": False},
         # Twice what it takes: the replica itself says no (429) to what is too much, Serve never makes anybody wait.
         "max_ongoing_requests": 2 * most,
         "graceful_shutdown_timeout_s": replica.drain_s,

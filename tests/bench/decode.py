@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.model import BaseModel
@@ -21,17 +20,21 @@ from e2p_ray.schema import Group, RequestKey
 from tests.bench import workloads
 from tests.bench.harness import interleaved, matmul_peak_flops, print_results
 from tests.bench.peers_torch import HF_BATCHES, generate_rows
-from tests.bench.workloads import LIVELY, Case, floor_of, groups_of, left_ids, llama_30m, pairs_of, texts_of
+from tests.bench.workloads import (
+    LIVELY,
+    Case,
+    floor_of,
+    groups_of,
+    left_ids,
+    llama_30m,
+    make_engine,
+    pairs_of,
+    texts_of,
+)
 from tests.tiny_models import random_model, random_projector
 
 HF_MAX_ROWS = 32
 CASES = (Case(8, 64), Case(1, 512, 512), Case(256, 2))
-
-
-def make_engine(model: PreTrainedModel, case: Case, max_rows: int) -> Engine:
-    base = BaseModel(model)
-    base.pack()
-    return workloads.make_engine(base, case, max_rows)
 
 
 def run_engine(engine: Engine, groups: list[Group]) -> tuple[float, dict[RequestKey, str]]:
@@ -56,16 +59,17 @@ def run_hf(model: Any, output_rms: float, case: Case, batch: int, num_rows: int)
 
 def measure(case: Case, *, max_rows: int, num_repeats: int, hf_rows: int) -> list[dict[str, Any]]:
     config = llama_30m(LIVELY)
-    plain, shared = random_model(config, attention="sdpa"), random_model(config)
-    rms = BaseModel(random_model(config)).token_embedding_rms
+    plain, packed = random_model(config, attention="sdpa"), BaseModel(random_model(config))
+    rms = packed.token_embedding_rms
+    packed.pack()
     groups = groups_of(case)
-    run_engine(make_engine(shared, case, max_rows), groups[:1])
+    run_engine(make_engine(packed, case, max_rows), groups[:1])
     best = max(HF_BATCHES, key=lambda size: run_hf(plain, rms, case, size, size)[0])
     texts: dict[str, dict[RequestKey, str]] = {}
 
     def ours() -> float:
         # A new engine each time: one that has run keeps its prefixes, and would be timed without their prefill.
-        rate, texts["e2p_ray"] = run_engine(make_engine(shared, case, max_rows), groups)
+        rate, texts["e2p_ray"] = run_engine(make_engine(packed, case, max_rows), groups)
         return rate
 
     def theirs() -> float:

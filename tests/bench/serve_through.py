@@ -33,6 +33,7 @@ from e2p_ray.commit import Run, open_run, pending_shards
 from e2p_ray.config import JobConfig, ServeConfig
 from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.plan import make_plan
+from e2p_ray.serve.front import front_of_local_ray
 from e2p_ray.serve.replica import APP_NAME
 from e2p_ray.storage import Storage
 from jobs.serve import serve_until
@@ -194,20 +195,21 @@ def service(values: dict[str, Any], bench: Bench) -> Iterator[None]:
     from tests.bench.serve_site import TOKEN
 
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[:1])
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
-    os.sched_setaffinity(0, cores[1:] or cores)
-    config, stop = ServeConfig.model_validate(values), threading.Event()
-    job = threading.Thread(target=serve_until, args=(config, stop))
-    job.start()
-    try:
-        with Client(f"http://127.0.0.1:{bench.port}", TOKEN) as client:
-            until(client, lambda models: True)
-        yield
-    finally:
-        stop.set()
-        job.join(60)
-        ray.shutdown()
+    with front_of_local_ray():  # as of a Ray that jobs.serve starts
+        os.sched_setaffinity(0, cores[:1])
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=200 << 20)
+        os.sched_setaffinity(0, cores[1:] or cores)
+        config, stop = ServeConfig.model_validate(values), threading.Event()
+        job = threading.Thread(target=serve_until, args=(config, stop))
+        job.start()
+        try:
+            with Client(f"http://127.0.0.1:{bench.port}", TOKEN) as client:
+                until(client, lambda models: True)
+            yield
+        finally:
+            stop.set()
+            job.join(60)
+            ray.shutdown()
 
 
 def main() -> None:
@@ -220,7 +222,8 @@ def main() -> None:
     options = parser.parse_args()
     options.repeats = 1 if options.quick else options.repeats
     torch.set_num_threads(1)
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false",
+                   "RAY_worker_niceness": "0"}  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         num_loads = 1 + 2 * options.repeats * len(options.levels)

@@ -25,9 +25,10 @@ from e2p_ray.results import Result
 from e2p_ray.schema import DeadLetter, Generation, RequestKey
 from e2p_ray.serve.call import Call
 from e2p_ray.serve.client import Client, DeadlineError, ServiceError
-from e2p_ray.serve.messages import GenerationAnswer, ProblemBody
+from e2p_ray.serve.messages import GenerationAnswer
 from jobs.generate import generate_run
 from tests import tiny_models
+from tests.chaos.crowd import crowd
 from tests.chaos.serving import asked, good_answer, served_alone
 from tests.s3 import IS_LONG
 from tests.serve_world import TOKENS, Site, serve_config, serving, slow
@@ -189,54 +190,28 @@ def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
 
 # -- overload ----------------------------------------------------------------------------------------------------------
 
-MAX_ROWS, MAX_WAITING = 8, 4  # as the defaults: half as many may wait as are written
+MAX_ROWS, MAX_WAITING = 8, 2  # as the defaults: a quarter as many may wait as are written
 OVERLOAD_S = 60.0 if IS_LONG else 2.0
 
 
-def demand(port: int, num_users: int, seconds: float, period_s: float = 0.0) -> tuple[list[float], Counter[str]]:
-    """Seconds of every accepted request, and what became of all.
-
-    Every user asks again once the answer is there, but not before a period is over. All in one thread: eighty of them
-    would wait for each other's turns, and the times would be theirs.
-    """
-    over_s, times, counts = time.monotonic() + seconds, list[float](), Counter[str]()
-
-    async def user(number: int) -> None:
-        at, (reader, writer) = number, await asyncio.open_connection("127.0.0.1", port)
-        while (now_s := time.monotonic()) < over_s:
-            at += num_users
-            writer.write(asked(f"user-{at % 200:04d}", f"content-{at // 200 % 6:03d}").data)
-            head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-            body = await reader.readexactly(int(head.split("content-length: ")[1].split("\r\n")[0]))
-            status = head.split(" ")[1]
-            counts[status] += 1
-            if status == "200":
-                times.append(time.monotonic() - now_s)
-            elif status == "429":
-                problem = ProblemBody.model_validate_json(body)
-                assert problem.code == "queue_full"
-                assert f"retry-after: {problem.retry_after_s}" in head
-            await asyncio.sleep(max(0.0, now_s + period_s - time.monotonic()))
-        writer.close()
-
-    async def users() -> None:
-        await asyncio.gather(*map(user, range(num_users)))
-
-    asyncio.run(users())
-    return times, counts
+def request_number(number: int) -> bytes:
+    """One of many pairs, no two alike for a while."""
+    return asked(f"user-{number % 200:04d}", f"content-{number // 200 % 6:03d}").data
 
 
 def test_ten_times_too_much_is_refused_in_time_and_costs_no_memory(tmp_path: Path) -> None:
     sections = {"replica": {"max_waiting": MAX_WAITING}, "engine": {"max_rows": MAX_ROWS}}
     with served_alone(tmp_path, step_s=0.002, num_users=200, **sections) as running:
-        times, counts = demand(running.port, MAX_ROWS, OVERLOAD_S / 2)
+        times, counts = crowd(running.port, MAX_ROWS, OVERLOAD_S / 2, request_number)
         assert counts.keys() == {"200"}, "the control: as many users as rows are all served"
         capacity = counts["200"] / (OVERLOAD_S / 2)
         num_users = 10 * MAX_ROWS
         period_s = num_users / (10 * capacity)
-        demand(running.port, num_users, OVERLOAD_S / 4, period_s)  # what it keeps for good is there from now on
+        crowd(
+            running.port, num_users, OVERLOAD_S / 4, request_number, period_s
+        )  # what it keeps for good is there from now on
         before_bytes = running.rss_bytes
-        crowded, found = demand(running.port, num_users, OVERLOAD_S, period_s)
+        crowded, found = crowd(running.port, num_users, OVERLOAD_S, request_number, period_s)
         grown_bytes = running.rss_bytes - before_bytes
         assert good_answer(running.port).status == 200, "and it is as before"
         longest = running.longest_queue()
@@ -253,7 +228,7 @@ def test_control_an_unbounded_queue_is_seen(tmp_path: Path) -> None:
     """The same crowd before a queue without a bound worth the name: nobody is refused, and it grows."""
     sections = {"replica": {"max_waiting": 10**6}, "engine": {"max_rows": MAX_ROWS}}
     with served_alone(tmp_path, step_s=0.002, num_users=200, **sections) as running:
-        _, counts = demand(running.port, 5 * MAX_ROWS, 0.5)
+        _, counts = crowd(running.port, 5 * MAX_ROWS, 0.5, request_number)
         assert counts.keys() == {"200"}
         assert running.longest_queue() > MAX_ROWS + MAX_WAITING
 
