@@ -116,11 +116,14 @@ class Norm(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., d) to the same."""
-        flat = states.reshape(1, -1, states.shape[-1])
-        squares = torch.linalg.vector_norm(flat[0], dim=-1, dtype=torch.float32).square_().div_(flat.shape[-1])
+        flat = states.reshape(-1, states.shape[-1])
+        squares = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).square_().div_(flat.shape[-1])
+        if flat.dtype is torch.float32:  # 512 rows of 512: 126 us, with a batch norm 149
+            scaled: Tensor = flat * squares.add_(self.epsilon).rsqrt_()[:, None]
+            return scaled.mul_(self.weight).view(states.shape)
         # A batch norm whose channels are the rows: one pass that reckons in float32, where torch's own RMS norm takes
         # five (512 rows of 512 in bf16: 80 us after the squares' 100, against 390).
-        normed = functional.batch_norm(flat, torch.zeros_like(squares), squares, eps=self.epsilon)
+        normed = functional.batch_norm(flat[None], torch.zeros_like(squares), squares, eps=self.epsilon)
         return normed.mul_(self.weight).view(states.shape)
 
 
