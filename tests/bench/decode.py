@@ -1,18 +1,21 @@
 """Engine against batched HF `generate(inputs_embeds=...)` on the same pairs: python -m tests.bench.decode.
 
-The short form of `tests.bench.peers`, in one process, for work on the engine. A Llama of about 30 M parameters with
-random weights, fp32, one thread; soft token last. HF has nothing to share, so its rows/s do not depend on how many rows
-there are: it runs a part of the rows, in the batch size that was its best.
+The short form of `tests.bench.peers`, in one process, for work on the engine. A Llama with random weights, about 30 M
+parameters or as wide as a larger one (`--model 1b --layers 2`: its share of the peak is that of more layers), fp32, one
+thread; soft token last. HF has nothing to share, so its rows/s do not depend on how many rows there are: it runs a part
+of the rows, in the batch size that was its best.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaConfig
 
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.model import BaseModel
@@ -22,11 +25,12 @@ from tests.bench.harness import interleaved, matmul_peak_flops, print_results
 from tests.bench.peers_torch import HF_BATCHES, generate_rows
 from tests.bench.workloads import (
     LIVELY,
+    MODEL_SIZES,
     Case,
     floor_of,
     groups_of,
     left_ids,
-    llama_30m,
+    llama,
     make_engine,
     pairs_of,
     texts_of,
@@ -57,8 +61,7 @@ def run_hf(model: Any, output_rms: float, case: Case, batch: int, num_rows: int)
     return len(pairs) / seconds, dict(zip(keys, texts_of(tokens), strict=True))
 
 
-def measure(case: Case, *, max_rows: int, num_repeats: int, hf_rows: int) -> list[dict[str, Any]]:
-    config = llama_30m(LIVELY)
+def measure(case: Case, config: LlamaConfig, *, max_rows: int, num_repeats: int, hf_rows: int) -> list[dict[str, Any]]:
     plain, packed = random_model(config, attention="sdpa"), BaseModel(random_model(config))
     rms = packed.token_embedding_rms
     packed.pack()
@@ -81,7 +84,12 @@ def measure(case: Case, *, max_rows: int, num_repeats: int, hf_rows: int) -> lis
     pairs = pairs_of(groups)
     floor = floor_of(pairs, [case.content_tokens] * len(pairs), config, max_rows, torch.float32.itemsize)
     peak = matmul_peak_flops(256, config.hidden_size)
-    common = {"case": case.name, "content_tokens": case.content_tokens, "new_tokens": case.new_tokens}
+    common = {
+        "model": f"{config.hidden_size} wide, {config.num_hidden_layers} layers",
+        "case": case.name,
+        "content_tokens": case.content_tokens,
+        "new_tokens": case.new_tokens,
+    }
     return [
         common | {"system": f"hf_generate(batch {best})", "rows_per_s": rates["hf_generate"], "ratio": 1.0},
         common
@@ -100,15 +108,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--max-rows", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--model", choices=MODEL_SIZES, default="30m", help="how wide it is")
+    parser.add_argument("--layers", type=int, help="fewer or more of them than it has")
     parser.add_argument("--only", help="one case by name, for example 8x64")
     parser.add_argument("--quick", action="store_true", help="one repeat, fewer HF rows")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    size = MODEL_SIZES[options.model]
+    config = llama(replace(size, num_hidden_layers=options.layers or size.num_hidden_layers), LIVELY)
     results = []
     for case in CASES:
         if options.only in (None, case.name):
             num_repeats, hf_rows = (1, 16) if options.quick else (options.repeats, HF_MAX_ROWS)
-            results += measure(case, max_rows=options.max_rows, num_repeats=num_repeats, hf_rows=hf_rows)
+            results += measure(case, config, max_rows=options.max_rows, num_repeats=num_repeats, hf_rows=hf_rows)
     print_results("decode", results, num_threads=options.threads)
 
 

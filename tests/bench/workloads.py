@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import numpy as np
@@ -82,14 +82,29 @@ class Pair:
     new_tokens: int
 
 
-def llama_30m(initializer_range: float = 0.02) -> LlamaConfig:
+@dataclass(frozen=True)
+class ModelSize:
+    """Widths of a Llama; its vocabulary is VOCAB_SIZE, whatever the size."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+
+
+# The larger ones are Llama 3.2's and 3.1's.
+MODEL_SIZES = {
+    "30m": ModelSize(512, 1536, 8, 8, 4),
+    "1b": ModelSize(2048, 8192, 16, 32, 8),
+    "8b": ModelSize(4096, 14336, 32, 32, 8),
+}
+
+
+def llama(size: ModelSize, initializer_range: float = 0.02) -> LlamaConfig:
     return LlamaConfig(
+        **asdict(size),
         vocab_size=VOCAB_SIZE,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=initializer_range,
@@ -97,6 +112,10 @@ def llama_30m(initializer_range: float = 0.02) -> LlamaConfig:
         eos_token_id=EOS,
         pad_token_id=PAD,
     )
+
+
+def llama_30m(initializer_range: float = 0.02) -> LlamaConfig:
+    return llama(MODEL_SIZES["30m"], initializer_range)
 
 
 def wide_tokenizer() -> PreTrainedTokenizerFast:
