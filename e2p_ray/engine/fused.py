@@ -42,7 +42,7 @@ class FusedDecoder(nn.Module):
             layers.append(FusedLayer(decoder.layers[number], window, keep_plain))
             decoder.layers[number] = nn.Identity()  # its weights are freed
         self._layers = nn.ModuleList(layers)
-        has_plain = keep_plain and model.dtype is torch.float32
+        has_plain = all(layer.qkv.plain is not None for layer in layers)
         self._few_rows = FewRows(layers, self._norm) if has_plain else None
 
     def forward(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:

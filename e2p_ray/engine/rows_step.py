@@ -115,7 +115,6 @@ class RowsStep:
         across = np.minimum(np.arange(width), counts[:, None] - 1)
         self._width = width
         self._even = int(counts.min()) == width
-        self.is_single = width == 1  # one new token a row
         self._lengths = lengths
         self._single: list[tuple[int, tuple[Prefix, int] | None]] | None = None
         self._all_visible = width == 1 and int(lengths.min()) == int(lengths.max())
@@ -138,6 +137,11 @@ class RowsStep:
         self._masks: dict[int | None, Tensor | None] = {}  # by window: the same in all layers that have it
         self._runs = readers.runs if self._even else self._singly()
         self._paddings = [self._padding(*run) for run in self._runs]
+
+    @property
+    def is_single(self) -> bool:
+        """Whether every row has one new token."""
+        return self._width == 1
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
         for slots, new in ((self._slots.keys[layer], keys), (self._slots.values[layer], values)):

@@ -8,7 +8,6 @@ ten times as often as it can write: how long those wait who are let in, over how
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -24,21 +23,17 @@ import yaml
 
 from tests.bench.harness import print_results
 from tests.bench.serve_site import NUM_PUBLISHED_USERS, NUM_USERS, TASK, TOKEN, Bench, Served, write_bench
-from tests.chaos.crowd import crowd
+from tests.chaos.crowd import crowd, post
 
 NUM_CONTENTS = 20
 NUM_NEW_USERS = NUM_USERS - NUM_PUBLISHED_USERS
 
 
 def request_of(bench: Bench, number: int) -> bytes:
-    """A request for a text that is not published; they repeat after NUM_CONTENTS x NUM_NEW_USERS."""
-    user, content = NUM_PUBLISHED_USERS + number % NUM_NEW_USERS, bench.content_ids[number * 7 % NUM_CONTENTS]
-    body = json.dumps({"user_id": f"u{user:04d}", "content_id": content, "task": TASK}).encode()
-    head = (
-        "POST /v1/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {TOKEN}\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
+    """A request for a text that is not published; no pair comes twice among NUM_CONTENTS x NUM_NEW_USERS of them."""
+    turn, user = divmod(number, NUM_NEW_USERS)
+    content_id = bench.content_ids[(user + turn) % NUM_CONTENTS]
+    return post(TOKEN, {"user_id": f"u{NUM_PUBLISHED_USERS + user:04d}", "content_id": content_id, "task": TASK})
 
 
 def with_places(bench: Bench, num_places: int) -> Bench:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from e2p_ray.serve.messages import ProblemBody
+
+
+def post(token: str, body: Mapping[str, str]) -> bytes:
+    """A request for one text."""
+    data = json.dumps(dict(body)).encode()
+    head = (
+        "POST /v1/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {token}\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
 
 
 def crowd(

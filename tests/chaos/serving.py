@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 import yaml
 
+from tests.chaos.crowd import post
 from tests.chaos.fuzz import TOKEN, Answer, Fuzzed, Sender
 from tests.serve_world import TOKENS
 from tests.small_job import write_small_job
@@ -83,12 +83,8 @@ def _said(log: Path, pattern: str) -> str:
 
 def asked(user_id: str, content_id: str) -> Fuzzed:
     """A request that nothing is wrong with."""
-    body = json.dumps({"user_id": user_id, "content_id": content_id, "task": "headline"}).encode()
-    head = (
-        "POST /v1/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {TOKEN}\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    return Fuzzed(head.encode() + body, "/v1/generations", known=True)
+    data = post(TOKEN, {"user_id": user_id, "content_id": content_id, "task": "headline"})
+    return Fuzzed(data, "/v1/generations", known=True)
 
 
 def good_answer(port: int) -> Answer:

@@ -207,9 +207,8 @@ def test_ten_times_too_much_is_refused_in_time_and_costs_no_memory(tmp_path: Pat
         capacity = counts["200"] / (OVERLOAD_S / 2)
         num_users = 10 * MAX_ROWS
         period_s = num_users / (10 * capacity)
-        crowd(
-            running.port, num_users, OVERLOAD_S / 4, request_number, period_s
-        )  # what it keeps for good is there from now on
+        # What it keeps for good is there from now on.
+        crowd(running.port, num_users, OVERLOAD_S / 4, request_number, period_s)
         before_bytes = running.rss_bytes
         crowded, found = crowd(running.port, num_users, OVERLOAD_S, request_number, period_s)
         grown_bytes = running.rss_bytes - before_bytes
