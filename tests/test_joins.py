@@ -22,6 +22,7 @@ from e2p_ray.loaded import LoadedGenerator
 from e2p_ray.schema import Completion, Content, DeadLetter, Generation, Group, Request, RequestKey, Status
 from e2p_ray.serve.call import Job
 from e2p_ray.serve.loop import ModelLoop
+from e2p_ray.serve.problems import ProblemError
 from e2p_ray.storage import Storage
 from tests import tiny_models
 from tests.tiny_models import engine_of, group, task
@@ -165,10 +166,10 @@ def config_of(*, strict: bool) -> JobConfig:
 class Desk:
     """A loop over a tiny model, and who asks it for texts."""
 
-    def __init__(self, *, max_rows: int = 64, strict: bool = False) -> None:
+    def __init__(self, *, max_rows: int = 64, max_waiting: int = 100, strict: bool = False) -> None:
         self.engine = engine_of(LLAMA, tasks=TASKS)
         self.loaded = LoadedGenerator(config_of(strict=strict), Storage(), "run", engine=self.engine)
-        self.loop = ModelLoop(max_rows=max_rows, max_waiting=100)
+        self.loop = ModelLoop(max_rows=max_rows, max_waiting=max_waiting)
         self.contents = tiny_models.contents(4, seed=7)
         self.done: list[str] = []
 
@@ -270,3 +271,45 @@ def test_other_contents_of_one_id_are_not_written_together(strict: bool, letters
     assert {result.status for result in results if isinstance(result, Generation)} == {
         Status.FALLBACK if strict else Status.OK
     }
+
+
+class Clock:
+    """In the place of `time`: how late it is, says the test."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+def test_in_a_crowd_nobody_waits_for_a_whole_text(monkeypatch: pytest.MonkeyPatch, letters: None) -> None:
+    """One place, one may wait, a second a token: who may is asked at each token but the last of four texts."""
+    clock, desk = Clock(), Desk(max_rows=1, max_waiting=1)
+    for module in ("loop", "call"):
+        monkeypatch.setattr(f"e2p_ray.serve.{module}.time", clock)
+    may_wait: dict[int, list[bool]] = {user: [] for user in range(4)}
+
+    def writing(user: int) -> None:
+        def come(text: str) -> None:
+            clock.now_s += 1
+            may_wait[user].append(desk.loop.refusal() is None)
+            if user == 1 and len(may_wait[user]) == 2:
+                desk.loop.submit([waits := desk.job(9, "short")])
+                with pytest.raises(ProblemError):
+                    desk.loop.submit([desk.job(8, "short")])
+                waits.future.cancel()  # the queue is empty again, and it is a crowd
+
+        job = desk.job(user, "long", on_text=come)
+        desk.loop.submit([job])
+        job.future.result(60)
+
+    for user in range(3):
+        writing(user)
+    clock.now_s += 10 * LONG
+    writing(3)
+    desk.loop.close(10)
+    assert may_wait[0] == [True] * (LONG - 1), "nobody was refused before"
+    assert may_wait[1] == [True, True] + [False] * 18 + [True] * 3, "the last tenth of the text"
+    assert may_wait[2] == [False] * 20 + [True] * 3, "still a crowd"
+    assert may_wait[3] == [True] * (LONG - 1), "the control: it is over"

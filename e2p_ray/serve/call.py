@@ -65,6 +65,10 @@ class Call(Listener):
         """Texts that are being written, with those that are one text for several."""
         return sum(len(same) for same in [*self._jobs.values()])
 
+    def num_since(self, monotonic_s: float) -> int:
+        """Texts that are being written since then, or longer."""
+        return sum(began_s <= monotonic_s for began_s in [*self._began_s.values()])
+
     def run(self) -> None:
         """Write until nobody is left."""
         first = self._next()

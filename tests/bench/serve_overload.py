@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -39,37 +37,62 @@ def request_of(bench: Bench, number: int) -> bytes:
 def with_places(bench: Bench, num_places: int) -> Bench:
     """The same with another configuration."""
     values = yaml.safe_load(bench.config_path.read_text(encoding="utf-8"))
-    values |= {"replica": {"max_waiting": num_places // 4}}
+    values |= {"replica": {"max_waiting": max(num_places // 4, 1)}}
     values["engine"]["max_rows"] = num_places
     path = bench.config_path.with_name("overload.yaml")
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return replace(bench, config_path=path)
 
 
-def measure(served: Served, bench: Bench, num_places: int, seconds: float) -> dict[str, float]:
+@dataclass
+class Times:
+    """Seconds that requests took, by what was asked of the service, and what it did each second."""
+
+    one: list[float] = field(default_factory=list)
+    capacity: list[float] = field(default_factory=list)
+    overload: list[float] = field(default_factory=list)
+    seconds_s: float = 0.0
+    num_requests: int = 0  # in overload
+
+    def add(self, other: Times) -> None:
+        for name in _PHASES:
+            getattr(self, name).extend(getattr(other, name))
+        self.seconds_s += other.seconds_s
+        self.num_requests += other.num_requests
+
+    def figures(self) -> dict[str, float]:
+        found = {f"{name}_{p}": _percentile_ms(getattr(self, name), p) for name in _PHASES for p in ("p50", "p99")}
+        return found | {
+            "capacity_texts_per_s": len(self.capacity) / self.seconds_s,
+            "texts_per_s": len(self.overload) / self.seconds_s,
+            "requests_per_s": self.num_requests / self.seconds_s,
+            "p99_over_capacity": found["overload_p99"] / found["capacity_p99"],
+            "p99_over_one": found["overload_p99"] / found["one_p99"],
+        }
+
+
+_PHASES = ("one", "capacity", "overload")
+
+
+def measure(served: Served, bench: Bench, num_places: int, seconds: float) -> Times:
     """One round."""
 
     def ask(num_users: int, part: float, period_s: float = 0.0) -> tuple[list[float], dict[str, int]]:
         return crowd(served.port, num_users, part * seconds, lambda number: request_of(bench, number), period_s)
 
     ask(num_places, 0.2)  # contents are known from now on
-    alone, _ = ask(1, 0.3)
-    full, _ = ask(num_places, 0.5)
-    texts_per_s = len(full) / (0.5 * seconds)
+    one, _ = ask(1, 0.5)
+    capacity, _ = ask(num_places, 1.0)
     num_users = 10 * num_places
-    period_s = num_users / (10 * texts_per_s)
+    period_s = num_users / (10 * len(capacity) / seconds)
     ask(num_users, 0.2, period_s)
-    let_in, counts = ask(num_users, 1.0, period_s)
+    overload, counts = ask(num_users, 1.0, period_s)
     assert counts.keys() == {"200", "429"}, counts
-    found = {"requests_per_s": sum(counts.values()) / seconds, "texts_per_s": len(let_in) / seconds}
-    for name, times in (("one", alone), ("capacity", full), ("overload", let_in)):
-        found |= {f"{name}_p{percent}_ms": _percentile_ms(times, percent) for percent in (50, 99)}
-    found |= {"capacity_texts_per_s": texts_per_s, "p99_ratio": found["overload_p99_ms"] / found["capacity_p99_ms"]}
-    return found
+    return Times(one, capacity, overload, seconds, sum(counts.values()))
 
 
-def _percentile_ms(times: Sequence[float], percent: float) -> float:
-    return float(np.percentile(times, percent)) * 1000
+def _percentile_ms(times: Sequence[float], name: str) -> float:
+    return float(np.percentile(times, int(name[1:]))) * 1000
 
 
 def main() -> None:
@@ -80,7 +103,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cores, rounds = sorted(os.sched_getaffinity(0)), list[dict[str, float]]()
+    cores, rounds = sorted(os.sched_getaffinity(0)), list[Times]()
     with tempfile.TemporaryDirectory() as folder:
         bench = with_places(write_bench(Path(folder), NUM_CONTENTS), options.places)
         served = Served(options.system, bench, cores[:1])
@@ -91,10 +114,15 @@ def main() -> None:
                 rounds.append(measure(served, bench, options.places, options.seconds))
         finally:
             served.stop()
-    medians: dict[str, Any] = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    ratios = [round(one["p99_ratio"], 2) for one in rounds]
-    print(f"load of the machine: {psutil.getloadavg()}; p99 ratios by round: {ratios}")
-    print_results("serve_overload", [{"system": options.system, "places": options.places, **medians}], num_threads=1)
+    every = Times()
+    print("by round:")
+    for one in rounds:
+        every.add(one)
+        print(", ".join(f"{name} {value:.4g}" for name, value in one.figures().items()))
+    print(f"load of the machine: {psutil.getloadavg()}; all rounds together:")
+    print_results(
+        "serve_overload", [{"system": options.system, "places": options.places, **every.figures()}], num_threads=1
+    )
 
 
 if __name__ == "__main__":
