@@ -65,9 +65,12 @@ class Call(Listener):
         """Texts that are being written, with those that are one text for several."""
         return sum(len(same) for same in [*self._jobs.values()])
 
-    def num_since(self, monotonic_s: float) -> int:
-        """Texts that are being written since then, or longer."""
-        return sum(began_s <= monotonic_s for began_s in [*self._began_s.values()])
+    def num_leaving(self, since_s: float) -> int:
+        """Texts that have been written since then or longer, or that nobody waits for any more."""
+        return sum(
+            self._began_s.get(key, since_s) <= since_s or all(job.future.cancelled() for job in same)
+            for key, same in [*self._jobs.items()]
+        )
 
     def run(self) -> None:
         """Write until nobody is left."""
@@ -125,10 +128,12 @@ class Call(Listener):
         key = result.key
         jobs, self._seen = self._jobs.pop(key), -1
         self._streamed.discard(key)
-        self._queue.took(time.monotonic() - self._began_s.pop(key))
-        for job in jobs:
-            if job.future.set_running_or_notify_cancel():
-                job.future.set_result(result)
+        took_s = time.monotonic() - self._began_s.pop(key)
+        waiting = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+        if waiting:
+            self._queue.took(took_s)
+        for job in waiting:
+            job.future.set_result(result)
 
     # -- between two steps -------------------------------------------------------------------------------------------
 

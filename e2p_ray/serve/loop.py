@@ -114,7 +114,7 @@ class ModelLoop:
         now_s, call, text_s = time.monotonic(), self._call, self._text_s
         if call is None or text_s is None or now_s > self._refused_s + _CROWDED_TEXTS * text_s:
             return True
-        return call.num_since(now_s - (1 - _CROWDED_WAIT) * text_s) > num_before
+        return call.num_leaving(now_s - (1 - _CROWDED_WAIT) * text_s) > num_before
 
     def run(self, call: Callable[[], T]) -> Future[T]:
         """Make a call on the model's thread, before what waits."""
