@@ -2,7 +2,8 @@
 
 The service of `tests.bench.serve`, on one core, with places for so many texts and a quarter as many that may wait, as
 the defaults are. First one user, then as many as places (its capacity), then ten times as many users who together ask
-ten times as often as it can write: how long those wait who are let in, over how long everybody did at capacity.
+ten times as often as it can write: how long those take who are let in,
+over how long everybody does at capacity and over one user alone; percentiles are of all rounds together.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ def with_places(bench: Bench, num_places: int) -> Bench:
 
 @dataclass
 class Times:
-    """Seconds that requests took, by what was asked of the service, and what it did each second."""
+    """Seconds that each written text took, by how much was asked for, over one round or several."""
 
     one: list[float] = field(default_factory=list)
     capacity: list[float] = field(default_factory=list)
     overload: list[float] = field(default_factory=list)
-    seconds_s: float = 0.0
+    seconds_s: float = 0.0  # that capacity and overload lasted, each
     num_requests: int = 0  # in overload
 
     def add(self, other: Times) -> None:
@@ -61,13 +62,17 @@ class Times:
         self.num_requests += other.num_requests
 
     def figures(self) -> dict[str, float]:
-        found = {f"{name}_{p}": _percentile_ms(getattr(self, name), p) for name in _PHASES for p in ("p50", "p99")}
+        found = {
+            f"{name}_p{percent}_ms": _percentile_ms(getattr(self, name), percent)
+            for name in _PHASES
+            for percent in (50, 99)
+        }
         return found | {
             "capacity_texts_per_s": len(self.capacity) / self.seconds_s,
             "texts_per_s": len(self.overload) / self.seconds_s,
             "requests_per_s": self.num_requests / self.seconds_s,
-            "p99_over_capacity": found["overload_p99"] / found["capacity_p99"],
-            "p99_over_one": found["overload_p99"] / found["one_p99"],
+            "p99_over_capacity": found["overload_p99_ms"] / found["capacity_p99_ms"],
+            "p99_over_one": found["overload_p99_ms"] / found["one_p99_ms"],
         }
 
 
@@ -91,8 +96,8 @@ def measure(served: Served, bench: Bench, num_places: int, seconds: float) -> Ti
     return Times(one, capacity, overload, seconds, sum(counts.values()))
 
 
-def _percentile_ms(times: Sequence[float], name: str) -> float:
-    return float(np.percentile(times, int(name[1:]))) * 1000
+def _percentile_ms(times: Sequence[float], percent: float) -> float:
+    return float(np.percentile(times, percent)) * 1000
 
 
 def main() -> None:
