@@ -293,10 +293,10 @@ def test_in_a_crowd_nobody_waits_for_a_whole_text(monkeypatch: pytest.MonkeyPatc
     def writing(user: int) -> None:
         def come(text: str) -> None:
             clock.now_s += 1
-            may_wait[user].append(desk.loop.refusal() is None)
+            may_wait[user].append(desk.loop.may_wait())
             if user == 2 and len(may_wait[user]) == 3:
                 job.future.cancel()
-                may_wait[user].append(desk.loop.refusal() is None)
+                may_wait[user].append(desk.loop.may_wait())
             if user == 1 and len(may_wait[user]) == 2:
                 desk.loop.submit([waits := desk.job(9, "short")])
                 with pytest.raises(ProblemError):

@@ -357,7 +357,7 @@ def test_what_needs_no_writing_is_answered_while_the_queue_is_full(published: Jo
                 own.generate("headline", user_id=PLAIN, content=content, timeout_ms=2000)
 
         crowd = [pool.submit(wait, content) for content in contents[:2]]
-        _until(site.service.loop.refusal, lambda refused: refused is not None)
+        _until(site.service.loop.may_wait, lambda may: not may)
         assert client.generate("headline", user_id=known.user_id, content_id=known.content_id).source == "published"
         with pytest.raises(TooManyRequestsError) as full:
             client.generate("headline", user_id=PLAIN, content=contents[2])

@@ -67,10 +67,7 @@ class Call(Listener):
 
     def num_leaving(self, since_s: float) -> int:
         """Texts that have been written since then or longer, or that nobody waits for any more."""
-        return sum(
-            self._began_s.get(key, since_s) <= since_s or all(job.future.cancelled() for job in same)
-            for key, same in [*self._jobs.items()]
-        )
+        return sum(self._began_s.get(key, since_s) <= since_s or _is_left(same) for key, same in [*self._jobs.items()])
 
     def run(self) -> None:
         """Write until nobody is left."""
@@ -145,7 +142,7 @@ class Call(Listener):
         """Requests whose every client left, and a content's unpersonalised text when all of its clients did."""
         if self._seen != (now := self._queue.num_cancelled):
             self._seen = now
-            gone = {key for key, same in self._jobs.items() if all(job.future.cancelled() for job in same)}
+            gone = {key for key, same in self._jobs.items() if _is_left(same)}
             staying = {key[1:] for key in self._jobs.keys() - gone}
             shared = {RequestKey(UNPERSONALIZED_USER_ID, *key[1:]) for key in gone if key[1:] not in staying}
             self._gone = gone | shared
@@ -160,3 +157,8 @@ class Call(Listener):
         for job in self._jobs[key]:
             if job.on_text is not None and not job.future.cancelled():
                 job.on_text(text)
+
+
+def _is_left(same: Sequence[Job]) -> bool:
+    """Whether nobody waits for the text of these jobs any more."""
+    return all(job.future.cancelled() for job in same)

@@ -24,8 +24,8 @@ class Crowd:
         """429 for a text that would have to be written and may not wait; None for all that has to be looked at."""
         if path != GENERATIONS_PATH:
             return None
-        refused = self._service.loop.refusal()
-        return None if refused is None or self._may_be_published(body) else refused
+        loop = self._service.loop
+        return None if loop.may_wait() or self._may_be_published(body) else loop.refuse()
 
     def _may_be_published(self, body: bytes) -> bool:
         try:

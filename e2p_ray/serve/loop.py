@@ -87,20 +87,22 @@ class ModelLoop:
         with self._changed:
             if not self._thread.is_alive():
                 raise ended()
-            if refused := self.refusal(len(jobs)):
-                raise refused
+            if not self.may_wait(len(jobs)):
+                raise self.refuse()
             self._waiting += jobs
             self._changed.notify_all()
         for job in jobs:
             job.future.add_done_callback(lambda future, job=job: self._forget(future, job))  # type: ignore[misc]
 
-    def refusal(self, num_texts: int = 1) -> ProblemError | None:
-        """429 where so many more texts may not wait, None where they may."""
+    def may_wait(self, num_texts: int = 1) -> bool:
+        """Whether so many more texts may."""
         free = max(self._max_rows - self.num_running, 0)  # places that the first who wait are about to take
         num_before = len(self._waiting) - free
         fits = num_before + num_texts <= self._max_waiting
-        if fits and (num_texts > 1 or num_before < 0 or self._waits_shortly(num_before)):
-            return None
+        return fits and (num_texts > 1 or num_before < 0 or self._waits_shortly(num_before))
+
+    def refuse(self) -> ProblemError:
+        """The 429 of somebody who may not wait; for a while it is a crowd."""
         self._refused_s = time.monotonic()
         rounds = 1 + len(self._waiting) / self._max_rows
         return queue_full(min(max(1, math.ceil(rounds * (self._text_s or _USUAL_TEXT_S))), _MAX_RETRY_AFTER_S))
