@@ -2,8 +2,8 @@
 
 The service of `tests.bench.serve`, on one core, with places for so many texts and a quarter as many that may wait, as
 the defaults are. First one user, then as many as places (its capacity), then ten times as many users who together ask
-ten times as often as it can write: how long those take who are let in,
-over how long everybody does at capacity and over one user alone; percentiles are of all rounds together.
+ten times as often as it can write: how long the texts of those take who are let in, over everybody's at capacity and
+over one lone user's. Percentiles are of all rounds together.
 """
 
 from __future__ import annotations
