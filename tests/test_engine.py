@@ -346,7 +346,7 @@ def test_memory_bound_limits_the_wave(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watch(self: BaseModel, inputs_embeds: Any, position_ids: Any, step: Any) -> Any:
         if isinstance(step, RowsStep):
-            sizes.append(len(step.end))
+            sizes.append(len(step.tokens.end))
         return plain(self, inputs_embeds, position_ids, step)
 
     monkeypatch.setattr(BaseModel, "hidden", watch)

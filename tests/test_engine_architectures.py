@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from e2p_ray.engine import compiled_attention
 from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.few_rows import FewRows
 from e2p_ray.engine.fused import FUSED_MODEL_TYPES
 from e2p_ray.engine.manifest import Layout
 from e2p_ray.engine.packed import PackedLinear
+from e2p_ray.engine.rows_attention import RowsAttention
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.errors import UnsupportedModelError
 from e2p_ray.schema import Content, Group, RequestKey
@@ -84,14 +86,19 @@ def largest_difference(model: Any, engine: Engine, groups: list[Group], trace: T
     return worst
 
 
+@pytest.mark.parametrize("attention", ["compiled", "torch"])
 @pytest.mark.parametrize("num_soft_tokens", [1, 2])
 @pytest.mark.parametrize(
     ("layout", "cue_after"), [("content_first", ""), ("content_first", " headline:"), ("soft_first", "")]
 )
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_logits_equal_plain_forward(
-    name: str, layout: Layout, cue_after: str, num_soft_tokens: int, monkeypatch: pytest.MonkeyPatch
+    name: str, layout: Layout, cue_after: str, num_soft_tokens: int, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if attention == "torch":
+        monkeypatch.setattr(compiled_attention, "has_loops", lambda: False)
+    elif not compiled_attention.has_loops():
+        pytest.skip("the compiled loops need AVX-512")
     config = ARCHITECTURES[name]
     tasks = {"headline": tiny_models.task(cue_after=cue_after)}
     engine = tiny_models.engine_of(config, layout=layout, num_soft_tokens=num_soft_tokens, tasks=tasks, max_rows=7)
@@ -203,13 +210,14 @@ def test_contents_with_few_readers_are_read_together(name: str, monkeypatch: pyt
     ]
     engine = tiny_models.engine_of(ARCHITECTURES[name])
     widest: list[int] = []
-    step_of = RowsStep.__init__
+    attention_of = RowsAttention.__init__
 
-    def spy(self: RowsStep, *args: Any) -> None:
-        step_of(self, *args)
+    def spy(self: RowsAttention, *args: Any) -> None:
+        attention_of(self, *args)
         widest.append(max(end - first for first, end in self._runs))
 
-    monkeypatch.setattr(RowsStep, "__init__", spy)
+    monkeypatch.setattr(RowsAttention, "__init__", spy)
+    monkeypatch.setattr(compiled_attention, "has_loops", lambda: False)
     trace = run_traced(engine, groups, monkeypatch)
     assert max(widest) >= 3, "some were read together"
     model = tiny_models.random_model(ARCHITECTURES[name])

@@ -36,7 +36,7 @@ class FewRows:
 
     def takes(self, step: RowsStep) -> bool:
         """Whether this pass is one of those: one token a row, few rows, and nothing out of a window's reach."""
-        if not step.is_single or len(step.row) > FEW_ROWS:
+        if not step.is_single or len(step.tokens.row) > FEW_ROWS:
             return False
         return self._max_position is None or step.last_position < self._max_position
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from e2p_ray.engine.attention import ATTENTION_NAME, Step, step_attention
+from e2p_ray.engine.compiled_attention import prepare
 from e2p_ray.engine.fused import FusedDecoder, fits
 from e2p_ray.engine.packed import can_pack, pack
 from e2p_ray.engine.supported import refuse_unsupported
@@ -112,6 +113,8 @@ class BaseModel:
 
         keep_plain: a second copy of weights in fp32, with which a pass over few rows is faster.
         """
+        if self.device.type == "cpu":
+            prepare()
         if can_pack(self.dtype, self.device):
             if fits(self.model):
                 self.fused = FusedDecoder(self.model, keep_plain=keep_plain)

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from e2p_ray.engine.model import BaseModel
-from e2p_ray.engine.rows_step import Readers, RowsStep
+from e2p_ray.engine.readers import Readers
+from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.shared_prefix import SuffixSlots
 
 _MANY = 64

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from e2p_ray.engine.model import BaseModel
-from e2p_ray.engine.rows_step import Readers, RowsStep
+from e2p_ray.engine.readers import Readers
+from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.shared_prefix import PrefillDoneError, PrefillStep, Prefix, SuffixSlots
 
 TokenIds = tuple[int, ...]
@@ -125,7 +126,7 @@ class PrefixStore:
             ids = np.zeros((len(asked), longest), np.int64)
             for place, at in enumerate(asked):
                 ids[place, : counts[at]] = rests[at]
-            embeds = base.embed(torch.from_numpy(ids[step.row, step.offset]).to(base.device))
+            embeds = base.embed(torch.from_numpy(ids[step.tokens.row, step.tokens.offset]).to(base.device))
             base.hidden(embeds[None], step.position_ids, step)
             self.num_computed_tokens += int(counts.sum())
         slot_of = np.cumsum(counts > 0) - 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from e2p_ray.engine.attention import Shape, attention
+from e2p_ray.engine.compiled_attention import CompiledPrefill, can_attend
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,6 +52,7 @@ class PrefillStep:
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._num_layers = num_layers
+        self._compiled: CompiledPrefill | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
         assert layer == len(self._keys), "layers come in order"
@@ -63,8 +65,14 @@ class PrefillStep:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
         length = queries.shape[2]
+        if shape.window is not None and length <= shape.window:
+            shape = replace(shape, window=None)  # it reaches everything
+        if can_attend(shape, queries, keys):
+            if self._compiled is None:
+                self._compiled = CompiledPrefill(self.lengths, queries, keys)
+            return self._compiled.attend(queries, keys, values, shape.scale)
         visible = None
-        if shape.window is not None and length > shape.window:
+        if shape.window is not None:
             at = torch.arange(length, device=queries.device)
             visible = at[None, :] > at[:, None] - shape.window
         return attention(queries.to(keys.dtype), keys, values, shape, causal=True, visible=visible)[0]

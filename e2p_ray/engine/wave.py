@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 
 from e2p_ray.engine.drafts import RowDraft
+from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.row import Row
-from e2p_ray.engine.rows_step import Readers
 from e2p_ray.engine.sampling import RowSampling
 from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
 

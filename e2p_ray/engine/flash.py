@@ -1,0 +1,430 @@
+"""Attention on a CPU as compiled loops of our own: queries of many rows over shared keys, and each over its row's own.
+
+Queries lie in the lanes of vectors, so that keys and values are read as they are stored, one number for sixteen queries
+at a time, and a softmax over keys goes lane by lane (flash attention, arXiv 2205.14135). Everything comes by address,
+with distances in bytes, in one array of numbers, so that torch's threads can be handed it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from e2p_ray.engine.vectors import (
+    LANES,
+    TILE_ROWS,
+    VECTOR_BYTES,
+    add,
+    divide,
+    exp,
+    fetch_and_add,
+    gather_transposed,
+    largest,
+    load,
+    load_bfloat16,
+    load_float,
+    load_int,
+    maximum,
+    multiply,
+    multiply_add,
+    or_minus_infinity,
+    product_tile,
+    scatter_transposed,
+    splat,
+    store,
+    store_float,
+    subtract,
+    total,
+)
+
+_Ints = npt.NDArray[np.int64]
+_Vector = Any
+
+BLOCK_VECTORS = 3
+BLOCK_LANES = BLOCK_VECTORS * LANES
+# Blocks of queries that read a block of keys before the next one: their state stays in the second-level cache.
+TASK_BLOCKS = 6
+TASK_LANES = TASK_BLOCKS * BLOCK_LANES
+_KEYS = 128  # a block of keys, 32 KB for heads of 64, whose scores of 48 queries stay in the first-level cache
+
+_scores_3 = product_tile(TILE_ROWS, 3, accumulate=False)
+_scores_2 = product_tile(TILE_ROWS, 2, accumulate=False)
+_scores_1 = product_tile(TILE_ROWS, 1, accumulate=False)
+_score_3 = product_tile(1, 3, accumulate=False)
+_score_2 = product_tile(1, 2, accumulate=False)
+_score_1 = product_tile(1, 1, accumulate=False)
+_values_3 = product_tile(TILE_ROWS, 3, accumulate=True)
+_values_2 = product_tile(TILE_ROWS, 2, accumulate=True)
+_values_1 = product_tile(TILE_ROWS, 1, accumulate=True)
+TOKENS = 32  # a task of attend_own
+_UNROLLED = 4  # vectors of values whose sums do not wait for each other
+_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+
+class SharedCall(NamedTuple):
+    """What attend_shared is given, all int64.
+
+    tasks: reading, key head, first and end in `order`; readings: first in `order`, bytes from one head of keys to the
+    next, from one key to the next, number of keys; addresses: keys and values of a reading; order: tokens. `causal`:
+    the n-th of a reading's tokens sees n keys. out_tops and out_sums (tokens, heads), or 0: the largest score, and the
+    sum of weights against it.
+    """
+
+    num_tasks: int
+    counter: int
+    tasks: int
+    readings: int
+    order: int
+    queries: int
+    query_token: int
+    query_head: int
+    outputs: int
+    output_token: int
+    output_head: int
+    out_tops: int
+    out_sums: int
+    num_heads: int
+    group: int
+    dim: int
+    is_half: int
+    causal: int
+    scale: int
+    addresses: int
+
+
+class OwnCall(NamedTuple):
+    """What attend_own is given, all int64: each token's slot, and its place among its row's own tokens."""
+
+    num_tokens: int
+    counter: int
+    slots: int
+    places: int
+    keys: int
+    values: int
+    slot_bytes: int
+    head_bytes: int
+    queries: int
+    query_token: int
+    query_head: int
+    outputs: int
+    output_token: int
+    output_head: int
+    tops: int
+    sums: int
+    num_heads: int
+    group: int
+    dim: int
+    max_keys: int
+    scale: int
+
+
+@njit(**_options)
+def _score(num_vectors: int, keys: int, key_row: int, queries: int, scores: int, dim: int, num_keys: int) -> None:
+    """Scores (num_keys, lanes) of keys (num_keys, dim) and queries (dim, lanes)."""
+    row = num_vectors * VECTOR_BYTES
+    at = 0
+    while at < num_keys:
+        if at + TILE_ROWS > num_keys:
+            if num_keys < TILE_ROWS:
+                break
+            at = num_keys - TILE_ROWS  # some keys once more
+        a, c = keys + at * key_row, scores + at * row
+        if num_vectors == 3:
+            _scores_3(a, key_row, 4, queries, row, c, row, dim)
+        elif num_vectors == 2:
+            _scores_2(a, key_row, 4, queries, row, c, row, dim)
+        else:
+            _scores_1(a, key_row, 4, queries, row, c, row, dim)
+        at += TILE_ROWS
+    while at < num_keys:
+        a, c = keys + at * key_row, scores + at * row
+        if num_vectors == 3:
+            _score_3(a, key_row, 4, queries, row, c, row, dim)
+        elif num_vectors == 2:
+            _score_2(a, key_row, 4, queries, row, c, row, dim)
+        else:
+            _score_1(a, key_row, 4, queries, row, c, row, dim)
+        at += 1
+
+
+@njit(**_options)
+def _add_values(
+    num_vectors: int, values: int, value_row: int, weights: int, outputs: int, dim: int, num_keys: int
+) -> None:
+    """Outputs (dim, lanes) and what weights (num_keys, lanes) take of values (num_keys, dim)."""
+    row = num_vectors * VECTOR_BYTES
+    for at in range(0, dim, TILE_ROWS):
+        a, c = values + 4 * at, outputs + at * row
+        if num_vectors == 3:
+            _values_3(a, 4, value_row, weights, row, c, row, num_keys)
+        elif num_vectors == 2:
+            _values_2(a, 4, value_row, weights, row, c, row, num_keys)
+        else:
+            _values_1(a, 4, value_row, weights, row, c, row, num_keys)
+
+
+@njit(**_options)
+def _weigh(
+    num_vectors: int, scores: int, num_keys: int, tops: int, sums: int, outputs: int, dim: int, begun: bool
+) -> None:
+    """Scores become weights against the largest score so far, and what was found before is brought to it."""
+    row = num_vectors * VECTOR_BYTES
+    for at in range(0, row, VECTOR_BYTES):
+        before = load(tops + at)
+        top = before
+        for key in range(num_keys):
+            top = maximum(top, load(scores + key * row + at))
+        shrunk = exp(subtract(before, top))
+        sum_ = multiply(load(sums + at), shrunk)
+        for key in range(num_keys):
+            place = scores + key * row + at
+            weight = exp(subtract(load(place), top))
+            store(weight, place)
+            sum_ = add(sum_, weight)
+        store(top, tops + at)
+        store(sum_, sums + at)
+        if begun:
+            for dimension in range(dim):
+                place = outputs + dimension * row + at
+                store(multiply(load(place), shrunk), place)
+
+
+@njit(**_options)
+def _hide_later(num_vectors: int, scores: int, first_key: int, num_keys: int, limits: int) -> None:
+    """-inf for keys at or behind a lane's limit."""
+    row = num_vectors * VECTOR_BYTES
+    for at in range(0, row, VECTOR_BYTES):
+        limit = load(limits + at)
+        for key in range(num_keys):
+            place = scores + key * row + at
+            store(or_minus_infinity(load(place), limit, np.float32(first_key + key)), place)
+
+
+@njit(**_options)
+def _widen(source: int, row: int, target: int, num_rows: int, dim: int) -> None:
+    """Rows of bfloat16 as rows of float32 side by side."""
+    for at in range(num_rows):
+        for dimension in range(0, dim, LANES):
+            value = load_bfloat16(source + at * row + 2 * dimension)
+            store(value, target + 4 * (at * dim + dimension))
+
+
+@njit(**_options)
+def _turn_queries(
+    num_vectors: int,
+    block: int,
+    query_at: int,
+    queries: int,
+    tops: int,
+    sums: int,
+    outputs: int,
+    dim: int,
+    scale: float,
+) -> None:
+    """Every block's queries with their numbers in rows of lanes, scaled, and nothing found for them yet."""
+    nothing, zero = splat(np.float32(-np.inf)), splat(np.float32(0.0))
+    for vector in range(num_vectors):
+        row = _num_vectors_beside(vector, num_vectors) * VECTOR_BYTES
+        place = vector // BLOCK_VECTORS * block + vector % BLOCK_VECTORS * VECTOR_BYTES
+        for dimension in range(0, dim, LANES):
+            gather_transposed(
+                query_at + 8 * LANES * vector, 4 * dimension, queries + place + dimension * row, row, scale
+            )
+        for dimension in range(dim):
+            store(zero, outputs + place + dimension * row)
+        store(nothing, tops + VECTOR_BYTES * vector)
+        store(zero, sums + VECTOR_BYTES * vector)
+
+
+@njit(**_options)
+def _write_outputs(num_vectors: int, block: int, outputs: int, sums: int, output_at: int, dim: int) -> None:
+    """What every block found, divided by the sum of its weights, to where it belongs."""
+    one = splat(np.float32(1.0))
+    for vector in range(num_vectors):
+        row = _num_vectors_beside(vector, num_vectors) * VECTOR_BYTES
+        place = vector // BLOCK_VECTORS * block + vector % BLOCK_VECTORS * VECTOR_BYTES
+        factor = divide(one, load(sums + VECTOR_BYTES * vector))
+        for dimension in range(0, dim, LANES):
+            scatter_transposed(
+                outputs + place + dimension * row, row, output_at + 8 * LANES * vector, 4 * dimension, factor
+            )
+
+
+@njit(**_options)
+def _num_vectors_beside(vector: int, num_vectors: int) -> Any:
+    """Of the block that a vector is in: three, but for the last one."""
+    return min(num_vectors - vector // BLOCK_VECTORS * BLOCK_VECTORS, BLOCK_VECTORS)
+
+
+@njit(**_options)
+def attend_shared(p: _Ints) -> None:
+    """Tasks, one after the other as they are free: lanes of one key head over the keys that its readers share."""
+    num_tasks, counter, tasks, readings, order = p[0], p[1], p[2], p[3], p[4]
+    queries, query_token, query_head = p[5], p[6], p[7]
+    outputs, output_token, output_head = p[8], p[9], p[10]
+    out_tops, out_sums, num_heads, group, dim = p[11], p[12], p[13], p[14], p[15]
+    is_half, causal, scale, addresses = p[16], p[17], load_float(p[18]), p[19]
+    block = 4 * BLOCK_LANES * dim
+    scratch = np.empty(
+        2 * TASK_LANES * dim + _KEYS * (BLOCK_LANES + 2 * dim) + 3 * TASK_LANES + dim + LANES, np.float32
+    )
+    turned = (scratch.ctypes.data + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES  # (dim, lanes), block by block
+    found = turned + 4 * TASK_LANES * dim  # alike
+    scores = found + 4 * TASK_LANES * dim
+    wide_keys = scores + 4 * _KEYS * BLOCK_LANES
+    wide_values = wide_keys + 4 * _KEYS * dim
+    tops = wide_values + 4 * _KEYS * dim
+    sums = tops + 4 * TASK_LANES
+    limits = sums + 4 * TASK_LANES
+    nowhere = limits + 4 * TASK_LANES  # where lanes go that are no query's
+    places = np.empty((2, TASK_LANES), np.int64)
+    query_at, output_at = places[0].ctypes.data, places[1].ctypes.data
+    while True:
+        task = tasks + 32 * fetch_and_add(counter)
+        if task >= tasks + 32 * num_tasks:
+            break
+        reading, head, first, end = load_int(task), load_int(task + 8), load_int(task + 16), load_int(task + 24)
+        of_reading = readings + 32 * reading
+        row_bytes, num_keys = load_int(of_reading + 16), load_int(of_reading + 24)
+        keys = load_int(addresses + 16 * reading) + head * load_int(of_reading + 8)
+        values = load_int(addresses + 16 * reading + 8) + head * load_int(of_reading + 8)
+        num_before = first - load_int(of_reading)  # tokens of this reading
+        num_lanes = (end - first) * group
+        num_vectors = (num_lanes + LANES - 1) // LANES
+        for lane in range(num_vectors * LANES):
+            real = min(lane, num_lanes - 1)
+            token, of_head = load_int(order + 8 * (first + real // group)), head * group + real % group
+            places[0, lane] = queries + token * query_token + of_head * query_head
+            places[1, lane] = outputs + token * output_token + of_head * output_head if lane == real else nowhere
+            store_float(np.float32(num_before + real // group + 1), limits + 4 * lane)
+        _turn_queries(num_vectors, block, query_at, turned, tops, sums, found, dim, scale)
+        num_seen = min(num_keys, num_before + end - first) if causal else num_keys
+        for first_key in range(0, num_seen, _KEYS):
+            some_keys, some_values, row = keys + first_key * row_bytes, values + first_key * row_bytes, row_bytes
+            some = min(num_seen - first_key, _KEYS)
+            if is_half:
+                _widen(some_keys, row_bytes, wide_keys, some, dim)
+                _widen(some_values, row_bytes, wide_values, some, dim)
+                some_keys, some_values, row = wide_keys, wide_values, 4 * dim
+            for vector in range(0, num_vectors, BLOCK_VECTORS):
+                beside = _num_vectors_beside(vector, num_vectors)
+                of_block, lane = vector // BLOCK_VECTORS * block, 4 * LANES * vector
+                seen, seen_by_all = some, some
+                if causal:
+                    last = min((vector + beside) * LANES, num_lanes) - 1
+                    seen = min(some, num_before + last // group + 1 - first_key)
+                    seen_by_all = max(num_before + LANES * vector // group + 1 - first_key, 0)
+                if seen <= 0:
+                    continue
+                _score(beside, some_keys, row, turned + of_block, scores, dim, seen)
+                if seen_by_all < seen:
+                    hidden = scores + seen_by_all * beside * VECTOR_BYTES
+                    _hide_later(beside, hidden, first_key + seen_by_all, seen - seen_by_all, limits + lane)
+                _weigh(beside, scores, seen, tops + lane, sums + lane, found + of_block, dim, first_key > 0)
+                _add_values(beside, some_values, row, scores, found + of_block, dim, seen)
+        _write_outputs(num_vectors, block, found, sums, output_at, dim)
+        if out_tops:
+            for lane in range(num_lanes):
+                token = load_int(order + 8 * (first + lane // group))
+                place = 4 * (token * num_heads + head * group + lane % group)
+                store_float(load_float(tops + 4 * lane), out_tops + place)
+                store_float(load_float(sums + 4 * lane), out_sums + place)
+    scratch[0] = places[0, 0] = 0  # numba frees an array behind its last use, and an address is none
+
+
+@njit(**_options)
+def _dot(one: int, other: int, dim: int) -> Any:
+    """The dot product of two vectors of numbers, by address."""
+    sums = splat(np.float32(0.0))
+    for at in range(0, 4 * dim, VECTOR_BYTES):
+        sums = multiply_add(load(one + at), load(other + at), sums)
+    return total(sums)
+
+
+@njit(**_options)
+def attend_own(p: _Ints) -> None:
+    """Tasks of some tokens: each token's queries over its row's own keys, joined with what attend_shared found."""
+    num_tokens, counter, slots, places = p[0], p[1], p[2], p[3]
+    keys, values, slot_bytes, head_bytes = p[4], p[5], p[6], p[7]
+    queries, query_token, query_head = p[8], p[9], p[10]
+    outputs, output_token, output_head = p[11], p[12], p[13]
+    tops, sums, num_heads, group, dim, max_keys = p[14], p[15], p[16], p[17], p[18], p[19]
+    scale = load_float(p[20])
+    row = 4 * dim
+    scratch = np.empty(max_keys + 3 * LANES, np.float32)
+    scores = (scratch.ctypes.data + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES
+    nothing = splat(np.float32(-np.inf))
+    while True:
+        begin = fetch_and_add(counter) * TOKENS
+        if begin >= num_tokens:
+            break
+        for token in range(begin, min(begin + TOKENS, num_tokens)):
+            num_keys = load_int(places + 8 * token) + 1
+            of_row = load_int(slots + 8 * token) * slot_bytes
+            for head in range(num_heads):
+                of_keys = of_row + (head // group) * head_bytes
+                query = queries + token * query_token + head * query_head
+                output = outputs + token * output_token + head * output_head
+                before = 4 * (token * num_heads + head)
+                for vector in range(0, 4 * num_keys, VECTOR_BYTES):
+                    store(nothing, scores + vector)
+                for key in range(num_keys):
+                    store_float(_dot(query, keys + of_keys + key * row, dim) * scale, scores + 4 * key)
+                highest = load(scores)
+                for vector in range(VECTOR_BYTES, 4 * num_keys, VECTOR_BYTES):
+                    highest = maximum(highest, load(scores + vector))
+                top = largest(highest)
+                shared = load_float(sums + before)
+                if shared > 0:
+                    top = max(top, load_float(tops + before))
+                against = splat(top)
+                sum_ = splat(np.float32(0.0))
+                for vector in range(0, 4 * num_keys, VECTOR_BYTES):
+                    weight = exp(subtract(load(scores + vector), against))
+                    store(weight, scores + vector)
+                    sum_ = add(sum_, weight)
+                all_ = splat(total(sum_))
+                kept = splat(np.float32(0.0))
+                if shared > 0:
+                    kept = multiply(exp(subtract(splat(load_float(tops + before)), against)), splat(shared))
+                    all_ = add(all_, kept)
+                factor = divide(splat(np.float32(1.0)), all_)
+                kept = multiply(kept, factor)
+                of_values = values + of_keys
+                dimension = 0
+                while dimension + _UNROLLED * VECTOR_BYTES <= row:
+                    a = splat(np.float32(0.0))
+                    b, c, d = a, a, a
+                    for key in range(num_keys):
+                        weight = splat(load_float(scores + 4 * key))
+                        value = of_values + key * row + dimension
+                        a = multiply_add(weight, load(value), a)
+                        b = multiply_add(weight, load(value + VECTOR_BYTES), b)
+                        c = multiply_add(weight, load(value + 2 * VECTOR_BYTES), c)
+                        d = multiply_add(weight, load(value + 3 * VECTOR_BYTES), d)
+                    place = output + dimension
+                    _join(a, factor, kept, shared, place)
+                    _join(b, factor, kept, shared, place + VECTOR_BYTES)
+                    _join(c, factor, kept, shared, place + 2 * VECTOR_BYTES)
+                    _join(d, factor, kept, shared, place + 3 * VECTOR_BYTES)
+                    dimension += _UNROLLED * VECTOR_BYTES
+                while dimension < row:
+                    a = splat(np.float32(0.0))
+                    for key in range(num_keys):
+                        value = of_values + key * row + dimension
+                        a = multiply_add(splat(load_float(scores + 4 * key)), load(value), a)
+                    _join(a, factor, kept, shared, output + dimension)
+                    dimension += VECTOR_BYTES
+    scratch[0] = 0  # as above
+
+
+@njit(**_options)
+def _join(own: _Vector, factor: _Vector, kept: _Vector, shared: float, place: int) -> None:
+    """What a token's own keys gave, with what stands there already."""
+    found = multiply(own, factor)
+    if shared > 0:
+        found = multiply_add(load(place), kept, found)
+    store(found, place)

@@ -1,0 +1,210 @@
+"""The compiled attention against plain attention in float64, number by number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from e2p_ray.engine import compiled_attention
+from e2p_ray.engine.attention import Shape
+from e2p_ray.engine.compiled_attention import SharedReads, can_attend
+from e2p_ray.engine.compiled_rows import CompiledRows
+from e2p_ray.engine.packed_tokens import PackedTokens
+from e2p_ray.engine.readers import Readers
+from e2p_ray.engine.shared_prefix import PrefillStep, Prefix, SuffixSlots
+
+TOLERANCE = 5e-6  # sums of up to 700 terms in float32
+needs_loops = pytest.mark.skipif(not compiled_attention.has_loops(), reason="the compiled loops need AVX-512")
+_Ints = npt.NDArray[np.int64]
+
+
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"])
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random(*size: int, seed: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(
+    queries: Tensor, keys: Tensor, values: Tensor, scale: float, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output (m, H, D) and log-sum-exp (m, H) of queries (m, H, D) over keys (Hkv, t, D), of which `seen` (m, t)."""
+    group = queries.shape[1] // keys.shape[0]
+    keys, values = (part.double().repeat_interleave(group, dim=0) for part in (keys, values))
+    scores = torch.einsum("mhd,htd->mht", queries.double(), keys) * scale
+    if seen is not None:
+        scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    return torch.einsum("mht,htd->mhd", scores.softmax(-1), values), scores.logsumexp(-1)
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).abs().max())
+
+
+# Around the numbers of lanes, of a block and of a task of queries, and of a tile and of a block of keys.
+@needs_loops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_keys", "num_heads", "num_kv_heads", "dim"),
+    [
+        ((1, 3, 2), (1, 7, 8), 4, 2, 16),
+        ((24, 8, 25), (9, 128, 129), 8, 4, 64),
+        ((144, 145), (300, 256), 4, 2, 64),
+        ((49, 5), (130, 17), 6, 2, 80),
+        ((700,), (33,), 8, 1, 32),
+    ],
+)
+def test_shared_keys(
+    num_tokens: Sequence[int],
+    num_keys: Sequence[int],
+    num_heads: int,
+    num_kv_heads: int,
+    dim: int,
+    dtype: torch.dtype,
+    num_threads: int,
+) -> None:
+    total, longest = sum(num_tokens), max(num_keys) + 3
+    queries = random(total, num_heads, dim, seed=1)
+    keys, values = (random(len(num_keys), num_kv_heads, longest, dim, seed=at).to(dtype) for at in (2, 3))
+    order = np.random.default_rng(0).permutation(total)
+    bounds = np.cumsum([0, *num_tokens])
+    reads = SharedReads.of(order, bounds, num_keys, list(keys), num_heads // num_kv_heads)
+    outputs, tops, sums = (
+        torch.zeros(total, num_heads, dim),
+        torch.zeros(total, num_heads),
+        torch.zeros(total, num_heads),
+    )
+    reads.attend(queries, list(keys), list(values), outputs, dim**-0.5, lse=(tops, sums))
+    for at, length in enumerate(num_keys):
+        tokens = order[bounds[at] : bounds[at + 1]]
+        expected, lse = plain(queries[tokens], keys[at, :, :length], values[at, :, :length], dim**-0.5)
+        assert difference(outputs[tokens], expected) < TOLERANCE
+        assert difference(tops[tokens] + sums[tokens].log(), lse) < TOLERANCE
+        other, _ = plain(queries[tokens], keys[at, :, : length + 1], values[at, :, : length + 1], dim**-0.5)
+        assert difference(outputs[tokens], other) > 100 * TOLERANCE, "the control must fail: one key more"
+
+
+@needs_loops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_heads", [2, 6])
+def test_prefill_sees_what_stands_before(dtype: torch.dtype, num_heads: int, num_threads: int) -> None:
+    lengths, longest, dim = [300, 260, 1, 47], 300, 32
+    queries = random(4, num_heads, longest, dim, seed=1)
+    keys, values = (random(4, 2, longest, dim, seed=at).to(dtype) for at in (2, 3))
+    step, shape = PrefillStep(lengths, num_layers=1), Shape(dim**-0.5, None, None)
+    assert can_attend(shape, queries, keys)
+    output = step.attend(0, queries, keys, values, shape)
+    before = torch.ones(longest, longest, dtype=torch.bool).tril()
+    for at, length in enumerate(lengths):
+        asked = queries[at, :, :length].transpose(0, 1)
+        expected, _ = plain(asked, keys[at, :, :length], values[at, :, :length], shape.scale, before[:length, :length])
+        assert difference(output[at, :, :length].transpose(0, 1), expected) < TOLERANCE
+        if length > 1:
+            all_, _ = plain(asked, keys[at, :, :length], values[at, :, :length], shape.scale)
+            assert difference(output[at, :, :length].transpose(0, 1), all_) > 100 * TOLERANCE, "the control must fail"
+
+
+def rows_of(lengths: Sequence[int], counts: Sequence[int], prefixes: Sequence[Prefix | None], dim: int = 64) -> Tensor:
+    """The compiled and, in float64, the plain attention of rows with own tokens behind prefixes."""
+    num_heads, num_kv_heads, room, first_slot = 4, 2, int(np.max(np.add(lengths, counts))) + 2, 3
+    slots = SuffixSlots(
+        1, len(lengths) + first_slot, num_kv_heads, room, dim, dtype=torch.float32, device=torch.device("cpu")
+    )
+    slots.keys[0].copy_(random(*slots.keys[0].shape, seed=7))
+    slots.values[0].copy_(random(*slots.values[0].shape, seed=8))
+    tokens = PackedTokens.of(first_slot, np.array(lengths), np.array(counts))
+    readers = Readers.of(prefixes, [0 if prefix is None else prefix.length for prefix in prefixes])
+    queries = random(len(tokens.row), num_heads, dim, seed=9)
+    found = CompiledRows(slots, tokens, readers, num_heads, num_kv_heads).attend(0, queries, dim**-0.5)
+    expected = []
+    for token, (row, at) in enumerate(zip(tokens.row, tokens.at, strict=True)):
+        keys, values = (part[0][first_slot + row, :, : at + 1] for part in (slots.keys, slots.values))
+        prefix = prefixes[row]
+        if prefix is not None:
+            keys = torch.cat([prefix.keys[0][0].float(), keys], dim=1)
+            values = torch.cat([prefix.values[0][0].float(), values], dim=1)
+        expected.append(plain(queries[token][None], keys, values, dim**-0.5)[0][0])
+    return (found.double() - torch.stack(expected)).abs().amax(dim=(1, 2))
+
+
+def prefix_of(length: int, seed: int, dtype: torch.dtype = torch.float32) -> Prefix:
+    keys, values = (random(1, 2, length, 64, seed=seed + at).to(dtype) for at in (0, 1))
+    return Prefix((keys,), (values,), length)
+
+
+@needs_loops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_join_their_prefix_and_their_own_tokens(dtype: torch.dtype, num_threads: int) -> None:
+    one, other = prefix_of(131, 20, dtype), prefix_of(5, 30, dtype)
+    prefixes = [one, other, None, one, one, None, other] * 9  # tokens for several tasks
+    lengths, counts = [0, 1, 2, 17, 40, 3, 0] * 9, [1, 2, 1, 1, 3, 20, 9] * 9
+    assert rows_of(lengths, counts, prefixes).max() < TOLERANCE
+
+
+@needs_loops
+def test_rows_that_begin_with_many_tokens_and_no_prefix(num_threads: int) -> None:
+    assert rows_of([0, 0, 0], [70, 1, 33], [None] * 3).max() < TOLERANCE
+
+
+@needs_loops
+def test_a_query_that_is_not_a_number_stays_alone() -> None:
+    queries, keys, values = random(20, 4, 16, seed=1), random(2, 40, 16, seed=2), random(2, 40, 16, seed=3)
+    queries[7, 1] = torch.nan
+    reads = SharedReads.of(np.arange(20), np.array([0, 20]), [40], [keys], 2)
+    outputs = torch.zeros(20, 4, 16)
+    reads.attend(queries, [keys], [values], outputs, 0.25)
+    wrong = outputs.isnan()
+    assert wrong[7, 1].all()
+    assert wrong.sum() == 16
+
+
+@needs_loops
+def test_large_scores_neither_overflow_nor_vanish() -> None:
+    queries, keys, values = 300 * random(20, 2, 16, seed=1), random(2, 300, 16, seed=2), random(2, 300, 16, seed=3)
+    reads = SharedReads.of(np.arange(20), np.array([0, 20]), [300], [keys], 1)
+    outputs = torch.zeros(20, 2, 16)
+    reads.attend(queries, [keys], [values], outputs, 1.0)
+    expected, _ = plain(queries, keys, values, 1.0)
+    assert difference(outputs, expected) < 2e-3  # scores of 3,000, whose last place is 2e-4
+
+
+@needs_loops
+def test_exp_is_exact_to_the_last_places() -> None:
+    from numba import njit
+
+    from e2p_ray.engine.vectors import LANES, exp, load, store
+
+    @njit
+    def of_all(source: int, target: int, count: int) -> None:
+        for at in range(0, count, LANES):
+            store(exp(load(source + 4 * at)), target + 4 * at)
+
+    given = np.concatenate([np.linspace(-87, 10, 16 * 40_000), [-np.inf, -1e30, -88, np.nan, 0] + [0] * 11])
+    given = given.astype(np.float32)
+    found = np.zeros_like(given)
+    of_all(given.ctypes.data, found.ctypes.data, len(given))
+    expected = np.exp(given.astype(np.float64))
+    assert (np.abs(found[:-16] - expected[:-16]) / expected[:-16]).max() < 2**-22
+    assert found[-16:-11].tolist()[:3] == [0, 0, 0]
+    assert np.isnan(found[-13])
+    assert found[-12] == 1
+
+
+def test_what_the_loops_do_not_know_is_left_to_torch() -> None:
+    queries, keys = random(1, 4, 3, 16, seed=1), random(1, 2, 3, 16, seed=2)
+    assert can_attend(Shape(1.0, None, None), queries, keys) == compiled_attention.has_loops()
+    assert not can_attend(Shape(1.0, 8, None), queries, keys)
+    assert not can_attend(Shape(1.0, None, 50.0), queries, keys)
+    assert not can_attend(Shape(1.0, None, None), queries[..., :12], keys[..., :12])
+    assert not can_attend(Shape(1.0, None, None), queries, keys.half())
+    assert not can_attend(Shape(1.0, None, None), queries.requires_grad_(), keys)
