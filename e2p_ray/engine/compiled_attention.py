@@ -37,9 +37,9 @@ def has_loops() -> bool:
 def prepare() -> None:
     """Compile the loops, 3 s where numba's cache does not have them: before anybody waits for a text."""
     if has_loops():
-        from e2p_ray.engine import flash
+        from e2p_ray.engine import flash, products
 
-        for loop in (flash.attend_shared, flash.attend_own):
+        for loop in (flash.attend_shared, flash.attend_own, products.multiply_panels):
             loop.compile("void(int64[::1])")
 
 

@@ -1,9 +1,10 @@
 """Linear layers in the layout that this CPU's matrix products like best, and gated MLPs without passes in between.
 
-oneDNN repacks a weight on every call unless it is given a packed one (measured on an AVX-512 core, 512 x 1536: 1.8
-times the speed at 8 rows, 1.3 at 32, 1.03 at 256 in fp32; 2.0, 1.8 and 1.3 in bf16 with AMX). Fusing activation and
-gate into the products saves two passes over the widest activations (1.0 to 1.25 times the speed of a whole MLP, most at
-512 rows and more). torch has both operators under a private name: it is looked for, and nothing is lost without it.
+In float32, with AVX-512, products are loops of our own (see `products`), otherwise oneDNN's. It repacks a weight on
+every call unless it is given a packed one (measured on an AVX-512 core, 512 x 1536: 1.8 times the speed at 8 rows, 1.3
+at 32, 1.03 at 256 in fp32; 2.0, 1.8 and 1.3 in bf16 with AMX). Fusing activation and gate into the products saves two
+passes over the widest activations (1.0 to 1.25 times the speed of a whole MLP, most at 512 rows and more). torch has
+both operators under a private name: it is looked for, and nothing is lost without it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from e2p_ray.engine.panels import Behind, Panels
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # Up to so many rows a packed product in fp32 waits for memory longer than a plain one (1,536 x 512 out of the
@@ -46,7 +49,8 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_plain: bool = False) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.panels = Panels.of(weight)
+        self.packed = None if self.panels is not None else torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self.bias = None if bias is None else bias.detach()
         self.plain = weight.detach() if keep_plain and weight.dtype is torch.float32 else None
 
@@ -58,6 +62,10 @@ class PackedLinear(nn.Module):
         """The same with an activation behind it."""
         if (few := self._few(states)) is not None:
             return activation.apply(few)
+        if self.panels is not None:
+            if activation is _SILU:
+                return self.panels.product(states, self.bias, Behind.SILU)
+            return activation.apply(self.panels.product(states, self.bias, Behind.NOTHING))
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
             states, self.packed, self.bias, activation.name, [], activation.algorithm
         )
@@ -67,6 +75,8 @@ class PackedLinear(nn.Module):
         """The same, multiplied with `other`."""
         if (few := self._few(states)) is not None:
             return few.mul_(other)
+        if self.panels is not None:
+            return self.panels.product(states, self.bias, Behind.TIMES, others=other)
         output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(states, other, self.packed, self.bias, "mul")
         return output
 
@@ -74,6 +84,8 @@ class PackedLinear(nn.Module):
         """The same, added to `other`."""
         if (few := self._few(states)) is not None:
             return few.add_(other)
+        if self.panels is not None:
+            return self.panels.product(states, self.bias, Behind.PLUS, others=other)
         output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(states, other, self.packed, self.bias, "add")
         return output
 
@@ -91,6 +103,9 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate, self.up, self.down = gate, up, down
         self._activation = activation
+        # Gate and up in one loop, that knows neither biases nor other activations.
+        without_bias = gate.bias is None and up.bias is None
+        self._is_one = activation is _SILU and gate.panels is not None and up.panels is not None and without_bias
 
     def forward(self, states: Tensor) -> Tensor:
         """(..., d_model) to the same."""
@@ -102,7 +117,12 @@ class GatedMLP(nn.Module):
         return self.down.plus(self._inner(states), other)
 
     def _inner(self, states: Tensor) -> Tensor:
-        return self.up.times(states, self.gate.then(states, self._activation))
+        gate, up = self.gate, self.up
+        few = gate.plain is not None and states.numel() <= FEW_ROWS * states.shape[-1]
+        if self._is_one and not few:
+            assert gate.panels is not None
+            return gate.panels.product(states, None, Behind.GATED, up=up.panels)
+        return up.times(states, gate.then(states, self._activation))
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

@@ -179,18 +179,19 @@ def or_minus_infinity(typing: Any, value: Any, limits: Any, limit: Any) -> Any:
 def exp(typing: Any, value: Any) -> Any:
     """Lane by lane, for what is at most 80."""
 
+    return _vector(_vector), lambda context, builder, signature, given: _exp(builder, given[0])
+
+
+@intrinsic
+def silu(typing: Any, value: Any) -> Any:
+    """x / (1 + exp(-x)), lane by lane."""
+
     def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         (x,) = given
-        shifted = _fma(builder, x, _constant(_LOG2_E), _constant(_ROUND))
-        n = builder.fsub(shifted, _constant(_ROUND))
-        r = _fma(builder, n, _constant(-_LN2_LOW), _fma(builder, n, _constant(-_LN2_HIGH), x))
-        found = _constant(_POLYNOMIAL[0])
-        for coefficient in _POLYNOMIAL[1:]:
-            found = _fma(builder, found, r, _constant(coefficient))
-        found = builder.fadd(_fma(builder, found, builder.fmul(r, r), r), _constant(1.0))
-        exponent = builder.shl(builder.bitcast(shifted, _INTS), _constant(23, _INTS))
-        found = builder.bitcast(builder.add(builder.bitcast(found, _INTS), exponent), _VECTOR)
-        return builder.select(builder.fcmp_ordered("<", x, _constant(_LEAST)), _constant(0.0), found)
+        negative = builder.fcmp_ordered("<", x, _constant(0.0))
+        small = _exp(builder, builder.select(negative, x, builder.fneg(x)))
+        share = builder.fdiv(builder.select(negative, small, _constant(1.0)), builder.fadd(small, _constant(1.0)))
+        return builder.fmul(x, share)
 
     return _vector(_vector), build
 
@@ -355,6 +356,19 @@ def _fma(builder: Any, one: Any, other: Any, added: Any) -> Any:
     return builder.call(
         cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [one, other, added]
     )
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    shifted = _fma(builder, x, _constant(_LOG2_E), _constant(_ROUND))
+    n = builder.fsub(shifted, _constant(_ROUND))
+    r = _fma(builder, n, _constant(-_LN2_LOW), _fma(builder, n, _constant(-_LN2_HIGH), x))
+    found = _constant(_POLYNOMIAL[0])
+    for coefficient in _POLYNOMIAL[1:]:
+        found = _fma(builder, found, r, _constant(coefficient))
+    found = builder.fadd(_fma(builder, found, builder.fmul(r, r), r), _constant(1.0))
+    exponent = builder.shl(builder.bitcast(shifted, _INTS), _constant(23, _INTS))
+    found = builder.bitcast(builder.add(builder.bitcast(found, _INTS), exponent), _VECTOR)
+    return builder.select(builder.fcmp_ordered("<", x, _constant(_LEAST)), _constant(0.0), found)
 
 
 def _transposed(builder: Any, rows: list[Any]) -> list[Any]:

@@ -1,8 +1,9 @@
-"""The compiled attention against plain attention in float64, number by number."""
+"""The compiled attention and products against plain ones in float64, number by number."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from e2p_ray.engine.attention import Shape
 from e2p_ray.engine.compiled_attention import SharedReads, can_attend
 from e2p_ray.engine.compiled_rows import CompiledRows
 from e2p_ray.engine.packed_tokens import PackedTokens
+from e2p_ray.engine.panels import Behind, Panels
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.shared_prefix import PrefillStep, Prefix, SuffixSlots
 
@@ -184,14 +186,14 @@ def test_exp_is_exact_to_the_last_places() -> None:
 
     from e2p_ray.engine.vectors import LANES, exp, load, store
 
-    @njit
-    def of_all(source: int, target: int, count: int) -> None:
+    def loop(source: int, target: int, count: int) -> None:
         for at in range(0, count, LANES):
             store(exp(load(source + 4 * at)), target + 4 * at)
 
     given = np.concatenate([np.linspace(-87, 10, 16 * 40_000), [-np.inf, -1e30, -88, np.nan, 0] + [0] * 11])
     given = given.astype(np.float32)
     found = np.zeros_like(given)
+    of_all: Any = njit(loop)
     of_all(given.ctypes.data, found.ctypes.data, len(given))
     expected = np.exp(given.astype(np.float64))
     assert (np.abs(found[:-16] - expected[:-16]) / expected[:-16]).max() < 2**-22
@@ -208,3 +210,44 @@ def test_what_the_loops_do_not_know_is_left_to_torch() -> None:
     assert not can_attend(Shape(1.0, None, None), queries[..., :12], keys[..., :12])
     assert not can_attend(Shape(1.0, None, None), queries, keys.half())
     assert not can_attend(Shape(1.0, None, None), queries.requires_grad_(), keys)
+
+
+@needs_loops
+@pytest.mark.parametrize("behind", list(Behind))
+@pytest.mark.parametrize(
+    ("num_rows", "num_inputs", "num_outputs"), [(1, 20, 64), (6, 512, 200), (103, 77, 640), (200, 2500, 130)]
+)
+def test_products_by_panels(num_rows: int, num_inputs: int, num_outputs: int, behind: Behind, num_threads: int) -> None:
+    states = random(num_rows, 2 * num_inputs, seed=1)[:, :num_inputs]  # rows apart
+    weight, up = (random(num_outputs, num_inputs, seed=seed) / num_inputs**0.5 for seed in (2, 3))
+    others, bias = random(num_rows, num_outputs, seed=4), random(num_outputs, seed=5)
+    panels, up_panels = Panels.of(weight), Panels.of(up)
+    assert panels is not None
+    assert up_panels is not None
+    gated = behind is Behind.GATED
+    found = panels.product(
+        states, None if gated else bias, behind, others=others, up=up_panels if gated else None
+    ).double()
+    plain = states.double() @ weight.double().T + (0 if gated else bias.double())
+    silu = torch.nn.functional.silu(plain)
+    expected = {
+        Behind.NOTHING: plain,
+        Behind.SILU: silu,
+        Behind.TIMES: plain * others,
+        Behind.PLUS: plain + others,
+        Behind.GATED: silu * (states.double() @ up.double().T),
+    }
+    tolerance = TOLERANCE * (1 + float(expected[behind].abs().max()))
+    assert difference(found, expected[behind]) < tolerance
+    for other, control in expected.items():
+        assert other is behind or difference(found, control) > 100 * tolerance, "the control must fail"
+
+
+@needs_loops
+def test_silu_of_large_numbers() -> None:
+    states = torch.tensor([[-1e4], [-90.0], [0.0], [90.0], [1e4], [torch.nan]])
+    panels = Panels.of(torch.ones(64, 1))
+    assert panels is not None
+    found = panels.product(states, None, Behind.SILU)[:, 0]
+    assert found[:5].tolist() == [0, pytest.approx(0, abs=1e-30), 0, 90, 1e4]
+    assert found[5].isnan()

@@ -1,0 +1,89 @@
+"""A frozen weight in panels, and its products by the compiled loops of `products`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from e2p_ray.engine.compiled_attention import has_loops
+
+_LINE_BYTES = 64  # of the cache: a panel's rows should not lie across two
+
+
+class Behind(IntEnum):
+    """What follows a product."""
+
+    NOTHING = 0
+    SILU = 1
+    TIMES = 2
+    PLUS = 3
+    GATED = 4  # silu of it, times the product with a second weight
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Panels:
+    """A weight (num_outputs, num_inputs) in float32; the last panel begins where it ends with the outputs."""
+
+    numbers: Tensor
+    num_outputs: int
+    num_inputs: int
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Panels | None:
+        """None for what the loops do not know, and on machines that do not have them."""
+        if weight.dtype is not torch.float32 or weight.device.type != "cpu" or not has_loops():
+            return None
+        from e2p_ray.engine.products import PANEL
+
+        num_outputs, num_inputs = weight.shape
+        if num_outputs < PANEL:
+            return None
+        starts = [min(at, num_outputs - PANEL) for at in range(0, num_outputs, PANEL)]
+        room = torch.empty(len(starts) * PANEL * num_inputs + _LINE_BYTES // 4)
+        skipped = -room.data_ptr() % _LINE_BYTES // 4
+        numbers = room[skipped : skipped + len(starts) * PANEL * num_inputs]
+        for panel, start in zip(numbers.view(-1, num_inputs, PANEL), starts, strict=True):
+            panel.copy_(weight.detach()[start : start + PANEL].t())
+        return cls(numbers, num_outputs, num_inputs)
+
+    def product(
+        self,
+        states: Tensor,
+        bias: Tensor | None,
+        behind: Behind,
+        *,
+        others: Tensor | None = None,
+        up: Panels | None = None,
+    ) -> Tensor:
+        """(..., num_inputs) to (..., num_outputs); `others` (..., num_outputs) or `up` where what follows needs it."""
+        from e2p_ray.engine import products, torch_threads
+
+        flat = states.reshape(-1, self.num_inputs)
+        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+        outputs = torch.empty(*states.shape[:-1], self.num_outputs)
+        beside = others.reshape(-1, self.num_outputs).contiguous() if others is not None else None
+        counter = np.zeros(1, np.int64)
+        num_parts = -(-self.num_outputs // (products.PANEL * products.TASK_PANELS))
+        call = products.ProductCall(
+            num_tasks=-(-len(flat) // products.TASK_ROWS) * num_parts,
+            counter=counter.ctypes.data,
+            states=flat.data_ptr(),
+            state_row=4 * flat.stride(0),
+            num_rows=len(flat),
+            num_inputs=self.num_inputs,
+            num_outputs=self.num_outputs,
+            panels=self.numbers.data_ptr(),
+            up_panels=up.numbers.data_ptr() if up is not None else 0,
+            bias=bias.data_ptr() if bias is not None else 0,
+            outputs=outputs.data_ptr(),
+            output_row=4 * self.num_outputs,
+            others=beside.data_ptr() if beside is not None else 0,
+            other_row=4 * self.num_outputs,
+            behind=behind,
+        )
+        torch_threads.run(products.multiply_panels, call, call.num_tasks)
+        return outputs
