@@ -11,17 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from e2p_ray.engine import compiled_attention
+from e2p_ray.config import SamplingConfig
 from e2p_ray.engine.attention import Shape
+from e2p_ray.engine.compiled import has_loops
 from e2p_ray.engine.compiled_attention import SharedReads, can_attend
 from e2p_ray.engine.compiled_rows import CompiledRows
 from e2p_ray.engine.packed_tokens import PackedTokens
 from e2p_ray.engine.panels import Behind, Panels
 from e2p_ray.engine.readers import Readers
+from e2p_ray.engine.sampling import RowSampling, choose
 from e2p_ray.engine.shared_prefix import PrefillStep, Prefix, SuffixSlots
 
 TOLERANCE = 5e-6  # sums of up to 700 terms in float32
-needs_loops = pytest.mark.skipif(not compiled_attention.has_loops(), reason="the compiled loops need AVX-512")
+needs_loops = pytest.mark.skipif(not has_loops(), reason="the compiled loops need AVX-512")
 _Ints = npt.NDArray[np.int64]
 
 
@@ -204,7 +206,7 @@ def test_exp_is_exact_to_the_last_places() -> None:
 
 def test_what_the_loops_do_not_know_is_left_to_torch() -> None:
     queries, keys = random(1, 4, 3, 16, seed=1), random(1, 2, 3, 16, seed=2)
-    assert can_attend(Shape(1.0, None, None), queries, keys) == compiled_attention.has_loops()
+    assert can_attend(Shape(1.0, None, None), queries, keys) == has_loops()
     assert not can_attend(Shape(1.0, 8, None), queries, keys)
     assert not can_attend(Shape(1.0, None, 50.0), queries, keys)
     assert not can_attend(Shape(1.0, None, None), queries[..., :12], keys[..., :12])
@@ -251,3 +253,28 @@ def test_silu_of_large_numbers() -> None:
     found = panels.product(states, None, Behind.SILU)[:, 0]
     assert found[:5].tolist() == [0, pytest.approx(0, abs=1e-30), 0, 90, 1e4]
     assert found[5].isnan()
+
+
+@needs_loops
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 5), (16, 64), (33, 8192), (20, 1003)])
+def test_sums_of_exponentials(num_rows: int, width: int, num_threads: int) -> None:
+    logits = 5 * random(num_rows, width, seed=1)
+    logits[0, 0] = -torch.inf
+    tokens = np.zeros((num_rows, 1), np.int64)
+    sampling = RowSampling.of([(SamplingConfig(), 0)] * num_rows)
+    chosen = choose(logits.clone(), sampling, tokens, np.zeros(num_rows, np.int64))
+    expected = logits.double().log_softmax(-1).amax(-1)
+    assert chosen.finite.all()
+    assert difference(torch.from_numpy(chosen.logprobs), expected) < TOLERANCE
+    assert difference(torch.from_numpy(chosen.logprobs), 1.001 * expected) > TOLERANCE, "the control must fail"
+
+
+@needs_loops
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_row_whose_logits_are_not_finite_is_told_from_others(wrong: float) -> None:
+    logits = random(20, 100, seed=1)
+    logits[7, 99] = wrong
+    logits[9] = -torch.inf
+    sampling = RowSampling.of([(SamplingConfig(), 0)] * 20)
+    chosen = choose(logits, sampling, np.zeros((20, 1), np.int64), np.zeros(20, np.int64))
+    assert np.flatnonzero(~chosen.finite).tolist() == [7, 9]

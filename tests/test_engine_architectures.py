@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from e2p_ray.engine import compiled_attention
+from e2p_ray.engine.compiled import has_loops
 from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.few_rows import FewRows
@@ -97,7 +98,7 @@ def test_logits_equal_plain_forward(
 ) -> None:
     if attention == "torch":
         monkeypatch.setattr(compiled_attention, "has_loops", lambda: False)
-    elif not compiled_attention.has_loops():
+    elif not has_loops():
         pytest.skip("the compiled loops need AVX-512")
     config = ARCHITECTURES[name]
     tasks = {"headline": tiny_models.task(cue_after=cue_after)}

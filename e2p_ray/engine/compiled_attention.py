@@ -6,10 +6,8 @@ On a Zen 5 core in fp32, heads of 64, with torch's kernel beside it: 64 users of
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -17,30 +15,12 @@ import torch
 from torch import Tensor
 
 from e2p_ray.engine.attention import Shape
+from e2p_ray.engine.compiled import has_loops
 
 _Ints = npt.NDArray[np.int64]
 
 _LANES = 16  # of a vector: the size of a head has to be a multiple
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-@cache
-def has_loops() -> bool:
-    """Whether numba is installed and this CPU has the registers; nothing is imported before somebody asks."""
-    if importlib.util.find_spec("numba") is None:
-        return False
-    from e2p_ray.engine.vectors import has_wide_registers
-
-    return has_wide_registers()
-
-
-def prepare() -> None:
-    """Compile the loops, 3 s where numba's cache does not have them: before anybody waits for a text."""
-    if has_loops():
-        from e2p_ray.engine import flash, products
-
-        for loop in (flash.attend_shared, flash.attend_own, products.multiply_panels):
-            loop.compile("void(int64[::1])")
 
 
 def can_attend(shape: Shape, queries: Tensor, keys: Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from e2p_ray.engine.attention import ATTENTION_NAME, Step, step_attention
-from e2p_ray.engine.compiled_attention import prepare
+from e2p_ray.engine.compiled import prepare
 from e2p_ray.engine.fused import FusedDecoder, fits
 from e2p_ray.engine.packed import can_pack, pack
 from e2p_ray.engine.supported import refuse_unsupported

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e2p_ray.engine.compiled_attention import has_loops
+from e2p_ray.engine.compiled import has_loops
 
 _LINE_BYTES = 64  # of the cache: a panel's rows should not lie across two
 

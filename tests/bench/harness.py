@@ -44,10 +44,16 @@ def matmul_peak_flops(
 ) -> float:
     """The machine's own matrix-product rate (FLOP/s) at this shape: best of several runs.
 
-    `clock`: on a busy machine and one thread, the process's own time (time.process_time) says more.
+    Of torch's plain product and oneDNN's with a packed weight: on an AMD core MKL's, in fp32, reach 100 GF/s and
+    oneDNN's 235. `clock`: on a busy machine and one thread, the process's own time (time.process_time) says more.
     """
-    left, right = torch.randn(num_rows, width).to(dtype), torch.randn(width, 4 * width).to(dtype)
-    return _best_rate(lambda: left @ right, 2.0 * num_rows * width * 4 * width, clock)
+    left, weight = torch.randn(num_rows, width).to(dtype), torch.randn(4 * width, width).to(dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    ways: tuple[Callable[[], object], ...] = (
+        lambda: left @ weight.T,
+        lambda: torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], ""),
+    )
+    return max(_best_rate(way, 2.0 * num_rows * width * 4 * width, clock) for way in ways)
 
 
 def memory_bytes_per_s(num_bytes: int = 256 << 20, *, clock: Clock = time.perf_counter) -> float:

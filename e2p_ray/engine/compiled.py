@@ -1,0 +1,25 @@
+"""Compiled loops of our own: whether this machine can run them, and when they are compiled."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+
+@cache
+def has_loops() -> bool:
+    """Whether numba is installed and this CPU has the registers; nothing is imported before somebody asks."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    from e2p_ray.engine.vectors import has_wide_registers
+
+    return has_wide_registers()
+
+
+def prepare() -> None:
+    """Compile the loops, 3 s where numba's cache does not have them: before anybody waits for a text."""
+    if has_loops():
+        from e2p_ray.engine import exp_sums, flash, products
+
+        for loop in (flash.attend_shared, flash.attend_own, products.multiply_panels, exp_sums.sum_exponentials):
+            loop.compile("void(int64[::1])")
