@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from e2p_ray.engine.attention import Shape
 from e2p_ray.engine.compiled import has_loops
 from e2p_ray.engine.compiled_attention import SharedReads, can_attend
 from e2p_ray.engine.compiled_rows import CompiledRows
+from e2p_ray.engine.fused import Norm
 from e2p_ray.engine.packed_tokens import PackedTokens
 from e2p_ray.engine.panels import Behind, Panels
 from e2p_ray.engine.readers import Readers
@@ -105,7 +107,7 @@ def test_prefill_sees_what_stands_before(dtype: torch.dtype, num_heads: int, num
     lengths, longest, dim = [300, 260, 1, 47], 300, 32
     queries = random(4, num_heads, longest, dim, seed=1)
     keys, values = (random(4, 2, longest, dim, seed=at).to(dtype) for at in (2, 3))
-    step, shape = PrefillStep(lengths, num_layers=1), Shape(dim**-0.5, None, None)
+    step, shape = PrefillStep(lengths, num_layers=2), Shape(dim**-0.5, None, None)
     assert can_attend(shape, queries, keys)
     output = step.attend(0, queries, keys, values, shape)
     before = torch.ones(longest, longest, dtype=torch.bool).tril()
@@ -278,3 +280,19 @@ def test_a_row_whose_logits_are_not_finite_is_told_from_others(wrong: float) -> 
     sampling = RowSampling.of([(SamplingConfig(), 0)] * 20)
     chosen = choose(logits, sampling, np.zeros((20, 1), np.int64), np.zeros(20, np.int64))
     assert np.flatnonzero(~chosen.finite).tolist() == [7, 9]
+
+
+@needs_loops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms(dtype: torch.dtype, num_threads: int) -> None:
+    states, weight = random(130, 80, seed=1).to(dtype), random(80, seed=2).to(dtype)
+    states[3, 4] = torch.nan
+    norm = Norm(SimpleNamespace(weight=weight, variance_epsilon=1e-5))
+    found, wide = norm(states), states.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    assert found.dtype is dtype
+    assert found[3].isnan().all()
+    rounding = torch.finfo(dtype).eps * expected.abs() * (0.502 if dtype is torch.bfloat16 else 4)
+    real = torch.arange(130) != 3
+    assert ((found.double() - expected).abs() <= rounding)[real].all()
+    assert not ((found.double() - 1.01 * expected).abs() <= rounding)[real].all(), "the control must fail"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,15 @@ class Shape:
     scale: float
     window: int | None
     cap: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Room:
+    """Where a pass wants one layer's new keys and values: (.., Hkv, .., D), and each token's bytes into them (T,)."""
+
+    keys: Tensor
+    values: Tensor
+    places: npt.NDArray[np.int64]
 
 
 class Step(Protocol):

@@ -14,18 +14,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from e2p_ray.engine.attention import Shape, Step
+from e2p_ray.engine.compiled import has_loops
 from e2p_ray.engine.few_rows import FewRows
 from e2p_ray.engine.packed import PackedLinear, activation_of, gated_mlp
 from e2p_ray.engine.rows_step import RowsStep
+from e2p_ray.engine.shared_prefix import PrefillStep
 
 # Same modules under the same names; each is compared with transformers in tests/test_engine_architectures.py.
 FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+_LANES = 16  # of a vector of the compiled loops
+_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class FusedDecoder(nn.Module):
@@ -86,10 +92,57 @@ class FusedLayer(nn.Module):
         packed = gated_mlp(layer.mlp, keep_plain=keep_plain)
         assert packed is not None, "checked by fits"
         self.mlp = packed
+        has_norms = self.query_norm is not None or self.key_norm is not None
+        self._by_loop = not has_norms and self.head_dim % _LANES == 0 and has_loops()
 
     def forward(self, states: Tensor, turns: Tensor, step: Step, num_rows: int) -> Tensor:
         """(n * q, d_model) to the same; `turns` (n * q, 1, head_dim / 2) are the rotations as complex numbers."""
-        heads = self.qkv(self.before_attention(states)).view(len(states), -1, self.head_dim)
+        product = self.qkv(self.before_attention(states))
+        if isinstance(step, RowsStep | PrefillStep) and self._by_loop:
+            queries, keys, values = self._turned_into(product, turns, step, num_rows)
+        else:
+            queries, keys, values = self._turned_apart(product, turns, step, num_rows)
+        attended = step.attend(self.number, queries, keys, values, self.shape)
+        states = self.output.plus(attended.transpose(1, 2).reshape(len(states), -1).to(states.dtype), states)
+        return self.mlp.plus(self.before_mlp(states), states)
+
+    def _turned_into(
+        self, product: Tensor, turns: Tensor, step: RowsStep | PrefillStep, num_rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (n, H, q, D) in float32, and where keys and values now are, by the compiled loop."""
+        from e2p_ray.engine import torch_threads
+        from e2p_ray.engine.turns import TASK_TOKENS, TurnCall, turn_heads
+
+        num_tokens, dim = len(product), self.head_dim
+        if isinstance(step, RowsStep):
+            room = step.room(self.number)
+        else:
+            each = num_tokens // num_rows
+            room = step.room(self.number, num_rows, each, self.num_kv_heads, dim, product.dtype)
+        queries, counter = torch.empty(num_tokens, self.num_heads, dim), np.zeros(1, np.int64)
+        call = TurnCall(
+            num_tasks=-(-num_tokens // TASK_TOKENS),
+            counter=counter.ctypes.data,
+            heads=product.data_ptr(),
+            turns=turns.data_ptr(),
+            num_tokens=num_tokens,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            dim=dim,
+            queries=queries.data_ptr(),
+            keys=room.keys.data_ptr(),
+            values=room.values.data_ptr(),
+            places=room.places.ctypes.data,
+            head_bytes=room.keys.stride(1) * room.keys.element_size(),
+            from_half=int(product.dtype is torch.bfloat16),
+            to_half=int(room.keys.dtype is torch.bfloat16),
+        )
+        torch_threads.run(turn_heads, call, call.num_tasks)
+        return queries.view(num_rows, -1, self.num_heads, dim).transpose(1, 2), room.keys, room.values
+
+    def _turned_apart(self, product: Tensor, turns: Tensor, step: Step, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by torch's operations, and with norms of queries and keys."""
+        heads = product.view(len(product), -1, self.head_dim)
         num_rotated = self.num_heads + self.num_kv_heads
         queries, keys, values = heads.tensor_split((self.num_heads, num_rotated), dim=1)
         if self.query_norm is not None and self.key_norm is not None:
@@ -99,10 +152,7 @@ class FusedLayer(nn.Module):
             return tensor.view(num_rows, -1, *tensor.shape[1:]).transpose(1, 2)
 
         queries, keys = by_row(_turned(queries, turns)), by_row(_turned(keys, turns))
-        keys, values = step.update(keys, by_row(values), self.number)
-        attended = step.attend(self.number, queries, keys, values, self.shape)
-        states = self.output.plus(attended.transpose(1, 2).reshape(len(states), -1).to(states.dtype), states)
-        return self.mlp.plus(self.before_mlp(states), states)
+        return queries, *step.update(keys, by_row(values), self.number)
 
 
 class Norm(nn.Module):
@@ -117,6 +167,8 @@ class Norm(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """(..., d) to the same."""
         flat = states.reshape(-1, states.shape[-1])
+        if flat.shape[-1] % _LANES == 0 and flat.dtype == self.weight.dtype in _DTYPES and has_loops():
+            return self._by_loop(flat).view(states.shape)
         squares = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).square_().div_(flat.shape[-1])
         if flat.dtype is torch.float32:  # 512 rows of 512: 126 us, with a batch norm 149
             scaled: Tensor = flat * squares.add_(self.epsilon).rsqrt_()[:, None]
@@ -125,6 +177,29 @@ class Norm(nn.Module):
         # five (512 rows of 512 in bf16: 80 us after the squares' 100, against 390).
         normed = functional.batch_norm(flat[None], torch.zeros_like(squares), squares, eps=self.epsilon)
         return normed.mul_(self.weight).view(states.shape)
+
+    def _by_loop(self, states: Tensor) -> Tensor:
+        from e2p_ray.engine import row_norms, torch_threads
+
+        states = states.contiguous()
+        outputs, counter, epsilon = (
+            torch.empty_like(states),
+            np.zeros(1, np.int64),
+            np.array([self.epsilon], np.float32),
+        )
+        call = row_norms.NormCall(
+            num_tasks=-(-len(states) // row_norms.TASK_ROWS),
+            counter=counter.ctypes.data,
+            states=states.data_ptr(),
+            num_rows=len(states),
+            width=states.shape[1],
+            weight=self.weight.data_ptr(),
+            epsilon=epsilon.ctypes.data,
+            outputs=outputs.data_ptr(),
+            is_half=int(states.dtype is torch.bfloat16),
+        )
+        torch_threads.run(row_norms.normalise_rows, call, call.num_tasks)
+        return outputs
 
 
 def fits(model: PreTrainedModel) -> bool:

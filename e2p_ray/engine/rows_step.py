@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from e2p_ray.engine.attention import Shape
+from e2p_ray.engine.attention import Room, Shape
 from e2p_ray.engine.compiled_attention import can_attend
 from e2p_ray.engine.compiled_rows import CompiledRows
 from e2p_ray.engine.packed_tokens import PackedTokens
@@ -42,6 +42,7 @@ class RowsStep:
         self._slot_row = torch.from_numpy(tokens.row + first_slot).to(device)
         self._slot_at = torch.from_numpy(tokens.at).to(device)
         self._single: list[tuple[int, tuple[Prefix, int] | None]] | None = None
+        self._places: _Ints | None = None
         self._compiled: CompiledRows | None = None
         self._by_torch: RowsAttention | None = None
 
@@ -53,6 +54,15 @@ class RowsStep:
             else:
                 slots[self._slot_row, :, self._slot_at] = given.to(slots.dtype)
         return keys, values
+
+    def room(self, layer: int) -> Room:
+        """Where the tokens' keys and values belong, in place of `update`."""
+        keys = self._slots.keys[layer]
+        if self._places is None:
+            tokens = self.tokens
+            slots = (tokens.row + tokens.first_slot) * keys.stride(0)
+            self._places = (slots + tokens.at * keys.stride(2)) * keys.element_size()
+        return Room(keys, self._slots.values[layer], self._places)
 
     def read_singly(self, layer: int, keys: _Floats, values: _Floats) -> Iterator[list[tuple[_Floats, _Floats]]]:
         """For each row, by numpy, keys and values (Hkv, t, D) of its prefix and of its own tokens.

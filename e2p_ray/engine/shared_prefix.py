@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from e2p_ray.engine.attention import Shape, attention
+from e2p_ray.engine.attention import Room, Shape, attention
 from e2p_ray.engine.compiled_attention import CompiledPrefill, can_attend
 
 
@@ -53,17 +55,31 @@ class PrefillStep:
         self._values: list[Tensor] = []
         self._num_layers = num_layers
         self._compiled: CompiledPrefill | None = None
+        self._places: npt.NDArray[np.int64] | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
         assert layer == len(self._keys), "layers come in order"
         keys, values = keys.to(values.dtype).contiguous(), values.contiguous()
         self._keys.append(keys)
         self._values.append(values)
-        if layer == self._num_layers - 1:
-            raise PrefillDoneError
         return keys, values
 
+    def room(
+        self, layer: int, num_rows: int, num_tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> Room:
+        """For the keys and values of (num_rows, num_tokens) tokens, in place of `update`."""
+        size = (num_rows, num_kv_heads, num_tokens, head_dim)
+        keys, values = torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)
+        self._keys.append(keys)
+        self._values.append(values)
+        if self._places is None:
+            row, at = np.divmod(np.arange(num_rows * num_tokens), num_tokens)
+            self._places = (row * keys.stride(0) + at * keys.stride(2)) * keys.element_size()
+        return Room(keys, values, self._places)
+
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
+        if layer == self._num_layers - 1:
+            raise PrefillDoneError
         length = queries.shape[2]
         if shape.window is not None and length <= shape.window:
             shape = replace(shape, window=None)  # it reaches everything

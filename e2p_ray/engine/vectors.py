@@ -24,7 +24,7 @@ _POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-
 _ROUND = 12582912.0  # 1.5 * 2^23: a sum with it has no fraction, and its last bits are the integer
 _LEAST = -87.0  # exp of less is 0
 
-_FLOAT, _INT, _BYTES = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_FLOAT, _SHORT, _INT, _BYTES = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _VECTOR, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
 
 
@@ -73,10 +73,27 @@ def load_bfloat16(typing: Any, address: Any) -> Any:
     """Sixteen bfloat16 from an address, as float32."""
 
     def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        halves = _load(builder, given[0], ir.VectorType(ir.IntType(16), LANES), align=2)
+        halves = _load(builder, given[0], ir.VectorType(_SHORT, LANES), align=2)
         return builder.bitcast(builder.shl(builder.zext(halves, _INTS), _constant(16, _INTS)), _VECTOR)
 
     return _vector(types.int64), build
+
+
+@intrinsic
+def store_bfloat16(typing: Any, value: Any, address: Any) -> Any:
+    """Sixteen float32 to an address as bfloat16, rounded to the nearest, of two to the even one."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        value, address = given
+        bits, sixteen, halves = builder.bitcast(value, _INTS), _constant(16, _INTS), ir.VectorType(_SHORT, LANES)
+        odd = builder.and_(builder.lshr(bits, sixteen), _constant(1, _INTS))
+        rounded = builder.lshr(builder.add(bits, builder.add(odd, _constant(0x7FFF, _INTS))), sixteen)
+        not_a_number = builder.fcmp_unordered("uno", value, value)
+        rounded = builder.select(not_a_number, _constant(0x7FC0, _INTS), rounded)
+        _store(builder, builder.trunc(rounded, halves), address, align=2)
+        return context.get_dummy_value()
+
+    return types.void(_vector, types.int64), build
 
 
 @intrinsic
@@ -194,6 +211,21 @@ def silu(typing: Any, value: Any) -> Any:
         return builder.fmul(x, share)
 
     return _vector(_vector), build
+
+
+@intrinsic
+def rotate(typing: Any, pairs: Any, turns: Any) -> Any:
+    """Eight complex numbers times eight others: real and imaginary parts in turns."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        pairs, turns = given
+        real = _shuffled(builder, turns, turns, [at & ~1 for at in range(LANES)])
+        imaginary = _shuffled(builder, turns, turns, [at | 1 for at in range(LANES)])
+        crossed = builder.fmul(_shuffled(builder, pairs, pairs, [at ^ 1 for at in range(LANES)]), imaginary)
+        signs = ir.Constant(_VECTOR, [-1.0, 1.0] * (LANES // 2))
+        return _fma(builder, pairs, real, builder.fmul(crossed, signs))
+
+    return _vector(_vector, _vector), build
 
 
 @intrinsic
@@ -322,8 +354,8 @@ def _load(builder: Any, address: Any, kind: Any, align: int = 4) -> Any:
     return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align, typ=kind)
 
 
-def _store(builder: Any, value: Any, address: Any) -> None:
-    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+def _store(builder: Any, value: Any, address: Any, align: int = 4) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
 def _address(builder: Any, addresses: Any, at: int) -> Any:

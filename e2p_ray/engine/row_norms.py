@@ -1,0 +1,68 @@
+"""Root-mean-square norms of rows on a CPU, float32 or bfloat16, reckoned in float32 and rounded once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+from e2p_ray.engine.vectors import (
+    LANES,
+    fetch_and_add,
+    load,
+    load_bfloat16,
+    load_float,
+    multiply,
+    multiply_add,
+    splat,
+    store,
+    store_bfloat16,
+    total,
+)
+
+_Ints = npt.NDArray[np.int64]
+
+TASK_ROWS = 64
+_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+
+class NormCall(NamedTuple):
+    """What normalise_rows is given, all int64; rows side by side, numbers of 4 bytes, or of 2 where `is_half`."""
+
+    num_tasks: int
+    counter: int
+    states: int
+    num_rows: int
+    width: int
+    weight: int
+    epsilon: int
+    outputs: int
+    is_half: int
+
+
+@njit(**_options)
+def normalise_rows(p: _Ints) -> None:
+    """For some rows a task: each divided by its root mean square and multiplied by the weight."""
+    num_tasks, counter, states, num_rows, width = p[0], p[1], p[2], p[3], p[4]
+    weight, epsilon, outputs, is_half = p[5], load_float(p[6]), p[7], p[8]
+    size = 2 if is_half else 4
+    while True:
+        task = fetch_and_add(counter)
+        if task >= num_tasks:
+            break
+        for row in range(task * TASK_ROWS, min((task + 1) * TASK_ROWS, num_rows)):
+            source, target = states + row * width * size, outputs + row * width * size
+            squares = splat(np.float32(0.0))
+            for at in range(0, width * size, LANES * size):
+                value = load_bfloat16(source + at) if is_half else load(source + at)
+                squares = multiply_add(value, value, squares)
+            mean = total(squares) / np.float32(width) + epsilon
+            factor = splat(np.float32(1.0) / np.float32(np.sqrt(mean)))
+            for at in range(0, width * size, LANES * size):
+                if is_half:
+                    value = multiply(multiply(load_bfloat16(source + at), factor), load_bfloat16(weight + at))
+                    store_bfloat16(value, target + at)
+                else:
+                    store(multiply(multiply(load(source + at), factor), load(weight + at)), target + at)
