@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
     LANES,
     VECTOR_BYTES,
@@ -27,7 +27,6 @@ _Ints = npt.NDArray[np.int64]
 
 TASK_ROWS = 16
 _UNROLLED = 4  # vectors whose sums do not wait for each other
-_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 class SumCall(NamedTuple):
@@ -42,7 +41,7 @@ class SumCall(NamedTuple):
     sums: int
 
 
-@njit(**_options)
+@loop
 def sum_exponentials(p: _Ints) -> None:
     """For some rows a task, sum over a row of exp(number - the row's largest)."""
     num_tasks, counter, numbers, num_rows, width, largest, sums = p[0], p[1], p[2], p[3], p[4], p[5], p[6]

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
     LANES,
     TILE_ROWS,
@@ -61,7 +61,6 @@ _values_2 = product_tile(TILE_ROWS, 2, accumulate=True)
 _values_1 = product_tile(TILE_ROWS, 1, accumulate=True)
 TOKENS = 32  # a task of attend_own
 _UNROLLED = 4  # vectors of values whose sums do not wait for each other
-_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 class SharedCall(NamedTuple):
@@ -121,7 +120,7 @@ class OwnCall(NamedTuple):
     scale: int
 
 
-@njit(**_options)
+@loop
 def _score(num_vectors: int, keys: int, key_row: int, queries: int, scores: int, dim: int, num_keys: int) -> None:
     """Scores (num_keys, lanes) of keys (num_keys, dim) and queries (dim, lanes)."""
     row = num_vectors * VECTOR_BYTES
@@ -150,7 +149,7 @@ def _score(num_vectors: int, keys: int, key_row: int, queries: int, scores: int,
         at += 1
 
 
-@njit(**_options)
+@loop
 def _add_values(
     num_vectors: int, values: int, value_row: int, weights: int, outputs: int, dim: int, num_keys: int
 ) -> None:
@@ -166,7 +165,7 @@ def _add_values(
             _values_1(a, 4, value_row, weights, row, c, row, num_keys)
 
 
-@njit(**_options)
+@loop
 def _weigh(
     num_vectors: int, scores: int, num_keys: int, tops: int, sums: int, outputs: int, dim: int, begun: bool
 ) -> None:
@@ -192,7 +191,7 @@ def _weigh(
                 store(multiply(load(place), shrunk), place)
 
 
-@njit(**_options)
+@loop
 def _hide_later(num_vectors: int, scores: int, first_key: int, num_keys: int, limits: int) -> None:
     """-inf for keys at or behind a lane's limit."""
     row = num_vectors * VECTOR_BYTES
@@ -203,7 +202,7 @@ def _hide_later(num_vectors: int, scores: int, first_key: int, num_keys: int, li
             store(or_minus_infinity(load(place), limit, np.float32(first_key + key)), place)
 
 
-@njit(**_options)
+@loop
 def _widen(source: int, row: int, target: int, num_rows: int, dim: int) -> None:
     """Rows of bfloat16 as rows of float32 side by side."""
     for at in range(num_rows):
@@ -212,7 +211,7 @@ def _widen(source: int, row: int, target: int, num_rows: int, dim: int) -> None:
             store(value, target + 4 * (at * dim + dimension))
 
 
-@njit(**_options)
+@loop
 def _turn_queries(
     num_vectors: int,
     block: int,
@@ -239,7 +238,7 @@ def _turn_queries(
         store(zero, sums + VECTOR_BYTES * vector)
 
 
-@njit(**_options)
+@loop
 def _write_outputs(num_vectors: int, block: int, outputs: int, sums: int, output_at: int, dim: int) -> None:
     """What every block found, divided by the sum of its weights, to where it belongs."""
     one = splat(np.float32(1.0))
@@ -253,13 +252,13 @@ def _write_outputs(num_vectors: int, block: int, outputs: int, sums: int, output
             )
 
 
-@njit(**_options)
+@loop
 def _num_vectors_beside(vector: int, num_vectors: int) -> Any:
     """Of the block that a vector is in: three, but for the last one."""
     return min(num_vectors - vector // BLOCK_VECTORS * BLOCK_VECTORS, BLOCK_VECTORS)
 
 
-@njit(**_options)
+@loop
 def attend_shared(p: _Ints) -> None:
     """Tasks, one after the other as they are free: lanes of one key head over the keys that its readers share."""
     num_tasks, counter, tasks, readings, order = p[0], p[1], p[2], p[3], p[4]
@@ -335,7 +334,7 @@ def attend_shared(p: _Ints) -> None:
     scratch[0] = places[0, 0] = 0  # numba frees an array behind its last use, and an address is none
 
 
-@njit(**_options)
+@loop
 def _dot(one: int, other: int, dim: int) -> Any:
     """The dot product of two vectors of numbers, by address."""
     sums = splat(np.float32(0.0))
@@ -344,7 +343,7 @@ def _dot(one: int, other: int, dim: int) -> Any:
     return total(sums)
 
 
-@njit(**_options)
+@loop
 def _weigh_own(
     query: int, keys: int, num_keys: int, dim: int, scale: float, scores: int, top: float, shared: float
 ) -> tuple[_Vector, _Vector]:
@@ -372,7 +371,7 @@ def _weigh_own(
     return factor, multiply(kept, factor)
 
 
-@njit(**_options)
+@loop
 def _add_own(
     values: int, num_keys: int, dim: int, weights: int, factor: _Vector, kept: _Vector, shared: float, output: int
 ) -> None:
@@ -403,7 +402,7 @@ def _add_own(
         dimension += VECTOR_BYTES
 
 
-@njit(**_options)
+@loop
 def _join(own: _Vector, factor: _Vector, kept: _Vector, shared: float, place: int) -> None:
     """What a token's own keys gave, with what stands there already."""
     found = multiply(own, factor)
@@ -412,7 +411,7 @@ def _join(own: _Vector, factor: _Vector, kept: _Vector, shared: float, place: in
     store(found, place)
 
 
-@njit(**_options)
+@loop
 def attend_own(p: _Ints) -> None:
     """Tasks of some tokens: each token's queries over its row's own keys, joined with what attend_shared found."""
     num_tokens, counter, slots, places = p[0], p[1], p[2], p[3]

@@ -9,12 +9,12 @@ eight rows: 207 and 215 for 512).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
     LANES,
     VECTOR_BYTES,
@@ -43,7 +43,6 @@ _SILU, _TIMES, _PLUS, _GATED = 1, 2, 3, 4  # of panels.Behind
 
 _first = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=False)
 _next = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=True)
-_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 class ProductCall(NamedTuple):
@@ -69,7 +68,7 @@ class ProductCall(NamedTuple):
     behind: int
 
 
-@njit(**_options)
+@loop
 def _multiply(states: int, state_row: int, num_rows: int, last: int, num_inputs: int, panel: int, found: int) -> None:
     """Rows (num_rows, num_inputs) times a panel; those beyond a multiple of six are at `last`, filled up."""
     for first_input in range(0, num_inputs, _DEPTH):
@@ -86,7 +85,7 @@ def _multiply(states: int, state_row: int, num_rows: int, last: int, num_inputs:
                 _next(a, a_row, 4, some, _PANEL_BYTES, c, _PANEL_BYTES, depth)
 
 
-@njit(**_options)
+@loop
 def _finish(
     behind: int,
     num_rows: int,
@@ -115,7 +114,7 @@ def _finish(
             store(value, outputs + row * output_row + at)
 
 
-@njit(**_options)
+@loop
 def multiply_panels(p: _Ints) -> None:
     """Tasks, one after the other as they are free: some rows times some panels."""
     num_tasks, counter, states, state_row, all_rows = p[0], p[1], p[2], p[3], p[4]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
     LANES,
     fetch_and_add,
@@ -25,7 +25,6 @@ from e2p_ray.engine.vectors import (
 _Ints = npt.NDArray[np.int64]
 
 TASK_ROWS = 64
-_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 class NormCall(NamedTuple):
@@ -42,7 +41,7 @@ class NormCall(NamedTuple):
     is_half: int
 
 
-@njit(**_options)
+@loop
 def normalise_rows(p: _Ints) -> None:
     """For some rows a task: each divided by its root mean square and multiplied by the weight."""
     num_tasks, counter, states, num_rows, width = p[0], p[1], p[2], p[3], p[4]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
     VECTOR_BYTES,
     fetch_and_add,
@@ -22,7 +22,6 @@ from e2p_ray.engine.vectors import (
 _Ints = npt.NDArray[np.int64]
 
 TASK_TOKENS = 64
-_options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
 class TurnCall(NamedTuple):
@@ -50,7 +49,7 @@ class TurnCall(NamedTuple):
     to_half: int
 
 
-@njit(**_options)
+@loop
 def turn_heads(p: _Ints) -> None:
     """For some tokens a task, what the docstring of `TurnCall` says."""
     num_tasks, counter, heads, turns, num_tokens = p[0], p[1], p[2], p[3], p[4]
