@@ -11,6 +11,7 @@ from torch import Tensor
 
 from e2p_ray.engine.compiled import has_loops
 
+_WORDS = {torch.float32: 1, torch.bfloat16: 2}  # inputs that lie side by side in a word
 _LINE_BYTES = 64  # of the cache: a panel's rows should not lie across two
 
 
@@ -26,7 +27,7 @@ class Behind(IntEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Panels:
-    """A weight (num_outputs, num_inputs) in float32; the last panel begins where it ends with the outputs."""
+    """A weight (num_outputs, num_inputs); the last panel begins where it ends with the outputs."""
 
     numbers: Tensor
     num_outputs: int
@@ -35,19 +36,21 @@ class Panels:
     @classmethod
     def of(cls, weight: Tensor) -> Panels | None:
         """None for what the loops do not know, and on machines that do not have them."""
-        if weight.dtype is not torch.float32 or weight.device.type != "cpu" or not has_loops():
+        if weight.dtype not in _WORDS or weight.device.type != "cpu" or not has_loops():
             return None
         from e2p_ray.engine.products import PANEL
+        from e2p_ray.engine.vectors import has_half_products
 
-        num_outputs, num_inputs = weight.shape
-        if num_outputs < PANEL:
+        (num_outputs, num_inputs), beside = weight.shape, _WORDS[weight.dtype]
+        if num_outputs < PANEL or num_inputs % beside or (beside > 1 and not has_half_products()):
             return None
         starts = [min(at, num_outputs - PANEL) for at in range(0, num_outputs, PANEL)]
-        room = torch.empty(len(starts) * PANEL * num_inputs + _LINE_BYTES // 4)
-        skipped = -room.data_ptr() % _LINE_BYTES // 4
-        numbers = room[skipped : skipped + len(starts) * PANEL * num_inputs]
-        for panel, start in zip(numbers.view(-1, num_inputs, PANEL), starts, strict=True):
-            panel.copy_(weight.detach()[start : start + PANEL].t())
+        size = len(starts) * PANEL * num_inputs
+        room = torch.empty(size + _LINE_BYTES // weight.itemsize, dtype=weight.dtype)
+        skipped = -room.data_ptr() % _LINE_BYTES // weight.itemsize
+        numbers = room[skipped : skipped + size]
+        for panel, start in zip(numbers.view(len(starts), -1, PANEL, beside), starts, strict=True):
+            panel.copy_(weight.detach()[start : start + PANEL].view(PANEL, -1, beside).transpose(0, 1))
         return cls(numbers, num_outputs, num_inputs)
 
     def product(
@@ -64,7 +67,8 @@ class Panels:
 
         flat = states.reshape(-1, self.num_inputs)
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-        outputs = torch.empty(*states.shape[:-1], self.num_outputs)
+        size = self.numbers.itemsize
+        outputs = torch.empty(*states.shape[:-1], self.num_outputs, dtype=self.numbers.dtype)
         beside = others.reshape(-1, self.num_outputs).contiguous() if others is not None else None
         counter = np.zeros(1, np.int64)
         num_parts = -(-self.num_outputs // (products.PANEL * products.TASK_PANELS))
@@ -72,18 +76,19 @@ class Panels:
             num_tasks=-(-len(flat) // products.TASK_ROWS) * num_parts,
             counter=counter.ctypes.data,
             states=flat.data_ptr(),
-            state_row=4 * flat.stride(0),
+            state_row=size * flat.stride(0),
             num_rows=len(flat),
-            num_inputs=self.num_inputs,
+            num_words=self.num_inputs // _WORDS[self.numbers.dtype],
             num_outputs=self.num_outputs,
             panels=self.numbers.data_ptr(),
             up_panels=up.numbers.data_ptr() if up is not None else 0,
             bias=bias.data_ptr() if bias is not None else 0,
             outputs=outputs.data_ptr(),
-            output_row=4 * self.num_outputs,
+            output_row=size * self.num_outputs,
             others=beside.data_ptr() if beside is not None else 0,
-            other_row=4 * self.num_outputs,
+            other_row=size * self.num_outputs,
             behind=behind,
+            is_half=int(self.numbers.dtype is torch.bfloat16),
         )
         torch_threads.run(products.multiply_panels, call, call.num_tasks)
         return outputs

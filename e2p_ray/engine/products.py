@@ -1,15 +1,15 @@
-"""Products of rows with frozen weights on a CPU as compiled loops of our own, in float32.
+"""Products of rows with frozen weights on a CPU as compiled loops of our own.
 
 Weights (out, in) lie in panels of 64 outputs: for each input 64 numbers side by side. A panel is multiplied with six
 rows at a time in registers, and what follows the product (bias, activation, gate, residual) is done while it is in the
 first-level cache. The layers of a Llama of 512 on a Zen 5 core, oneDNN's packed products with its post-operations and
 these, in GF/s: 213 and 227 for 512 rows, 204 and 229 for 2,064, 180 and 188 for 64, 113 and 122 for 16 (48 outputs by
-eight rows: 207 and 215 for 512).
+eight rows: 207 and 215 for 512). In bfloat16 two inputs take the place of one.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,13 @@ from e2p_ray.engine.vectors import (
     add,
     fetch_and_add,
     load,
+    load_bfloat16,
     load_float,
     multiply,
     product_tile,
     silu,
     store,
+    store_bfloat16,
     store_float,
 )
 
@@ -37,18 +39,21 @@ _PANEL_BYTES = _PANEL_VECTORS * VECTOR_BYTES
 # A task: rows whose products with a panel fill half of the first-level cache, and panels.
 TASK_ROWS = 96
 TASK_PANELS = 4
-_DEPTH = 2048  # of a panel's inputs at once, 524 KB: more would not stay in the second-level cache
+_DEPTH = 2048  # of a panel's words at once, 524 KB: more would not stay in the second-level cache
 
 _SILU, _TIMES, _PLUS, _GATED = 1, 2, 3, 4  # of panels.Behind
 
 _first = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=False)
 _next = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=True)
+_first_halves = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=False, halves=True)
+_next_halves = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=True, halves=True)
 
 
 class ProductCall(NamedTuple):
     """What multiply_panels is given, all int64, rows with distances in bytes; 0 for what there is not.
 
-    behind: a panels.Behind, of which TIMES and PLUS take `others` and GATED `up_panels`.
+    num_words: inputs, or pairs of them where `is_half`: everything but the panels' products is bfloat16 then. behind: a
+    panels.Behind, of which TIMES and PLUS take `others` and GATED `up_panels`.
     """
 
     num_tasks: int
@@ -56,7 +61,7 @@ class ProductCall(NamedTuple):
     states: int
     state_row: int
     num_rows: int
-    num_inputs: int
+    num_words: int
     num_outputs: int
     panels: int
     up_panels: int
@@ -66,27 +71,41 @@ class ProductCall(NamedTuple):
     others: int
     other_row: int
     behind: int
+    is_half: int
 
 
 @loop
-def _multiply(states: int, state_row: int, num_rows: int, last: int, num_inputs: int, panel: int, found: int) -> None:
-    """Rows (num_rows, num_inputs) times a panel; those beyond a multiple of six are at `last`, filled up."""
-    for first_input in range(0, num_inputs, _DEPTH):
-        depth = min(num_inputs - first_input, _DEPTH)
-        some = panel + first_input * _PANEL_BYTES
+def _multiply(
+    is_half: int, states: int, state_row: int, num_rows: int, last: int, num_words: int, panel: int, found: int
+) -> None:
+    """Rows (num_rows, num_words) times a panel; those beyond a multiple of six are at `last`, filled up."""
+    for first_word in range(0, num_words, _DEPTH):
+        depth = min(num_words - first_word, _DEPTH)
+        some = panel + first_word * _PANEL_BYTES
         for row in range(0, num_rows, _TILE_ROWS):
-            a, a_row = states + row * state_row + 4 * first_input, state_row
+            a, a_row = states + row * state_row + 4 * first_word, state_row
             if row + _TILE_ROWS > num_rows:
-                a, a_row = last + 4 * first_input, 4 * num_inputs
+                a, a_row = last + 4 * first_word, 4 * num_words
             c = found + row * _PANEL_BYTES
-            if first_input == 0:
+            if is_half and first_word == 0:
+                _first_halves(a, a_row, 4, some, _PANEL_BYTES, c, _PANEL_BYTES, depth)
+            elif is_half:
+                _next_halves(a, a_row, 4, some, _PANEL_BYTES, c, _PANEL_BYTES, depth)
+            elif first_word == 0:
                 _first(a, a_row, 4, some, _PANEL_BYTES, c, _PANEL_BYTES, depth)
             else:
                 _next(a, a_row, 4, some, _PANEL_BYTES, c, _PANEL_BYTES, depth)
 
 
 @loop
+def _load(is_half: int, address: int) -> Any:
+    """Sixteen numbers from an address."""
+    return load_bfloat16(address) if is_half else load(address)
+
+
+@loop
 def _finish(
+    is_half: int,
     behind: int,
     num_rows: int,
     found: int,
@@ -100,27 +119,30 @@ def _finish(
     """A panel's products, with what follows them, to the outputs."""
     for row in range(num_rows):
         for at in range(0, _PANEL_BYTES, VECTOR_BYTES):
-            value = load(found + row * _PANEL_BYTES + at)
+            value, place = load(found + row * _PANEL_BYTES + at), at // 2 if is_half else at
             if bias:
-                value = add(value, load(bias + at))
+                value = add(value, _load(is_half, bias + place))
             if behind == _SILU:
                 value = silu(value)
             elif behind == _TIMES:
-                value = multiply(value, load(others + row * other_row + at))
+                value = multiply(value, _load(is_half, others + row * other_row + place))
             elif behind == _PLUS:
-                value = add(value, load(others + row * other_row + at))
+                value = add(value, _load(is_half, others + row * other_row + place))
             elif behind == _GATED:
                 value = multiply(silu(value), load(ups + row * _PANEL_BYTES + at))
-            store(value, outputs + row * output_row + at)
+            if is_half:
+                store_bfloat16(value, outputs + row * output_row + place)
+            else:
+                store(value, outputs + row * output_row + place)
 
 
 @loop
 def multiply_panels(p: _Ints) -> None:
     """Tasks, one after the other as they are free: some rows times some panels."""
     num_tasks, counter, states, state_row, all_rows = p[0], p[1], p[2], p[3], p[4]
-    num_inputs, num_outputs, panels, up_panels, bias = p[5], p[6], p[7], p[8], p[9]
-    outputs, output_row, others, other_row, behind = p[10], p[11], p[12], p[13], p[14]
-    scratch = np.empty(2 * TASK_ROWS * PANEL + _TILE_ROWS * num_inputs + LANES, np.float32)
+    num_words, num_outputs, panels, up_panels, bias = p[5], p[6], p[7], p[8], p[9]
+    outputs, output_row, others, other_row, behind, is_half = p[10], p[11], p[12], p[13], p[14], p[15]
+    scratch = np.empty(2 * TASK_ROWS * PANEL + _TILE_ROWS * num_words + LANES, np.float32)
     found = (scratch.ctypes.data + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES
     ups = found + TASK_ROWS * _PANEL_BYTES
     last = ups + TASK_ROWS * _PANEL_BYTES
@@ -137,15 +159,17 @@ def multiply_panels(p: _Ints) -> None:
         if num_whole < num_rows:
             for row in range(_TILE_ROWS):
                 source = some + min(num_whole + row, num_rows - 1) * state_row
-                for at in range(0, 4 * num_inputs, 4):
-                    store_float(load_float(source + at), last + 4 * row * num_inputs + at)
+                for at in range(0, 4 * num_words, 4):
+                    store_float(load_float(source + at), last + 4 * row * num_words + at)
         for panel in range(first_panel, min(first_panel + TASK_PANELS, num_panels)):
-            distance = panel * num_inputs * _PANEL_BYTES
-            _multiply(some, state_row, num_rows, last, num_inputs, panels + distance, found)
+            distance = panel * num_words * _PANEL_BYTES
+            _multiply(is_half, some, state_row, num_rows, last, num_words, panels + distance, found)
             if behind == _GATED:
-                _multiply(some, state_row, num_rows, last, num_inputs, up_panels + distance, ups)
-            column = 4 * min(panel * PANEL, num_outputs - PANEL)  # the last panel begins where it ends with the outputs
+                _multiply(is_half, some, state_row, num_rows, last, num_words, up_panels + distance, ups)
+            # The last panel begins where it ends with the outputs.
+            column = min(panel * PANEL, num_outputs - PANEL) * (2 if is_half else 4)
             _finish(
+                is_half,
                 behind,
                 num_rows,
                 found,

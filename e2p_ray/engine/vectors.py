@@ -34,6 +34,28 @@ def has_wide_registers() -> bool:
     return bool(binding.get_host_cpu_features().get("avx512f", False))
 
 
+@cache
+def has_half_products() -> bool:
+    """Whether it multiplies vectors of bfloat16, and has no unit for tiles of them, with which libraries are faster."""
+    features = binding.get_host_cpu_features()
+    return bool(features.get("avx512bf16", False)) and not features.get("amx-bf16", False)
+
+
+class _Half(ir.types.Type):
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    null = "0.0"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Half)
+
+    def __hash__(self) -> int:
+        return hash(_Half)
+
+
 class _Vector(types.Type):
     def __init__(self) -> None:
         super().__init__(name="FloatVector16")
@@ -258,16 +280,19 @@ def largest(typing: Any, value: Any) -> Any:
 # -- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def product_tile(num_rows: int, num_vectors: int, *, accumulate: bool) -> Any:
+def product_tile(num_rows: int, num_vectors: int, *, accumulate: bool, halves: bool = False) -> Any:
     """C (num_rows, lanes) = A (num_rows, depth) B (depth, lanes), or added to what C holds; kept in registers.
 
-    By addresses and distances in bytes: A's rows and columns lie anyhow, B's and C's lanes side by side.
+    By addresses and distances in bytes: A's rows and columns lie anyhow, B's and C's lanes side by side. `halves`: a
+    number of A and of B is two of bfloat16 side by side, and what they give is the sum of two products.
     """
     signature = types.void(*[types.int64] * 8)
 
     @intrinsic
     def tile(typing: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, c: Any, c_row: Any, depth: Any) -> Any:
         def build(context: Any, builder: Any, _: Any, given: Any) -> Any:
+            if halves and not has_half_products():  # compiled with the rest all the same, and never called
+                return context.get_dummy_value()
             a, a_row, a_column, b, b_row, c, c_row, depth = given
             vectors = range(num_vectors)
             rows = [_times(builder, a_row, row) for row in range(num_rows)]
@@ -290,10 +315,11 @@ def product_tile(num_rows: int, num_vectors: int, *, accumulate: bool) -> Any:
             step, at_a, at_b = (carried(_BYTES, start) for start in (_bytes(0), a, b))
             sums = [[carried(_VECTOR, start) for start in row] for row in begun]
             right = [_load(builder, builder.add(at_b, _bytes(VECTOR_BYTES * at)), _VECTOR) for at in vectors]
+            multiplied = _pair_products if halves else _fma
             found = []
             for row, row_sums in zip(rows, sums, strict=True):
                 left = _splat(builder, _load(builder, builder.add(at_a, row), _FLOAT))
-                found.append([_fma(builder, left, one, total) for one, total in zip(right, row_sums, strict=True)])
+                found.append([multiplied(builder, left, one, sum_) for one, sum_ in zip(right, row_sums, strict=True)])
             for row_sums, row_found in zip(sums, found, strict=True):
                 for one, new in zip(row_sums, row_found, strict=True):
                     one.add_incoming(new, loop)
@@ -388,6 +414,13 @@ def _fma(builder: Any, one: Any, other: Any, added: Any) -> Any:
     return builder.call(
         cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32"), [one, other, added]
     )
+
+
+def _pair_products(builder: Any, one: Any, other: Any, added: Any) -> Any:
+    halves = ir.VectorType(_Half(), 2 * LANES)
+    kind = ir.FunctionType(_VECTOR, [_VECTOR, halves, halves])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return builder.call(function, [added, builder.bitcast(one, halves), builder.bitcast(other, halves)])
 
 
 def _exp(builder: Any, x: Any) -> Any:
