@@ -86,10 +86,8 @@ class SharedReads:
 
         num_heads, dim = queries.shape[1:]
         addresses = np.array([(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)], np.int64)
-        counter, scales = np.zeros(1, np.int64), np.array([scale], np.float32)
+        scales = np.array([scale], np.float32)
         call = flash.SharedCall(
-            num_tasks=len(self.tasks),
-            counter=counter.ctypes.data,
             tasks=self.tasks.ctypes.data,
             readings=self.readings.ctypes.data,
             order=self.order.ctypes.data,
@@ -109,7 +107,7 @@ class SharedReads:
             scale=scales.ctypes.data,
             addresses=addresses.ctypes.data,
         )
-        torch_threads.run(flash.attend_shared, call, call.num_tasks)
+        torch_threads.run(flash.attend_shared, len(self.tasks), call)
 
 
 class CompiledPrefill:

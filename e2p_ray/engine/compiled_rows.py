@@ -57,10 +57,9 @@ class CompiledRows:
             before = [prefix.keys[layer][0] for prefix in self._prefixes]
             behind = [prefix.values[layer][0] for prefix in self._prefixes]
             self._shared.attend(asked, before, behind, outputs, scale, lse=(self._tops, self._sums))
-        counter, scales = np.zeros(1, np.int64), np.array([scale], np.float32)
+        scales = np.array([scale], np.float32)
         call = flash.OwnCall(
             num_tokens=len(self._slot_of),
-            counter=counter.ctypes.data,
             slots=self._slot_of.ctypes.data,
             places=self._place.ctypes.data,
             keys=keys.data_ptr(),
@@ -81,5 +80,5 @@ class CompiledRows:
             max_keys=self._max_own,
             scale=scales.ctypes.data,
         )
-        torch_threads.run(flash.attend_own, call, -(-call.num_tokens // flash.TOKENS))
+        torch_threads.run(flash.attend_own, -(-call.num_tokens // flash.TASK_TOKENS), call)
         return outputs

@@ -32,8 +32,6 @@ _UNROLLED = 4  # vectors whose sums do not wait for each other
 class SumCall(NamedTuple):
     """What sum_exponentials is given, all int64; float32 everywhere, rows side by side."""
 
-    num_tasks: int
-    counter: int
     numbers: int
     num_rows: int
     width: int

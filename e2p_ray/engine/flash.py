@@ -2,7 +2,7 @@
 
 Queries lie in the lanes of vectors, so that keys and values are read as they are stored, one number for sixteen queries
 at a time, and a softmax over keys goes lane by lane (flash attention, arXiv 2205.14135). Everything comes by address,
-with distances in bytes, in one array of numbers, so that torch's threads can be handed it.
+with distances in bytes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _score_1 = product_tile(1, 1, accumulate=False)
 _values_3 = product_tile(TILE_ROWS, 3, accumulate=True)
 _values_2 = product_tile(TILE_ROWS, 2, accumulate=True)
 _values_1 = product_tile(TILE_ROWS, 1, accumulate=True)
-TOKENS = 32  # a task of attend_own
+TASK_TOKENS = 32  # of attend_own
 _UNROLLED = 4  # vectors of values whose sums do not wait for each other
 
 
@@ -72,8 +72,6 @@ class SharedCall(NamedTuple):
     sum of weights against it.
     """
 
-    num_tasks: int
-    counter: int
     tasks: int
     readings: int
     order: int
@@ -98,7 +96,6 @@ class OwnCall(NamedTuple):
     """What attend_own is given, all int64: each token's slot, and its place among its row's own tokens."""
 
     num_tokens: int
-    counter: int
     slots: int
     places: int
     keys: int
@@ -414,19 +411,19 @@ def _join(own: _Vector, factor: _Vector, kept: _Vector, shared: float, place: in
 @loop
 def attend_own(p: _Ints) -> None:
     """Tasks of some tokens: each token's queries over its row's own keys, joined with what attend_shared found."""
-    num_tokens, counter, slots, places = p[0], p[1], p[2], p[3]
-    keys, values, slot_bytes, head_bytes = p[4], p[5], p[6], p[7]
-    queries, query_token, query_head = p[8], p[9], p[10]
-    outputs, output_token, output_head = p[11], p[12], p[13]
-    tops, sums, num_heads, group, dim, max_keys = p[14], p[15], p[16], p[17], p[18], p[19]
-    scale = load_float(p[20])
+    num_tasks, counter, num_tokens, slots, places = p[0], p[1], p[2], p[3], p[4]
+    keys, values, slot_bytes, head_bytes = p[5], p[6], p[7], p[8]
+    queries, query_token, query_head = p[9], p[10], p[11]
+    outputs, output_token, output_head = p[12], p[13], p[14]
+    tops, sums, num_heads, group, dim, max_keys = p[15], p[16], p[17], p[18], p[19], p[20]
+    scale = load_float(p[21])
     scratch = np.empty(max_keys + 2 * LANES, np.float32)
     scores = (scratch.ctypes.data + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES
     while True:
-        begin = fetch_and_add(counter) * TOKENS
-        if begin >= num_tokens:
+        task = fetch_and_add(counter)
+        if task >= num_tasks:
             break
-        for token in range(begin, min(begin + TOKENS, num_tokens)):
+        for token in range(task * TASK_TOKENS, min((task + 1) * TASK_TOKENS, num_tokens)):
             num_keys = load_int(places + 8 * token) + 1
             of_row = load_int(slots + 8 * token) * slot_bytes
             for head in range(num_heads):

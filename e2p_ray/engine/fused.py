@@ -119,10 +119,8 @@ class FusedLayer(nn.Module):
         else:
             each = num_tokens // num_rows
             room = step.room(self.number, num_rows, each, self.num_kv_heads, dim, product.dtype)
-        queries, counter = torch.empty(num_tokens, self.num_heads, dim), np.zeros(1, np.int64)
+        queries = torch.empty(num_tokens, self.num_heads, dim)
         call = TurnCall(
-            num_tasks=-(-num_tokens // TASK_TOKENS),
-            counter=counter.ctypes.data,
             heads=product.data_ptr(),
             turns=turns.data_ptr(),
             num_tokens=num_tokens,
@@ -137,7 +135,7 @@ class FusedLayer(nn.Module):
             from_half=int(product.dtype is torch.bfloat16),
             to_half=int(room.keys.dtype is torch.bfloat16),
         )
-        torch_threads.run(turn_heads, call, call.num_tasks)
+        torch_threads.run(turn_heads, -(-num_tokens // TASK_TOKENS), call)
         return queries.view(num_rows, -1, self.num_heads, dim).transpose(1, 2), room.keys, room.values
 
     def _turned_apart(self, product: Tensor, turns: Tensor, step: Step, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,14 +180,8 @@ class Norm(nn.Module):
         from e2p_ray.engine import row_norms, torch_threads
 
         states = states.contiguous()
-        outputs, counter, epsilon = (
-            torch.empty_like(states),
-            np.zeros(1, np.int64),
-            np.array([self.epsilon], np.float32),
-        )
+        outputs, epsilon = torch.empty_like(states), np.array([self.epsilon], np.float32)
         call = row_norms.NormCall(
-            num_tasks=-(-len(states) // row_norms.TASK_ROWS),
-            counter=counter.ctypes.data,
             states=states.data_ptr(),
             num_rows=len(states),
             width=states.shape[1],
@@ -198,7 +190,7 @@ class Norm(nn.Module):
             outputs=outputs.data_ptr(),
             is_half=int(states.dtype is torch.bfloat16),
         )
-        torch_threads.run(row_norms.normalise_rows, call, call.num_tasks)
+        torch_threads.run(row_norms.normalise_rows, -(-len(states) // row_norms.TASK_ROWS), call)
         return outputs
 
 

@@ -1,4 +1,8 @@
-"""What makes a function a compiled loop: without Python's lock, and kept compiled between processes."""
+"""What makes a function a compiled loop: without Python's lock, and kept compiled between processes.
+
+Loops that are run on several threads take one array of int64: how many tasks there are, the address of the counter by
+which a thread takes its next one, and what the loop's own call says (`torch_threads.run`). Tensors come by address.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import IntEnum
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,11 +69,8 @@ class Panels:
         size = self.numbers.itemsize
         outputs = torch.empty(*states.shape[:-1], self.num_outputs, dtype=self.numbers.dtype)
         beside = others.reshape(-1, self.num_outputs).contiguous() if others is not None else None
-        counter = np.zeros(1, np.int64)
         num_parts = -(-self.num_outputs // (products.PANEL * products.TASK_PANELS))
         call = products.ProductCall(
-            num_tasks=-(-len(flat) // products.TASK_ROWS) * num_parts,
-            counter=counter.ctypes.data,
             states=flat.data_ptr(),
             state_row=size * flat.stride(0),
             num_rows=len(flat),
@@ -90,5 +86,5 @@ class Panels:
             behind=behind,
             is_half=int(self.numbers.dtype is torch.bfloat16),
         )
-        torch_threads.run(products.multiply_panels, call, call.num_tasks)
+        torch_threads.run(products.multiply_panels, -(-len(flat) // products.TASK_ROWS) * num_parts, call)
         return outputs

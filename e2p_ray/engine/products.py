@@ -56,8 +56,6 @@ class ProductCall(NamedTuple):
     panels.Behind, of which TIMES and PLUS take `others` and GATED `up_panels`.
     """
 
-    num_tasks: int
-    counter: int
     states: int
     state_row: int
     num_rows: int

@@ -30,8 +30,6 @@ TASK_ROWS = 64
 class NormCall(NamedTuple):
     """What normalise_rows is given, all int64; rows side by side, numbers of 4 bytes, or of 2 where `is_half`."""
 
-    num_tasks: int
-    counter: int
     states: int
     num_rows: int
     width: int

@@ -143,17 +143,15 @@ def _exp_sums(logits: Tensor, largest: Tensor) -> Tensor:
         return logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
     from e2p_ray.engine import exp_sums, torch_threads
 
-    counter, sums = np.zeros(1, np.int64), torch.empty_like(largest)
+    sums = torch.empty_like(largest)
     call = exp_sums.SumCall(
-        num_tasks=-(-len(logits) // exp_sums.TASK_ROWS),
-        counter=counter.ctypes.data,
         numbers=logits.data_ptr(),
         num_rows=len(logits),
         width=logits.shape[1],
         largest=largest.data_ptr(),
         sums=sums.data_ptr(),
     )
-    torch_threads.run(exp_sums.sum_exponentials, call, call.num_tasks)
+    torch_threads.run(exp_sums.sum_exponentials, -(-len(logits) // exp_sums.TASK_ROWS), call)
     return sums
 
 

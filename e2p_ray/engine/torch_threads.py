@@ -17,10 +17,13 @@ _Ints = npt.NDArray[np.int64]
 _MAX_NUMBERS = 32
 
 
-def run(loop: Callable[[_Ints], None], numbers: tuple[int, ...], num_tasks: int) -> None:
-    """Call a loop that takes tasks by a shared counter, on as many of torch's threads as there are tasks for."""
-    given = np.zeros(_MAX_NUMBERS, np.int64)
-    given[: len(numbers)] = numbers
+def run(loop: Callable[[_Ints], None], num_tasks: int, numbers: tuple[int, ...]) -> None:
+    """Call a loop on as many of torch's threads as there are tasks for.
+
+    It is given the number of tasks, the address of a counter by which it takes one after the other, and the numbers.
+    """
+    given, counter = np.zeros(_MAX_NUMBERS, np.int64), np.zeros(1, np.int64)
+    given[: 2 + len(numbers)] = num_tasks, counter.ctypes.data, *numbers
     num_threads = min(torch.get_num_threads(), num_tasks)
     team = _team() if num_threads > 1 else None
     if team is None:

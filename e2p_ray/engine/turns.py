@@ -32,8 +32,6 @@ class TurnCall(NamedTuple):
     next one head_bytes on. `from_half`, `to_half`: heads, and keys and values, are bfloat16.
     """
 
-    num_tasks: int
-    counter: int
     heads: int
     turns: int
     num_tokens: int
