@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from e2p_ray.engine import compiled_attention
+from e2p_ray.engine import compiled_attention, fused, panels, sampling
 from e2p_ray.engine.compiled import has_loops
 from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
@@ -26,6 +26,16 @@ from tests import tiny_models
 
 TOLERANCE = 1e-4
 ARCHITECTURES = tiny_models.configs()
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of what there are two for."""
+    if request.param == "torch":
+        for module in (compiled_attention, fused, panels, sampling):
+            monkeypatch.setattr(module, "has_loops", lambda: False)
+    elif not has_loops():
+        pytest.skip("the compiled loops need AVX-512")
 
 
 @dataclass
@@ -87,19 +97,15 @@ def largest_difference(model: Any, engine: Engine, groups: list[Group], trace: T
     return worst
 
 
-@pytest.mark.parametrize("attention", ["compiled", "torch"])
+@pytest.mark.usefixtures("operations")
 @pytest.mark.parametrize("num_soft_tokens", [1, 2])
 @pytest.mark.parametrize(
     ("layout", "cue_after"), [("content_first", ""), ("content_first", " headline:"), ("soft_first", "")]
 )
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_logits_equal_plain_forward(
-    name: str, layout: Layout, cue_after: str, num_soft_tokens: int, attention: str, monkeypatch: pytest.MonkeyPatch
+    name: str, layout: Layout, cue_after: str, num_soft_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if attention == "torch":
-        monkeypatch.setattr(compiled_attention, "has_loops", lambda: False)
-    elif not has_loops():
-        pytest.skip("the compiled loops need AVX-512")
     config = ARCHITECTURES[name]
     tasks = {"headline": tiny_models.task(cue_after=cue_after)}
     engine = tiny_models.engine_of(config, layout=layout, num_soft_tokens=num_soft_tokens, tasks=tasks, max_rows=7)
@@ -143,6 +149,7 @@ def packed_engine(
     return model, engine
 
 
+@pytest.mark.usefixtures("operations")
 @pytest.mark.parametrize(
     ("layout", "cue_after", "keep_plain"),
     [
@@ -181,6 +188,7 @@ def test_packed_weights_give_the_same_logits(
     assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"
 
 
+@pytest.mark.usefixtures("operations")
 @pytest.mark.parametrize("name", sorted(FUSED_MODEL_TYPES))
 def test_fused_layers_in_bf16_are_as_near_as_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, engine = packed_engine(name, "content_first", "", torch.bfloat16)
