@@ -14,7 +14,7 @@ from torch import Tensor
 
 from e2p_ray.config import SamplingConfig
 from e2p_ray.engine.attention import Shape
-from e2p_ray.engine.compiled import has_loops
+from e2p_ray.engine.compiled import LANES, has_loops
 from e2p_ray.engine.compiled_attention import SharedReads, can_attend
 from e2p_ray.engine.compiled_rows import CompiledRows
 from e2p_ray.engine.fused import Norm
@@ -188,7 +188,7 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
 def test_exp_is_exact_to_the_last_places() -> None:
     from numba import njit
 
-    from e2p_ray.engine.vectors import LANES, exp, load, store
+    from e2p_ray.engine.vectors import exp, load, store
 
     def loop(source: int, target: int, count: int) -> None:
         for at in range(0, count, LANES):

@@ -5,6 +5,11 @@ from __future__ import annotations
 import importlib.util
 from functools import cache
 
+import torch
+
+LANES = 16  # float32 of a vector: heads, and what is normed, have to be a multiple
+DTYPES = (torch.float32, torch.bfloat16)
+
 
 @cache
 def has_loops() -> bool:

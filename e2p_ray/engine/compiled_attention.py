@@ -15,19 +15,16 @@ import torch
 from torch import Tensor
 
 from e2p_ray.engine.attention import Shape
-from e2p_ray.engine.compiled import has_loops
+from e2p_ray.engine.compiled import DTYPES, LANES, has_loops
 
 _Ints = npt.NDArray[np.int64]
-
-_LANES = 16  # of a vector: the size of a head has to be a multiple
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def can_attend(shape: Shape, queries: Tensor, keys: Tensor) -> bool:
     """Whether the loops know how: no window, no cap on scores, no gradient."""
     if queries.device.type != "cpu" or shape.window is not None or shape.cap is not None:
         return False
-    if queries.shape[-1] % _LANES or keys.dtype not in _DTYPES:
+    if queries.shape[-1] % LANES or keys.dtype not in DTYPES:
         return False
     return not (torch.is_grad_enabled() and (queries.requires_grad or keys.requires_grad)) and has_loops()
 

@@ -205,23 +205,22 @@ class Decoder:
         base, num_begun = self._base, len(last_tokens)
         num_soft = np.zeros(len(num_own), np.int64)
         num_soft[num_begun:] = [self._num_soft if row.user_embedding is not None else 0 for row in new]
-        ids = np.zeros((len(num_own), int(step.tokens.offset.max()) + 1), np.int64)
+        packed = step.tokens
+        ids = np.zeros((len(num_own), int(packed.offset.max()) + 1), np.int64)
         ids[:num_begun, 0] = last_tokens
         for at, row in enumerate(new, num_begun):
             ids[at, num_soft[at] : num_own[at]] = row.right
         for at, tokens in enumerate(ahead):
             if tokens:
                 ids[at, num_own[at] : num_own[at] + len(tokens)] = tokens
-        embeds = base.embed(torch.from_numpy(ids[step.tokens.row, step.tokens.offset]).to(base.device))
+        embeds = base.embed(torch.from_numpy(ids[packed.row, packed.offset]).to(base.device))
         given = [row.user_embedding for row in new if row.user_embedding is not None]
         if given:
-            soft = step.tokens.offset < num_soft[step.tokens.row]
+            soft = packed.offset < num_soft[packed.row]
             projected = self._projector(torch.from_numpy(np.stack(given)).to(base.device)).to(base.dtype)
             user = np.cumsum(num_soft > 0) - 1  # a row's place among those with a user embedding
             places = torch.from_numpy(np.flatnonzero(soft)).to(base.device)
-            chosen = torch.from_numpy(user[step.tokens.row[soft]] * self._num_soft + step.tokens.offset[soft]).to(
-                base.device
-            )
+            chosen = torch.from_numpy(user[packed.row[soft]] * self._num_soft + packed.offset[soft]).to(base.device)
             embeds = embeds.index_copy(0, places, projected.flatten(0, 1)[chosen])
         return embeds
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from e2p_ray.engine.compiled import LANES
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
-    LANES,
     TILE_ROWS,
     VECTOR_BYTES,
     add,

@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from e2p_ray.engine.attention import Shape, Step
-from e2p_ray.engine.compiled import has_loops
+from e2p_ray.engine.compiled import DTYPES, LANES, has_loops
 from e2p_ray.engine.few_rows import FewRows
 from e2p_ray.engine.packed import PackedLinear, activation_of, gated_mlp
 from e2p_ray.engine.rows_step import RowsStep
@@ -29,9 +29,6 @@ from e2p_ray.engine.shared_prefix import PrefillStep
 
 # Same modules under the same names; each is compared with transformers in tests/test_engine_architectures.py.
 FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-
-_LANES = 16  # of a vector of the compiled loops
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class FusedDecoder(nn.Module):
@@ -93,7 +90,7 @@ class FusedLayer(nn.Module):
         assert packed is not None, "checked by fits"
         self.mlp = packed
         has_norms = self.query_norm is not None or self.key_norm is not None
-        self._by_loop = not has_norms and self.head_dim % _LANES == 0 and has_loops()
+        self._by_loop = not has_norms and self.head_dim % LANES == 0 and has_loops()
 
     def forward(self, states: Tensor, turns: Tensor, step: Step, num_rows: int) -> Tensor:
         """(n * q, d_model) to the same; `turns` (n * q, 1, head_dim / 2) are the rotations as complex numbers."""
@@ -165,7 +162,7 @@ class Norm(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """(..., d) to the same."""
         flat = states.reshape(-1, states.shape[-1])
-        if flat.shape[-1] % _LANES == 0 and flat.dtype == self.weight.dtype in _DTYPES and has_loops():
+        if flat.shape[-1] % LANES == 0 and flat.dtype == self.weight.dtype in DTYPES and has_loops():
             return self._by_loop(flat).view(states.shape)
         squares = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).square_().div_(flat.shape[-1])
         if flat.dtype is torch.float32:  # 512 rows of 512: 126 us, with a batch norm 149

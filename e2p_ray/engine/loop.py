@@ -15,7 +15,11 @@ from typing import Any
 
 from numba import config, njit
 
-_SOURCES = ("vectors.py", "flash.py", "products.py", "row_norms.py", "turns.py", "exp_sums.py")
+# Loops, and what they take constants from.
+_SOURCES = (
+    *("vectors.py", "either.py", "flash.py", "products.py", "row_norms.py", "turns.py", "exp_sums.py"),
+    *("compiled.py", "panels.py"),
+)
 
 
 def loop(function: Callable[..., Any]) -> Any:

@@ -92,9 +92,14 @@ class PackedLinear(nn.Module):
 
     def _few(self, states: Tensor) -> Tensor | None:
         """The product and the bias by the plain weight, where that is kept and faster."""
-        if self.plain is None or states.numel() > FEW_ROWS * states.shape[-1]:
+        if not self.takes_plain(states):
             return None
+        assert self.plain is not None
         return functional.linear(states, self.plain, self.bias)
+
+    def takes_plain(self, states: Tensor) -> bool:
+        """Whether there are so few of them that the plain weight is faster, and it is kept."""
+        return self.plain is not None and states.numel() <= FEW_ROWS * states.shape[-1]
 
 
 class GatedMLP(nn.Module):
@@ -119,8 +124,7 @@ class GatedMLP(nn.Module):
 
     def _inner(self, states: Tensor) -> Tensor:
         gate, up = self.gate, self.up
-        few = gate.plain is not None and states.numel() <= FEW_ROWS * states.shape[-1]
-        if self._is_one and not few:
+        if self._is_one and not gate.takes_plain(states):
             assert gate.panels is not None
             return gate.panels.product(states, None, Behind.GATED, up=up.panels)
         return up.times(states, gate.then(states, self._activation))

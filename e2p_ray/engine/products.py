@@ -9,25 +9,24 @@ eight rows: 207 and 215 for 512). In bfloat16 two inputs take the place of one.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from e2p_ray.engine.compiled import LANES
+from e2p_ray.engine.either import load_either, store_either
 from e2p_ray.engine.loop import loop
+from e2p_ray.engine.panels import Behind
 from e2p_ray.engine.vectors import (
-    LANES,
     VECTOR_BYTES,
     add,
     fetch_and_add,
     load,
-    load_bfloat16,
     load_float,
     multiply,
     product_tile,
     silu,
-    store,
-    store_bfloat16,
     store_float,
 )
 
@@ -41,7 +40,7 @@ TASK_ROWS = 96
 TASK_PANELS = 4
 _DEPTH = 2048  # of a panel's words at once, 524 KB: more would not stay in the second-level cache
 
-_SILU, _TIMES, _PLUS, _GATED = 1, 2, 3, 4  # of panels.Behind
+_SILU, _TIMES, _PLUS, _GATED = map(int, (Behind.SILU, Behind.TIMES, Behind.PLUS, Behind.GATED))
 
 _first = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=False)
 _next = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=True)
@@ -96,12 +95,6 @@ def _multiply(
 
 
 @loop
-def _load(is_half: int, address: int) -> Any:
-    """Sixteen numbers from an address."""
-    return load_bfloat16(address) if is_half else load(address)
-
-
-@loop
 def _finish(
     is_half: int,
     behind: int,
@@ -119,19 +112,16 @@ def _finish(
         for at in range(0, _PANEL_BYTES, VECTOR_BYTES):
             value, place = load(found + row * _PANEL_BYTES + at), at // 2 if is_half else at
             if bias:
-                value = add(value, _load(is_half, bias + place))
+                value = add(value, load_either(is_half, bias + place))
             if behind == _SILU:
                 value = silu(value)
             elif behind == _TIMES:
-                value = multiply(value, _load(is_half, others + row * other_row + place))
+                value = multiply(value, load_either(is_half, others + row * other_row + place))
             elif behind == _PLUS:
-                value = add(value, _load(is_half, others + row * other_row + place))
+                value = add(value, load_either(is_half, others + row * other_row + place))
             elif behind == _GATED:
                 value = multiply(silu(value), load(ups + row * _PANEL_BYTES + at))
-            if is_half:
-                store_bfloat16(value, outputs + row * output_row + place)
-            else:
-                store(value, outputs + row * output_row + place)
+            store_either(is_half, value, outputs + row * output_row + place)
 
 
 @loop

@@ -7,18 +7,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from e2p_ray.engine.compiled import LANES
+from e2p_ray.engine.either import load_either, store_either
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
-    LANES,
     fetch_and_add,
-    load,
-    load_bfloat16,
     load_float,
     multiply,
     multiply_add,
     splat,
-    store,
-    store_bfloat16,
     total,
 )
 
@@ -53,13 +50,10 @@ def normalise_rows(p: _Ints) -> None:
             source, target = states + row * width * size, outputs + row * width * size
             squares = splat(np.float32(0.0))
             for at in range(0, width * size, LANES * size):
-                value = load_bfloat16(source + at) if is_half else load(source + at)
+                value = load_either(is_half, source + at)
                 squares = multiply_add(value, value, squares)
             mean = total(squares) / np.float32(width) + epsilon
             factor = splat(np.float32(1.0) / np.float32(np.sqrt(mean)))
             for at in range(0, width * size, LANES * size):
-                if is_half:
-                    value = multiply(multiply(load_bfloat16(source + at), factor), load_bfloat16(weight + at))
-                    store_bfloat16(value, target + at)
-                else:
-                    store(multiply(multiply(load(source + at), factor), load(weight + at)), target + at)
+                normed = multiply(load_either(is_half, source + at), factor)
+                store_either(is_half, multiply(normed, load_either(is_half, weight + at)), target + at)

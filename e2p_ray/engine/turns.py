@@ -7,16 +7,15 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from e2p_ray.engine.either import load_either, store_either
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
     VECTOR_BYTES,
     fetch_and_add,
     load,
-    load_bfloat16,
     load_int,
     rotate,
     store,
-    store_bfloat16,
 )
 
 _Ints = npt.NDArray[np.int64]
@@ -66,14 +65,11 @@ def turn_heads(p: _Ints) -> None:
                 of_keys = head - num_heads
                 of_values = of_keys - num_kv_heads
                 for at in range(0, 4 * dim, VECTOR_BYTES):
-                    value = load_bfloat16(source + at // 2) if from_half else load(source + at)
+                    value = load_either(from_half, source + (at // 2 if from_half else at))
                     if of_values < 0:
                         value = rotate(value, load(turn + at))
                     if of_keys < 0:
                         store(value, queries + 4 * (token * num_heads + head) * dim + at)
                         continue
                     target = keys + of_keys * head_bytes if of_values < 0 else values + of_values * head_bytes
-                    if to_half:
-                        store_bfloat16(value, target + place + at // 2)
-                    else:
-                        store(value, target + place + at)
+                    store_either(to_half, value, target + place + (at // 2 if to_half else at))

@@ -14,7 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-LANES = 16
+from e2p_ray.engine.compiled import LANES
+
 VECTOR_BYTES = 4 * LANES
 TILE_ROWS = 8  # with three vectors of lanes 24 of 32 registers
 
@@ -161,28 +162,18 @@ def splat(typing: Any, value: Any) -> Any:
     return _vector(types.float32), lambda context, builder, signature, given: _splat(builder, given[0])
 
 
-@intrinsic
-def add(typing: Any, one: Any, other: Any) -> Any:
-    """Lane by lane."""
-    return _vector(_vector, _vector), lambda context, builder, signature, given: builder.fadd(*given)
+def _lane_by_lane(instruction: str) -> Any:
+    """An operation of two vectors, by the name of LLVM's."""
+
+    @intrinsic
+    def operation(typing: Any, one: Any, other: Any) -> Any:
+        signature = _vector(_vector, _vector)
+        return signature, lambda context, builder, _, given: getattr(builder, instruction)(*given)
+
+    return operation
 
 
-@intrinsic
-def subtract(typing: Any, one: Any, other: Any) -> Any:
-    """Lane by lane."""
-    return _vector(_vector, _vector), lambda context, builder, signature, given: builder.fsub(*given)
-
-
-@intrinsic
-def multiply(typing: Any, one: Any, other: Any) -> Any:
-    """Lane by lane."""
-    return _vector(_vector, _vector), lambda context, builder, signature, given: builder.fmul(*given)
-
-
-@intrinsic
-def divide(typing: Any, one: Any, other: Any) -> Any:
-    """Lane by lane."""
-    return _vector(_vector, _vector), lambda context, builder, signature, given: builder.fdiv(*given)
+add, subtract, multiply, divide = map(_lane_by_lane, ("fadd", "fsub", "fmul", "fdiv"))
 
 
 @intrinsic
