@@ -241,6 +241,25 @@ def test_no_shared_text_when_nobody_needs_it_and_none_for_the_opted_out_with_a_u
     assert engine.asked == [(0, SHARED, False)]
 
 
+@pytest.mark.parametrize("num_rejected", [0, 2])
+def test_of_many_requests_the_shared_text_is_written_along_with_the_first(num_rejected: int) -> None:
+    many = tuple(ask(f"u{at}") for at in range(200))
+    texts = dict.fromkeys((request.key for request in many[-num_rejected:] if num_rejected), BAD)
+    engine = Recording(texts=texts)
+    groups = [Group(CONTENT, "headline", many[:150]), Group(CONTENT, "headline", many[150:])]
+    rows, letters = Generator(engine, make_config(retry=False), "r").generate(groups)
+    assert engine.asked[0] == (0, SHARED, False)
+    assert len(engine.asked) == 201
+    assert [row.user_id for row in rows] == [request.key.user_id for request in many]
+    shared = [row for row in rows if row.arm is Arm.NO_SOFT_TOKEN]
+    assert [row.reason for row in shared] == [Reason.FOREIGN_PHONE] * num_rejected
+    assert not letters
+    # Control: fewer wait until one has failed.
+    engine = Recording(texts=texts)
+    Generator(engine, make_config(retry=False), "r").generate([Group(CONTENT, "headline", many[-100:])])
+    assert [key for _, key, _ in engine.asked].index(SHARED) == 100 if num_rejected else len(engine.asked) == 100
+
+
 def test_only_rejected_texts_are_tried_again() -> None:
     engine = Recording(texts={KEY: BAD})
     Generator(engine, make_config(), "r").generate([Group(CONTENT, "headline", (ask("u1"), ask("u2")))])

@@ -26,6 +26,7 @@ from e2p_ray.engine.few_rows import FewRows
 from e2p_ray.engine.packed import PackedLinear, activation_of, gated_mlp
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.shared_prefix import PrefillStep
+from e2p_ray.engine.workspace import Workspace
 
 # Same modules under the same names; each is compared with transformers in tests/test_engine_architectures.py.
 FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -40,9 +41,9 @@ class FusedDecoder(nn.Module):
         self._rotary: nn.Module = decoder.rotary_emb
         self._norm = Norm(decoder.norm)
         window = model.config.sliding_window if model.config.model_type == "mistral" else None
-        layers = []
+        layers, workspace = [], Workspace()
         for number in range(len(decoder.layers)):
-            layers.append(FusedLayer(decoder.layers[number], window, keep_plain))
+            layers.append(FusedLayer(decoder.layers[number], window, workspace, keep_plain))
             decoder.layers[number] = nn.Identity()  # its weights are freed
         self._layers = nn.ModuleList(layers)
         has_plain = all(layer.qkv.plain is not None for layer in layers)
@@ -63,10 +64,11 @@ class FusedDecoder(nn.Module):
 
 
 class FusedLayer(nn.Module):
-    """Attention and gated MLP with their norms and residuals."""
+    """Attention and gated MLP with their norms and residuals; its output is good until the next layer's."""
 
-    def __init__(self, layer: Any, window: int | None, keep_plain: bool) -> None:
+    def __init__(self, layer: Any, window: int | None, workspace: Workspace, keep_plain: bool) -> None:
         super().__init__()
+        self._workspace = workspace
         attention = layer.self_attn
         self.head_dim: int = attention.head_dim
         self.shape = Shape(float(attention.scaling), getattr(attention, "sliding_window", None) or window, None)
@@ -82,6 +84,7 @@ class FusedLayer(nn.Module):
         biases = [bias for _, bias in parts if bias is not None]
         assert len(biases) in (0, len(parts)), "all of them have a bias, or none"
         weight, bias = torch.cat([weight for weight, _ in parts]), torch.cat(biases) if biases else None
+        self._num_outputs = len(weight)
         self.qkv = PackedLinear(weight, bias, keep_plain=keep_plain)
         self.output = PackedLinear(attention.o_proj.weight, attention.o_proj.bias, keep_plain=keep_plain)
         self.query_norm = Norm(attention.q_norm, order) if hasattr(attention, "q_norm") else None
@@ -94,14 +97,20 @@ class FusedLayer(nn.Module):
 
     def forward(self, states: Tensor, turns: Tensor, step: Step, num_rows: int) -> Tensor:
         """(n * q, d_model) to the same; `turns` (n * q, 1, head_dim / 2) are the rotations as complex numbers."""
-        product = self.qkv(self.before_attention(states))
+        normed = self._room("normed", states)
+        states_normed = self.before_attention(states, normed)
         if isinstance(step, RowsStep | PrefillStep) and self._by_loop:
-            queries, keys, values = self._turned_into(product, turns, step, num_rows)
+            out = self._workspace.tensor("heads", len(states), self._num_outputs, dtype=states.dtype)
+            queries, keys, values = self._turned_into(self.qkv(states_normed, out), turns, step, num_rows)
         else:
-            queries, keys, values = self._turned_apart(product, turns, step, num_rows)
+            queries, keys, values = self._turned_apart(self.qkv(states_normed), turns, step, num_rows)
         attended = step.attend(self.number, queries, keys, values, self.shape)
-        states = self.output.plus(attended.transpose(1, 2).reshape(len(states), -1).to(states.dtype), states)
-        return self.mlp.plus(self.before_mlp(states), states)
+        attended = attended.transpose(1, 2).reshape(len(states), -1).to(states.dtype)
+        states = self.output.plus(attended, states, self._room("after attention", states))
+        return self.mlp.plus(self.before_mlp(states, normed), states, self._workspace)
+
+    def _room(self, name: str, states: Tensor) -> Tensor:
+        return self._workspace.tensor(name, *states.shape, dtype=states.dtype)
 
     def _turned_into(
         self, product: Tensor, turns: Tensor, step: RowsStep | PrefillStep, num_rows: int
@@ -116,7 +125,7 @@ class FusedLayer(nn.Module):
         else:
             each = num_tokens // num_rows
             room = step.room(self.number, num_rows, each, self.num_kv_heads, dim, product.dtype)
-        queries = torch.empty(num_tokens, self.num_heads, dim)
+        queries = self._workspace.tensor("queries", num_tokens, self.num_heads, dim, dtype=torch.float32)
         call = TurnCall(
             heads=product.data_ptr(),
             turns=turns.data_ptr(),
@@ -159,11 +168,11 @@ class Norm(nn.Module):
         self.weight = weight if order is None else weight[order]
         self.epsilon: float = norm.variance_epsilon
 
-    def forward(self, states: Tensor) -> Tensor:
-        """(..., d) to the same."""
+    def forward(self, states: Tensor, out: Tensor | None = None) -> Tensor:
+        """(..., d) to the same; `out` is memory of that size that it may take."""
         flat = states.reshape(-1, states.shape[-1])
         if flat.shape[-1] % LANES == 0 and flat.dtype == self.weight.dtype in DTYPES and has_loops():
-            return self._by_loop(flat).view(states.shape)
+            return self._by_loop(flat, out).view(states.shape)
         squares = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).square_().div_(flat.shape[-1])
         if flat.dtype is torch.float32:  # 512 rows of 512: 126 us, with a batch norm 149
             scaled: Tensor = flat * squares.add_(self.epsilon).rsqrt_()[:, None]
@@ -173,11 +182,12 @@ class Norm(nn.Module):
         normed = functional.batch_norm(flat[None], torch.zeros_like(squares), squares, eps=self.epsilon)
         return normed.mul_(self.weight).view(states.shape)
 
-    def _by_loop(self, states: Tensor) -> Tensor:
+    def _by_loop(self, states: Tensor, out: Tensor | None) -> Tensor:
         from e2p_ray.engine import row_norms, torch_threads
 
         states = states.contiguous()
-        outputs, epsilon = torch.empty_like(states), np.array([self.epsilon], np.float32)
+        outputs = torch.empty_like(states) if out is None else out
+        epsilon = np.array([self.epsilon], np.float32)
         call = row_norms.NormCall(
             states=states.data_ptr(),
             num_rows=len(states),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from e2p_ray.engine.panels import Behind, Panels
+from e2p_ray.engine.workspace import Workspace
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # Up to so many rows a packed product in fp32 waits for memory longer than a plain one (1,536 x 512 out of the
@@ -55,18 +56,18 @@ class PackedLinear(nn.Module):
         self.bias = None if bias is None else bias.detach()
         self.plain = weight.detach() if keep_plain and weight.dtype is torch.float32 else None
 
-    def forward(self, states: Tensor) -> Tensor:
-        """The product and the bias."""
-        return self.then(states, _NONE)
+    def forward(self, states: Tensor, out: Tensor | None = None) -> Tensor:
+        """The product and the bias; `out`, here and below, is memory of the result's size that it may take."""
+        return self.then(states, _NONE, out)
 
-    def then(self, states: Tensor, activation: Activation) -> Tensor:
+    def then(self, states: Tensor, activation: Activation, out: Tensor | None = None) -> Tensor:
         """The same with an activation behind it."""
         if (few := self._few(states)) is not None:
             return activation.apply(few)
         if self.panels is not None:
             if activation is _SILU:
-                return self.panels.product(states, self.bias, Behind.SILU)
-            return activation.apply(self.panels.product(states, self.bias, Behind.NOTHING))
+                return self.panels.product(states, self.bias, Behind.SILU, out=out)
+            return activation.apply(self.panels.product(states, self.bias, Behind.NOTHING, out=out))
         output: Tensor = torch.ops.mkldnn._linear_pointwise(
             states, self.packed, self.bias, activation.name, [], activation.algorithm
         )
@@ -81,12 +82,12 @@ class PackedLinear(nn.Module):
         output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(states, other, self.packed, self.bias, "mul")
         return output
 
-    def plus(self, states: Tensor, other: Tensor) -> Tensor:
+    def plus(self, states: Tensor, other: Tensor, out: Tensor | None = None) -> Tensor:
         """The same, added to `other`."""
         if (few := self._few(states)) is not None:
             return few.add_(other)
         if self.panels is not None:
-            return self.panels.product(states, self.bias, Behind.PLUS, others=other)
+            return self.panels.product(states, self.bias, Behind.PLUS, others=other, out=out)
         output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(states, other, self.packed, self.bias, "add")
         return output
 
@@ -118,15 +119,18 @@ class GatedMLP(nn.Module):
         output: Tensor = self.down(self._inner(states))
         return output
 
-    def plus(self, states: Tensor, other: Tensor) -> Tensor:
-        """The same, added to `other`."""
-        return self.down.plus(self._inner(states), other)
+    def plus(self, states: Tensor, other: Tensor, workspace: Workspace) -> Tensor:
+        """The same, added to `other`, in the workspace."""
+        out = workspace.tensor("after MLP", *other.shape, dtype=other.dtype)
+        return self.down.plus(self._inner(states, workspace), other, out)
 
-    def _inner(self, states: Tensor) -> Tensor:
+    def _inner(self, states: Tensor, workspace: Workspace | None = None) -> Tensor:
         gate, up = self.gate, self.up
         if self._is_one and not gate.takes_plain(states):
             assert gate.panels is not None
-            return gate.panels.product(states, None, Behind.GATED, up=up.panels)
+            size = (*states.shape[:-1], gate.panels.num_outputs)
+            out = workspace.tensor("inner", *size, dtype=states.dtype) if workspace is not None else None
+            return gate.panels.product(states, None, Behind.GATED, up=up.panels, out=out)
         return up.times(states, gate.then(states, self._activation))
 
 

