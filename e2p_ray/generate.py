@@ -37,9 +37,9 @@ from e2p_ray.schema import (
 )
 
 _MAX_SHARED = 1024  # unpersonalised texts that are kept for those who come later
-# Requests of a content among which one is likely to need the unpersonalised text: it is written along with theirs. Asked
-# for when the last of a shard's texts has failed, it takes as many steps as a whole wave (5 % of a job in shards of 640
-# requests on a CPU; more where a step costs the same for one row as for hundreds).
+# Requests of a content among which one is likely to need the unpersonalised text: it is written along with theirs.
+# Asked for when the last of a shard's texts has failed, it takes as many steps as a whole wave (5 % of a job in shards
+# of 640 requests on a CPU; more where a step costs the same for one row as for hundreds).
 _MANY = 128
 
 
