@@ -22,7 +22,7 @@ from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, 
 from tests import tiny_models
 from tests.tiny_models import engine_of, group, task
 
-LLAMA = LlamaConfig(**tiny_models._common())
+LLAMA = LlamaConfig(**tiny_models.common())
 
 
 def run(engine: Engine, groups: Sequence[Group], *, attempt: int = 0) -> dict[RequestKey, Completion]:

@@ -259,6 +259,6 @@ def test_an_architecture_that_does_not_fit_is_refused_by_name() -> None:
     bloom = BloomConfig(vocab_size=300, hidden_size=48, n_layer=2, n_head=4)
     with pytest.raises(UnsupportedModelError, match="'bloom'"):
         tiny_models.engine_of(bloom)
-    values = tiny_models._common(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
+    values = tiny_models.common(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
     with pytest.raises(UnsupportedModelError, match="'dynamic'"):
         tiny_models.engine_of(LlamaConfig(**values))

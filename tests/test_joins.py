@@ -27,7 +27,7 @@ from e2p_ray.storage import Storage
 from tests import tiny_models
 from tests.tiny_models import engine_of, group, task
 
-LLAMA = LlamaConfig(**tiny_models._common())
+LLAMA = LlamaConfig(**tiny_models.common())
 LONG, SHORT = 24, 9  # tokens, where no text ends early
 TASKS = {
     "short": task(max_new_tokens=SHORT),

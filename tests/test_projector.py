@@ -166,7 +166,7 @@ class TestBinding:
 
     @pytest.fixture
     def job(self, tmp_path: Path) -> JobConfig:
-        config = LlamaConfig(**tiny_models._common())
+        config = LlamaConfig(**tiny_models.common())
         folder = tiny_models.save_model_folder(config, tmp_path / "tiny-llama")
         base = resolve_base_model(BaseModelConfig(uri=str(folder)), STORAGE)
         projector = perturbed(base_model_id=base.base_model_id, tokenizer_hash=base.tokenizer_hash)
@@ -196,7 +196,7 @@ class TestBinding:
 
         monkeypatch.setattr(BaseModel, "load", never)
         folder = Path(job.base_model.uri)
-        tiny_models.random_model(LlamaConfig(**tiny_models._common()), seed=5).save_pretrained(folder)
+        tiny_models.random_model(LlamaConfig(**tiny_models.common()), seed=5).save_pretrained(folder)
         with pytest.raises(IncompatibleError, match="trained for base model 'tiny-llama@"):
             load_engine(job, STORAGE)
 

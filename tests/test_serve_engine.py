@@ -31,7 +31,7 @@ from tests.serve_world import serve_config, serving
 from tests.small_job import candidates_table, contents_table
 from tests.tiny_models import EMBEDDING_DIM, engine_of, group, random_projector, save_model_folder, task
 
-LLAMA = LlamaConfig(**tiny_models._common())
+LLAMA = LlamaConfig(**tiny_models.common())
 
 
 class Listening:

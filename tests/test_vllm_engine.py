@@ -38,7 +38,7 @@ needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
 
 def config_of(**changes: Any) -> PreTrainedConfig:
     """A tiny Llama with heads of 32, which vLLM's attention on CPU can take."""
-    return LlamaConfig(**tiny_models._common(hidden_size=128, initializer_range=0.15, **changes))
+    return LlamaConfig(**tiny_models.common(hidden_size=128, initializer_range=0.15, **changes))
 
 
 @dataclass

@@ -51,7 +51,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _common(**changes: Any) -> dict[str, Any]:
+def common(**changes: Any) -> dict[str, Any]:
     values: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 48,
@@ -80,17 +80,17 @@ def configs() -> dict[str, PreTrainedConfig]:
         eos_token_id=EOS,
         initializer_range=0.3,
     )
-    neox_values = _common()
+    neox_values = common()
     del neox_values["num_key_value_heads"]
     return {
-        "llama": LlamaConfig(**_common()),
-        "mistral": MistralConfig(**_common(sliding_window=24)),
+        "llama": LlamaConfig(**common()),
+        "mistral": MistralConfig(**common(sliding_window=24)),
         "qwen2": Qwen2Config(
-            **_common(use_sliding_window=True, sliding_window=24, max_window_layers=1, tie_word_embeddings=True)
+            **common(use_sliding_window=True, sliding_window=24, max_window_layers=1, tie_word_embeddings=True)
         ),
-        "qwen3": Qwen3Config(**_common(head_dim=16)),
+        "qwen3": Qwen3Config(**common(head_dim=16)),
         "gemma2": Gemma2Config(
-            **_common(
+            **common(
                 head_dim=16,
                 sliding_window=24,
                 query_pre_attn_scalar=16,
@@ -99,9 +99,9 @@ def configs() -> dict[str, PreTrainedConfig]:
             )
         ),
         "gemma3_text": Gemma3TextConfig(
-            **_common(head_dim=16, sliding_window=24, query_pre_attn_scalar=16, layer_types=_gemma3_layers())
+            **common(head_dim=16, sliding_window=24, query_pre_attn_scalar=16, layer_types=_gemma3_layers())
         ),
-        "phi3": Phi3Config(**_common()),
+        "phi3": Phi3Config(**common()),
         "gpt_neox": GPTNeoXConfig(**neox_values),
         "gpt2": gpt2,
     }

@@ -24,8 +24,9 @@ def has_loops() -> bool:
 def prepare() -> None:
     """Compile the loops, 3 s where numba's cache does not have them: before anybody waits for a text."""
     if has_loops():
-        from e2p_ray.engine import exp_sums, flash, products, row_norms, turns
+        from e2p_ray.engine.calls import KINDS, run_calls
+        from e2p_ray.engine.exp_sums import sum_exponentials
 
-        attention = turns.turn_heads, flash.attend_shared, flash.attend_own
-        for loop in (*attention, products.multiply_panels, row_norms.normalise_rows, exp_sums.sum_exponentials):
+        for loop in (*KINDS, sum_exponentials):
             loop.compile("void(int64[::1])")
+        run_calls.compile("void(int64[:, ::1])")

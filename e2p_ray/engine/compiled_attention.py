@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from e2p_ray.engine.attention import Shape
 from e2p_ray.engine.compiled import DTYPES, LANES, has_loops
+
+if TYPE_CHECKING:
+    from e2p_ray.engine.torch_threads import Call
 
 _Ints = npt.NDArray[np.int64]
 
@@ -79,11 +83,26 @@ class SharedReads:
         queries and outputs in float32, numbers of a head side by side. `causal`: the n-th token of a reading sees n
         keys. lse: two more outputs (T, H), the largest score and the sum of weights against it.
         """
-        from e2p_ray.engine import flash, torch_threads
+        from e2p_ray.engine import torch_threads
+
+        addresses, scales = addresses_of(keys, values), np.array([scale], np.float32)
+        torch_threads.run(*self.call(queries, keys[0], addresses, outputs, scales, causal=causal, lse=lse))
+
+    def call(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        addresses: _Ints,
+        outputs: Tensor,
+        scales: npt.NDArray[np.float32],
+        *,
+        causal: bool = False,
+        lse: tuple[Tensor, Tensor] | None = None,
+    ) -> Call:
+        """The same over what is at `addresses`, with the keys of one reading, to be run while all of them are there."""
+        from e2p_ray.engine import flash
 
         num_heads, dim = queries.shape[1:]
-        addresses = np.array([(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)], np.int64)
-        scales = np.array([scale], np.float32)
         call = flash.SharedCall(
             tasks=self.tasks.ctypes.data,
             readings=self.readings.ctypes.data,
@@ -97,14 +116,19 @@ class SharedReads:
             out_tops=0 if lse is None else lse[0].data_ptr(),
             out_sums=0 if lse is None else lse[1].data_ptr(),
             num_heads=num_heads,
-            group=num_heads // keys[0].shape[0],
+            group=num_heads // keys.shape[0],
             dim=dim,
-            is_half=int(keys[0].dtype is torch.bfloat16),
+            is_half=int(keys.dtype is torch.bfloat16),
             causal=int(causal),
             scale=scales.ctypes.data,
             addresses=addresses.ctypes.data,
         )
-        torch_threads.run(flash.attend_shared, len(self.tasks), call)
+        return flash.attend_shared, len(self.tasks), call
+
+
+def addresses_of(keys: Sequence[Tensor], values: Sequence[Tensor]) -> _Ints:
+    """(n, 2), as the loops have them."""
+    return np.array([(k.data_ptr(), v.data_ptr()) for k, v in zip(keys, values, strict=True)], np.int64)
 
 
 class CompiledPrefill:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from e2p_ray.engine.compiled_attention import SharedReads, as_numbers
+from e2p_ray.engine.compiled_attention import SharedReads, addresses_of, as_numbers
 from e2p_ray.engine.packed_tokens import PackedTokens
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.shared_prefix import SuffixSlots
+
+if TYPE_CHECKING:
+    from e2p_ray.engine.torch_threads import Call
+
+_Ints = npt.NDArray[np.int64]
 
 # More new tokens than this behind nothing else see each other by blocks; fewer, and later ones, are taken singly.
 _MAX_SINGLY = 8
@@ -42,22 +50,52 @@ class CompiledRows:
         self._outputs = torch.empty(*size, slots.keys[0].shape[-1])
         # Of the scores over prefixes: the largest, and the sum of weights against it, 0 for rows that read none.
         self._tops, self._sums = torch.zeros(size), torch.zeros(size)
+        self._scales = np.zeros(1, np.float32)
+        self._addresses: dict[int, _Ints] = {}
 
     def attend(self, layer: int, queries: Tensor, scale: float) -> Tensor:
         """(T, H, D) in float32 for queries (T, H, D); good until the next call."""
-        from e2p_ray.engine import flash, torch_threads
+        from e2p_ray.engine import torch_threads
 
-        asked, outputs = as_numbers(queries), self._outputs
-        keys, values = self._slots.keys[layer], self._slots.values[layer]
+        asked = as_numbers(queries)
+        for call in self.calls(layer, asked, scale):
+            torch_threads.run(*call)
+        return self._outputs
+
+    @property
+    def outputs(self) -> Tensor:
+        """Where the calls write (T, H, D)."""
+        return self._outputs
+
+    def calls(self, layer: int, queries: Tensor, scale: float) -> list[Call]:
+        """What `attend` runs, in this order, for queries as numbers; all layers have one scale."""
+        self._scales[0] = scale
+        shared = self._shared if self._blocks is None else self._blocks
+        found = []
+        if shared is not None:
+            keys, _ = self._read(layer)
+            addresses = self._addresses[layer] = self.addresses(layer)
+            lse = (self._tops, self._sums) if self._blocks is None else None
+            causal = self._blocks is not None
+            found.append(shared.call(queries, keys[0], addresses, self._outputs, self._scales, causal=causal, lse=lse))
+        if self._blocks is None:
+            found.append(self._own_call(layer, queries))
+        return found
+
+    def addresses(self, layer: int) -> _Ints:
+        """(n, 2), where the keys and values are that more than one token reads."""
+        return addresses_of(*self._read(layer))
+
+    def _read(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
         if self._blocks is not None:
-            own = list(keys[self._span]), list(values[self._span])
-            self._blocks.attend(asked, *own, outputs, scale, causal=True)
-            return outputs
-        if self._shared is not None:
-            before = [prefix.keys[layer][0] for prefix in self._prefixes]
-            behind = [prefix.values[layer][0] for prefix in self._prefixes]
-            self._shared.attend(asked, before, behind, outputs, scale, lse=(self._tops, self._sums))
-        scales = np.array([scale], np.float32)
+            return list(self._slots.keys[layer][self._span]), list(self._slots.values[layer][self._span])
+        keys = [prefix.keys[layer][0] for prefix in self._prefixes]
+        return keys, [prefix.values[layer][0] for prefix in self._prefixes]
+
+    def _own_call(self, layer: int, queries: Tensor) -> Call:
+        from e2p_ray.engine import flash
+
+        keys, values, outputs = self._slots.keys[layer], self._slots.values[layer], self._outputs
         call = flash.OwnCall(
             num_tokens=len(self._slot_of),
             slots=self._slot_of.ctypes.data,
@@ -66,9 +104,9 @@ class CompiledRows:
             values=values.data_ptr(),
             slot_bytes=4 * keys.stride(0),
             head_bytes=4 * keys.stride(1),
-            queries=asked.data_ptr(),
-            query_token=4 * asked.stride(0),
-            query_head=4 * asked.stride(1),
+            queries=queries.data_ptr(),
+            query_token=4 * queries.stride(0),
+            query_head=4 * queries.stride(1),
             outputs=outputs.data_ptr(),
             output_token=4 * outputs.stride(0),
             output_head=4 * outputs.stride(1),
@@ -78,7 +116,6 @@ class CompiledRows:
             group=self._num_heads // keys.shape[1],
             dim=keys.shape[-1],
             max_keys=self._max_own,
-            scale=scales.ctypes.data,
+            scale=self._scales.ctypes.data,
         )
-        torch_threads.run(flash.attend_own, -(-call.num_tokens // flash.TASK_TOKENS), call)
-        return outputs
+        return flash.attend_own, -(-call.num_tokens // flash.TASK_TOKENS), call

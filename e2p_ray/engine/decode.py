@@ -37,8 +37,9 @@ from e2p_ray.schema import Completion, ErrorCode, FinishReason, RequestKey
 _Ints = npt.NDArray[np.int64]
 
 # Rows whose logits are made and used up before the next ones, so that they stay in a core's own cache (512 rows of
-# 8,192, product and choice: in fp32 45.6 ms at once, 39.2 by 128, 41.9 by 64; in bf16 24.0, 15.0 and 16.6).
-_MAX_CPU_LOGITS = 128
+# 8,192, product and choice: in fp32 45.6 ms at once, 39.2 by 128, 41.9 by 64; in bf16 24.0, 15.0 and 16.6). Twice the
+# rows of a task of our own products (GF/s of the product in fp32: 194 at once, 215 by 192, 190 to 202 by 128).
+_MAX_CPU_LOGITS = 192
 
 
 class Decoder:

@@ -12,7 +12,7 @@ products 1.9 ms, norms, rotary embedding and residuals 0.7 ms as transformers wr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,13 +20,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from e2p_ray.engine.attention import Shape, Step
+from e2p_ray.engine.attention import Room, Shape, Step
 from e2p_ray.engine.compiled import DTYPES, LANES, has_loops
+from e2p_ray.engine.compiled_layers import CompiledLayers
 from e2p_ray.engine.few_rows import FewRows
 from e2p_ray.engine.packed import PackedLinear, activation_of, gated_mlp
+from e2p_ray.engine.panels import Behind
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.shared_prefix import PrefillStep
 from e2p_ray.engine.workspace import Workspace
+
+if TYPE_CHECKING:
+    from e2p_ray.engine.torch_threads import Call
 
 # Same modules under the same names; each is compared with transformers in tests/test_engine_architectures.py.
 FUSED_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -48,6 +53,7 @@ class FusedDecoder(nn.Module):
         self._layers = nn.ModuleList(layers)
         has_plain = all(layer.qkv.plain is not None for layer in layers)
         self._few_rows = FewRows(layers, self._norm) if has_plain else None
+        self._compiled = CompiledLayers.of(layers)
 
     def forward(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:
         """(n, q, d_model) at position_ids (n, q) to the last layer's normed states."""
@@ -57,8 +63,11 @@ class FusedDecoder(nn.Module):
         turns = torch.complex(cos[..., :half], sin[..., :half]).view(-1, 1, half)
         if self._few_rows is not None and isinstance(step, RowsStep) and self._few_rows.takes(step):
             return self._few_rows(states, turns, step).view(embeds.shape)
-        for layer in self._layers:
-            states = layer(states, turns, step, embeds.shape[0])
+        if self._compiled is not None and isinstance(step, RowsStep) and self._compiled.takes(states, step):
+            states = self._compiled(states, turns, step)
+        else:
+            for layer in self._layers:
+                states = layer(states, turns, step, embeds.shape[0])
         normed: Tensor = self._norm(states)
         return normed.view(embeds.shape)
 
@@ -109,6 +118,48 @@ class FusedLayer(nn.Module):
         states = self.output.plus(attended, states, self._room("after attention", states))
         return self.mlp.plus(self.before_mlp(states, normed), states, self._workspace)
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether all of it is compiled loops."""
+        norms = self.before_attention.has_loop and self.before_mlp.has_loop
+        products = self.qkv.panels is not None and self.output.panels is not None and self.mlp.is_one
+        return self._by_loop and norms and products
+
+    def output_of(self, states: Tensor) -> Tensor:
+        """Where the calls leave the layer's output."""
+        return self._room("after MLP", states)
+
+    def calls(self, states: Tensor, turns: Tensor, step: RowsStep) -> list[Call]:
+        """The compiled loops that make the same of packed tokens (T, d_model), in this order; the last one's output is.
+
+        `CompiledLayers` runs them. All they read and write but the layer's own weights and the step's keys and values
+        is the same for every layer.
+        """
+        from e2p_ray.engine.row_norms import TASK_ROWS, RoundCall, round_rows
+
+        normed, between = self._room("normed", states), self._room("after attention", states)
+        heads = self._workspace.tensor("heads", len(states), self._num_outputs, dtype=states.dtype)
+        queries, attention = self._queries(len(states)), step.compiled(self.num_heads, self.num_kv_heads)
+        attended = attention.outputs.flatten(1)
+        rounding: list[Call] = []
+        if states.dtype is torch.bfloat16:
+            wide, attended = attended, self._workspace.tensor("attended", *attended.shape, dtype=states.dtype)
+            call = RoundCall(wide.data_ptr(), len(wide), wide.shape[1], attended.data_ptr())
+            rounding = [(round_rows, -(-len(wide) // TASK_ROWS), call)]
+        qkv, output = self.qkv.panels, self.output.panels
+        assert qkv is not None
+        assert output is not None
+        return [
+            self.before_attention.call(states, normed),
+            qkv.call(normed, self.qkv.bias, Behind.NOTHING, heads),
+            self._turn_call(heads, turns, step.room(self.number), queries),
+            *attention.calls(self.number, queries, self.shape.scale),
+            *rounding,
+            output.call(attended, self.output.bias, Behind.PLUS, between, others=states),
+            self.before_mlp.call(between, normed),
+            *self.mlp.calls(normed, between, self._workspace),
+        ]
+
     def _room(self, name: str, states: Tensor) -> Tensor:
         return self._workspace.tensor(name, *states.shape, dtype=states.dtype)
 
@@ -117,22 +168,31 @@ class FusedLayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (n, H, q, D) in float32, and where keys and values now are, by the compiled loop."""
         from e2p_ray.engine import torch_threads
-        from e2p_ray.engine.turns import TASK_TOKENS, TurnCall, turn_heads
 
-        num_tokens, dim = len(product), self.head_dim
+        num_tokens = len(product)
         if isinstance(step, RowsStep):
             room = step.room(self.number)
         else:
             each = num_tokens // num_rows
-            room = step.room(self.number, num_rows, each, self.num_kv_heads, dim, product.dtype)
-        queries = self._workspace.tensor("queries", num_tokens, self.num_heads, dim, dtype=torch.float32)
+            room = step.room(self.number, num_rows, each, self.num_kv_heads, self.head_dim, product.dtype)
+        queries = self._queries(num_tokens)
+        torch_threads.run(*self._turn_call(product, turns, room, queries))
+        return queries.view(num_rows, -1, *queries.shape[1:]).transpose(1, 2), room.keys, room.values
+
+    def _queries(self, num_tokens: int) -> Tensor:
+        return self._workspace.tensor("queries", num_tokens, self.num_heads, self.head_dim, dtype=torch.float32)
+
+    def _turn_call(self, product: Tensor, turns: Tensor, room: Room, queries: Tensor) -> Call:
+        from e2p_ray.engine.turns import TASK_TOKENS, TurnCall, turn_heads
+
+        num_tokens = len(product)
         call = TurnCall(
             heads=product.data_ptr(),
             turns=turns.data_ptr(),
             num_tokens=num_tokens,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
-            dim=dim,
+            dim=self.head_dim,
             queries=queries.data_ptr(),
             keys=room.keys.data_ptr(),
             values=room.values.data_ptr(),
@@ -141,8 +201,7 @@ class FusedLayer(nn.Module):
             from_half=int(product.dtype is torch.bfloat16),
             to_half=int(room.keys.dtype is torch.bfloat16),
         )
-        torch_threads.run(turn_heads, -(-num_tokens // TASK_TOKENS), call)
-        return queries.view(num_rows, -1, self.num_heads, dim).transpose(1, 2), room.keys, room.values
+        return turn_heads, -(-num_tokens // TASK_TOKENS), call
 
     def _turned_apart(self, product: Tensor, turns: Tensor, step: Step, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """The same by torch's operations, and with norms of queries and keys."""
@@ -167,11 +226,12 @@ class Norm(nn.Module):
         weight = norm.weight.detach()
         self.weight = weight if order is None else weight[order]
         self.epsilon: float = norm.variance_epsilon
+        self.epsilons = np.array([self.epsilon], np.float32)
 
     def forward(self, states: Tensor, out: Tensor | None = None) -> Tensor:
         """(..., d) to the same; `out` is memory of that size that it may take."""
         flat = states.reshape(-1, states.shape[-1])
-        if flat.shape[-1] % LANES == 0 and flat.dtype == self.weight.dtype in DTYPES and has_loops():
+        if flat.dtype == self.weight.dtype and self.has_loop:
             return self._by_loop(flat, out).view(states.shape)
         squares = torch.linalg.vector_norm(flat, dim=-1, dtype=torch.float32).square_().div_(flat.shape[-1])
         if flat.dtype is torch.float32:  # 512 rows of 512: 126 us, with a batch norm 149
@@ -182,23 +242,33 @@ class Norm(nn.Module):
         normed = functional.batch_norm(flat[None], torch.zeros_like(squares), squares, eps=self.epsilon)
         return normed.mul_(self.weight).view(states.shape)
 
+    @property
+    def has_loop(self) -> bool:
+        """Whether the compiled loop knows it."""
+        return len(self.weight) % LANES == 0 and self.weight.dtype in DTYPES and has_loops()
+
     def _by_loop(self, states: Tensor, out: Tensor | None) -> Tensor:
-        from e2p_ray.engine import row_norms, torch_threads
+        from e2p_ray.engine import torch_threads
 
         states = states.contiguous()
-        outputs = torch.empty_like(states) if out is None else out
-        epsilon = np.array([self.epsilon], np.float32)
+        out = torch.empty_like(states) if out is None else out
+        torch_threads.run(*self.call(states, out))
+        return out
+
+    def call(self, states: Tensor, out: Tensor) -> Call:
+        """The same of rows (n, d) by the compiled loop, to be run while both are there."""
+        from e2p_ray.engine import row_norms
+
         call = row_norms.NormCall(
             states=states.data_ptr(),
             num_rows=len(states),
             width=states.shape[1],
             weight=self.weight.data_ptr(),
-            epsilon=epsilon.ctypes.data,
-            outputs=outputs.data_ptr(),
+            epsilon=self.epsilons.ctypes.data,
+            outputs=out.data_ptr(),
             is_half=int(states.dtype is torch.bfloat16),
         )
-        torch_threads.run(row_norms.normalise_rows, -(-len(states) // row_norms.TASK_ROWS), call)
-        return outputs
+        return row_norms.normalise_rows, -(-len(states) // row_norms.TASK_ROWS), call
 
 
 def fits(model: PreTrainedModel) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from torch.nn import functional
 
 from e2p_ray.engine.panels import Behind, Panels
 from e2p_ray.engine.workspace import Workspace
+
+if TYPE_CHECKING:
+    from e2p_ray.engine.torch_threads import Call
 
 _DTYPES = (torch.float32, torch.bfloat16)
 # Up to so many rows a packed product in fp32 waits for memory longer than a plain one (1,536 x 512 out of the
@@ -123,6 +127,23 @@ class GatedMLP(nn.Module):
         """The same, added to `other`, in the workspace."""
         out = workspace.tensor("after MLP", *other.shape, dtype=other.dtype)
         return self.down.plus(self._inner(states, workspace), other, out)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether gate and up are one compiled loop, and down another."""
+        return self._is_one and self.down.panels is not None
+
+    def calls(self, states: Tensor, other: Tensor, workspace: Workspace) -> list[Call]:
+        """The compiled loops that make `plus` of rows (n, d_model), where it `is_one`."""
+        gate, up, down = self.gate.panels, self.up.panels, self.down.panels
+        assert gate is not None
+        assert down is not None
+        inner = workspace.tensor("inner", len(states), gate.num_outputs, dtype=states.dtype)
+        out = workspace.tensor("after MLP", *other.shape, dtype=other.dtype)
+        return [
+            gate.call(states, None, Behind.GATED, inner, up=up),
+            down.call(inner, self.down.bias, Behind.PLUS, out, others=other),
+        ]
 
     def _inner(self, states: Tensor, workspace: Workspace | None = None) -> Tensor:
         gate, up = self.gate, self.up

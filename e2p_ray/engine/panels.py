@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from e2p_ray.engine.compiled import has_loops
+
+if TYPE_CHECKING:
+    from e2p_ray.engine.torch_threads import Call
 
 _WORDS = {torch.float32: 1, torch.bfloat16: 2}  # inputs that lie side by side in a word
 _LINE_BYTES = 64  # of the cache: a panel's rows should not lie across two
@@ -66,30 +70,45 @@ class Panels:
 
         out: contiguous, of the result's size, to hold it.
         """
-        from e2p_ray.engine import products, torch_threads
+        from e2p_ray.engine import torch_threads
 
         flat = states.reshape(-1, self.num_inputs)
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-        size = self.numbers.itemsize
-        size_out = (*states.shape[:-1], self.num_outputs)
-        outputs = torch.empty(size_out, dtype=self.numbers.dtype) if out is None else out
+        if out is None:
+            out = torch.empty(*states.shape[:-1], self.num_outputs, dtype=self.numbers.dtype)
         beside = others.reshape(-1, self.num_outputs).contiguous() if others is not None else None
+        torch_threads.run(*self.call(flat, bias, behind, out, others=beside, up=up))
+        return out
+
+    def call(
+        self,
+        states: Tensor,
+        bias: Tensor | None,
+        behind: Behind,
+        out: Tensor,
+        *,
+        others: Tensor | None = None,
+        up: Panels | None = None,
+    ) -> Call:
+        """The same of rows (n, num_inputs), to be run while all tensors are there; `others`, `out` are contiguous."""
+        from e2p_ray.engine import products
+
+        size = self.numbers.itemsize
         num_parts = -(-self.num_outputs // (products.PANEL * products.TASK_PANELS))
         call = products.ProductCall(
-            states=flat.data_ptr(),
-            state_row=size * flat.stride(0),
-            num_rows=len(flat),
+            states=states.data_ptr(),
+            state_row=size * states.stride(0),
+            num_rows=len(states),
             num_words=self.num_inputs // _WORDS[self.numbers.dtype],
             num_outputs=self.num_outputs,
             panels=self.numbers.data_ptr(),
             up_panels=up.numbers.data_ptr() if up is not None else 0,
             bias=bias.data_ptr() if bias is not None else 0,
-            outputs=outputs.data_ptr(),
+            outputs=out.data_ptr(),
             output_row=size * self.num_outputs,
-            others=beside.data_ptr() if beside is not None else 0,
+            others=others.data_ptr() if others is not None else 0,
             other_row=size * self.num_outputs,
             behind=behind,
             is_half=int(self.numbers.dtype is torch.bfloat16),
         )
-        torch_threads.run(products.multiply_panels, -(-len(flat) // products.TASK_ROWS) * num_parts, call)
-        return outputs
+        return products.multiply_panels, -(-len(states) // products.TASK_ROWS) * num_parts, call

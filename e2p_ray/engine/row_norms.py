@@ -12,16 +12,27 @@ from e2p_ray.engine.either import load_either, store_either
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
     fetch_and_add,
+    load,
     load_float,
     multiply,
     multiply_add,
     splat,
+    store_bfloat16,
     total,
 )
 
 _Ints = npt.NDArray[np.int64]
 
 TASK_ROWS = 64
+
+
+class RoundCall(NamedTuple):
+    """What round_rows is given, all int64; rows side by side."""
+
+    numbers: int
+    num_rows: int
+    width: int
+    outputs: int
 
 
 class NormCall(NamedTuple):
@@ -57,3 +68,16 @@ def normalise_rows(p: _Ints) -> None:
             for at in range(0, width * size, LANES * size):
                 normed = multiply(load_either(is_half, source + at), factor)
                 store_either(is_half, multiply(normed, load_either(is_half, weight + at)), target + at)
+
+
+@loop
+def round_rows(p: _Ints) -> None:
+    """For some rows a task: float32 as bfloat16."""
+    num_tasks, counter, numbers, num_rows, width, outputs = p[0], p[1], p[2], p[3], p[4], p[5]
+    while True:
+        task = fetch_and_add(counter)
+        if task >= num_tasks:
+            break
+        first, end = task * TASK_ROWS * width, min((task + 1) * TASK_ROWS, num_rows) * width
+        for at in range(first, end, LANES):
+            store_bfloat16(load(numbers + 4 * at), outputs + 2 * at)

@@ -32,7 +32,7 @@ class RowsStep:
     def __init__(self, slots: SuffixSlots, first_slot: int, lengths: _Ints, counts: _Ints, readers: Readers) -> None:
         device = slots.keys[0].device
         self.tokens = tokens = PackedTokens.of(first_slot, lengths, counts)
-        self._slots, self._readers = slots, readers
+        self.slots, self._readers = slots, readers
         self._span = slice(first_slot, first_slot + len(counts))
         positions = readers.prefix_lengths[tokens.row] + tokens.at
         self.last_position = int(positions.max())
@@ -47,7 +47,7 @@ class RowsStep:
         self._by_torch: RowsAttention | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
-        for slots, new in ((self._slots.keys[layer], keys), (self._slots.values[layer], values)):
+        for slots, new in ((self.slots.keys[layer], keys), (self.slots.values[layer], values)):
             given = new[0].transpose(0, 1)  # (T, Hkv, D)
             if self._all_at_one_place:
                 slots[self._span, :, self.tokens.num_own - 1] = given
@@ -57,12 +57,12 @@ class RowsStep:
 
     def room(self, layer: int) -> Room:
         """Where the tokens' keys and values belong, in place of `update`."""
-        keys = self._slots.keys[layer]
+        keys = self.slots.keys[layer]
         if self._places is None:
             tokens = self.tokens
             slots = (tokens.row + tokens.first_slot) * keys.stride(0)
             self._places = (slots + tokens.at * keys.stride(2)) * keys.element_size()
-        return Room(keys, self._slots.values[layer], self._places)
+        return Room(keys, self.slots.values[layer], self._places)
 
     def read_singly(self, layer: int, keys: _Floats, values: _Floats) -> Iterator[list[tuple[_Floats, _Floats]]]:
         """For each row, by numpy, keys and values (Hkv, t, D) of its prefix and of its own tokens.
@@ -71,7 +71,7 @@ class RowsStep:
         """
         if self._single is None:
             self._single = [*zip(self.tokens.lengths.tolist(), self._readers.by_row(), strict=True)]
-        own_keys, own_values = (slots[layer][self._span].numpy() for slots in (self._slots.keys, self._slots.values))
+        own_keys, own_values = (slots[layer][self._span].numpy() for slots in (self.slots.keys, self.slots.values))
         for row, (at, reading) in enumerate(self._single):
             own_keys[row, :, at], own_values[row, :, at] = keys[row], values[row]
             parts = [(own_keys[row, :, : at + 1], own_values[row, :, : at + 1])]
@@ -81,6 +81,12 @@ class RowsStep:
                 parts.append((before[0][0, :, :length], before[1][0, :, :length]))
             yield parts
 
+    def compiled(self, num_heads: int, num_kv_heads: int) -> CompiledRows:
+        """This pass's attention by the compiled loops."""
+        if self._compiled is None:
+            self._compiled = CompiledRows(self.slots, self.tokens, self._readers, num_heads, num_kv_heads)
+        return self._compiled
+
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
         """Attention output (1, H, T, D) for packed queries (1, H, T, D), each token's heads side by side in memory."""
         if shape.window is not None and self.last_position < shape.window:
@@ -89,12 +95,10 @@ class RowsStep:
         by_token = queries[0].transpose(0, 1)  # (T, H, D)
         num_kv_heads = keys.shape[1]
         prefixes = self._readers.prefixes
-        if can_attend(shape, queries, prefixes[0].keys[layer] if prefixes else self._slots.keys[layer]):
-            if self._compiled is None:
-                self._compiled = CompiledRows(self._slots, self.tokens, self._readers, num_heads, num_kv_heads)
-            return self._compiled.attend(layer, by_token, shape.scale).transpose(0, 1)[None]
+        if can_attend(shape, queries, prefixes[0].keys[layer] if prefixes else self.slots.keys[layer]):
+            return self.compiled(num_heads, num_kv_heads).attend(layer, by_token, shape.scale).transpose(0, 1)[None]
         if self._by_torch is None:
-            self._by_torch = RowsAttention(self._slots, self.tokens, self._readers, self.position_ids[0])
+            self._by_torch = RowsAttention(self.slots, self.tokens, self._readers, self.position_ids[0])
         grouped = by_token.view(num_tokens, num_kv_heads, -1, head_dim)
         output = self._by_torch.attend(layer, grouped, shape)
         return output.reshape(num_tokens, num_heads, head_dim).transpose(0, 1)[None]

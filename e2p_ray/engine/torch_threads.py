@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import numpy.typing as npt
 import torch
 from numba import carray, cfunc, types
 
+from e2p_ray.engine.calls import COUNTER, MAX_NUMBERS, ROW_NUMBERS, run_calls
+
 _Ints = npt.NDArray[np.int64]
-_MAX_NUMBERS = 32
+# A loop, the number of its tasks, and what it is given besides.
+Call = tuple[Callable[[_Ints], None], int, tuple[int, ...]]
 
 
 def run(loop: Callable[[_Ints], None], num_tasks: int, numbers: tuple[int, ...]) -> None:
@@ -22,28 +26,54 @@ def run(loop: Callable[[_Ints], None], num_tasks: int, numbers: tuple[int, ...])
 
     It is given the number of tasks, the address of a counter by which it takes one after the other, and the numbers.
     """
-    given, counter = np.zeros(_MAX_NUMBERS, np.int64), np.zeros(1, np.int64)
+    given, counter = np.zeros(MAX_NUMBERS, np.int64), np.zeros(1, np.int64)
     given[: 2 + len(numbers)] = num_tasks, counter.ctypes.data, *numbers
-    num_threads = min(torch.get_num_threads(), num_tasks)
-    team = _team() if num_threads > 1 else None
+    team, num_threads = _team_for(num_tasks)
     if team is None:
         loop(given)
     else:
-        team(_entry(loop).address, given.ctypes.data, num_threads, 0)
+        team.begin(_entry(loop).address, given.ctypes.data, num_threads, 0)
+
+
+def run_table(table: npt.NDArray[np.int64]) -> None:
+    """Run a table of calls (1 + num_calls, ROW_NUMBERS), whose first row and counters are filled in here."""
+    counters = table[1:, COUNTER]
+    counters[:] = 0
+    table[1:, 1] = counters.ctypes.data + table.strides[0] * np.arange(len(counters))
+    team, num_threads = _team_for(int(table[1:, 0].max()))
+    table[0, :2] = len(counters), 0 if team is None else team.barrier
+    if team is None:
+        run_calls(table)
+    else:
+        team.begin(_table_entry().address, table.ctypes.data, num_threads, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Team:
+    """OpenMP's entry for a parallel region, and the address of its barrier."""
+
+    begin: Callable[..., None]
+    barrier: int
+
+
+def _team_for(num_tasks: int) -> tuple[_Team | None, int]:
+    num_threads = min(torch.get_num_threads(), num_tasks)
+    return (_team() if num_threads > 1 else None), num_threads
 
 
 @cache
-def _team() -> Callable[..., None] | None:
-    """OpenMP's entry for a parallel region, of the library that torch itself uses; None where it uses another."""
+def _team() -> _Team | None:
+    """Of the library that torch itself uses; None where it uses another."""
     library = Path(torch.__file__).with_name("lib") / "libgomp.so.1"
     if not library.exists():
         return None
     # GOMP_parallel(function, its argument, threads, flags): what GCC compiles `#pragma omp parallel` into.
-    entry = ctypes.CDLL(str(library)).GOMP_parallel
+    openmp = ctypes.CDLL(str(library))
+    entry, barrier = openmp.GOMP_parallel, ctypes.cast(openmp.GOMP_barrier, ctypes.c_void_p).value
     entry.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     entry.restype = None
-    found: Callable[..., None] = entry
-    return found
+    assert barrier is not None
+    return _Team(entry, barrier)
 
 
 @cache
@@ -52,6 +82,18 @@ def _entry(loop: Any) -> Any:
 
     @cfunc(types.void(types.voidptr))
     def entry(numbers: Any) -> None:
-        loop(carray(numbers, (_MAX_NUMBERS,), np.int64))
+        loop(carray(numbers, (MAX_NUMBERS,), np.int64))
+
+    return entry
+
+
+@cache
+def _table_entry() -> Any:
+    """run_calls as a C function of the table's address."""
+
+    @cfunc(types.void(types.voidptr))
+    def entry(table: Any) -> None:
+        num_calls = carray(table, (1,), np.int64)[0]
+        run_calls(carray(table, (num_calls + 1, ROW_NUMBERS), np.int64))
 
     return entry

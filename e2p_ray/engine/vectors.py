@@ -364,6 +364,18 @@ def scatter_transposed(typing: Any, source: Any, source_row: Any, addresses: Any
     return types.void(*[types.int64] * 4, _vector), build
 
 
+@intrinsic
+def call_address(typing: Any, address: Any) -> Any:
+    """Call the C function without arguments or result at an address."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(builder.inttoptr(given[0], kind.as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
 # -- LLVM's instructions ---------------------------------------------------------------------------------------------
 
 

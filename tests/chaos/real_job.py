@@ -21,7 +21,7 @@ from tests import tiny_models
 from tests.small_job import DIM, SPACE, TASKS, write_small_job
 from tests.tiny_models import save_model_folder
 
-LLAMA = LlamaConfig(**tiny_models._common())
+LLAMA = LlamaConfig(**tiny_models.common())
 _FREE = ("language", "repetition", "foreign_contacts", "foreign_numbers", "foreign_names")
 
 

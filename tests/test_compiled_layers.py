@@ -1,0 +1,113 @@
+"""All layers of a pass in one call of the compiled loops, against the same loops called one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+
+from e2p_ray.engine.compiled import has_loops
+from e2p_ray.engine.compiled_layers import CompiledLayers
+from e2p_ray.engine.engine import Engine
+from e2p_ray.schema import Completion
+from tests import tiny_models
+from tests.test_engine_architectures import TOLERANCE, largest_difference, run_traced
+
+pytestmark = pytest.mark.skipif(not has_loops(), reason="the compiled loops need AVX-512")
+
+# Wide enough for a panel of outputs; a last panel that begins where it ends with the outputs; biases; a window.
+_WIDTHS: dict[str, Any] = {
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**tiny_models.common(**_WIDTHS)),
+    "qwen2": Qwen2Config(**tiny_models.common(**_WIDTHS)),
+    "mistral": MistralConfig(**tiny_models.common(**_WIDTHS, sliding_window=70)),
+}
+
+
+@pytest.fixture(params=[1, 2], ids=["one_thread", "two_threads"], autouse=True)
+def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def engine_of(name: str, dtype: torch.dtype) -> tuple[Engine, CompiledLayers]:
+    model = tiny_models.random_model(CONFIGS[name]).to(dtype)
+    engine = tiny_models.engine_of(CONFIGS[name], max_rows=40, model=model, drafts=False)
+    base = engine._decoder._base
+    base.pack()
+    assert base.fused is not None
+    if dtype is torch.bfloat16 and base.fused._compiled is None:
+        pytest.skip("needs a CPU with products of bfloat16 and without AMX")
+    assert base.fused._compiled is not None
+    return engine, base.fused._compiled
+
+
+def run(engine: Engine) -> list[Completion]:
+    """Contents with many users and few, some without a prefix of their own, waves that refill."""
+    contents = tiny_models.contents(4)
+    groups = [tiny_models.group(content, range(at, at + 25), without=[at]) for at, content in enumerate(contents)]
+    engine._decoder.store.trim(0)
+    return sorted(engine.generate(groups), key=lambda completion: completion.key)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_one_call_is_the_same_as_many(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, compiled = engine_of(name, dtype)
+    fused = engine._decoder._base.fused
+    assert fused is not None
+    taken, takes = list[bool](), CompiledLayers.takes
+
+    def spy(self: CompiledLayers, states: Any, step: Any) -> bool:
+        taken.append(takes(self, states, step))
+        return taken[-1]
+
+    monkeypatch.setattr(CompiledLayers, "takes", spy)
+    by_table = run(engine)
+    assert any(taken)
+    assert all(taken) or name == "mistral", "a window's reach is left to torch"
+    fused._compiled = None
+    one_by_one = run(engine)
+    assert by_table == one_by_one
+    layers = [*compiled._layers]
+    fused._compiled = CompiledLayers([layers[0], *layers[:0:-1]])
+    assert run(engine) != one_by_one, "the control must fail"
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_it_gives_the_logits_of_transformers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = engine_of(name, torch.float32)
+    groups = [tiny_models.group(content, range(5), without=[1]) for content in tiny_models.contents(4)]
+    trace = run_traced(engine, groups, monkeypatch)
+    model = tiny_models.random_model(CONFIGS[name])
+    assert largest_difference(model, engine, groups, trace) < TOLERANCE
+    assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"
+
+
+def test_layers_that_the_loops_do_not_know_are_left_to_others() -> None:
+    _, compiled = engine_of("llama", torch.float32)
+    layer = compiled._layers[1]
+    layer.mlp._is_one = False
+    assert CompiledLayers.of(compiled._layers) is None
+
+
+def test_few_rows_go_to_plain_weights_where_they_are_kept() -> None:
+    model = tiny_models.random_model(CONFIGS["llama"])
+    engine = tiny_models.engine_of(CONFIGS["llama"], model=model)
+    base = engine._decoder._base
+    base.pack(keep_plain=True)
+    assert base.fused is not None
+    compiled: Any = base.fused._compiled
+    step: Any = None
+    assert not compiled.takes(torch.zeros(4, 96), step)
+    assert compiled.takes(torch.zeros(5, 96), step)
