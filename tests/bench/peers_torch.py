@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Dynamic
 
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.projector import Projector
-from tests.bench.worker import STAND_IN_ID, Prepare, serve
+from tests.bench.worker import NUM_WARMING_ROWS, STAND_IN_ID, Prepare, serve
 from tests.bench.workloads import Case, Pair, groups_of, left_ids, make_engine, pairs_of, soft_tokens, wide_tokenizer
 from tests.tiny_models import EOS, PAD, random_projector
 
@@ -110,7 +110,11 @@ def load_hf_generate(setting: Setting) -> Prepare:
             tokens += run_batch(batches[at])
         return {"rows": rows, "tokens": tokens, "note": f"batch {size}"}
 
-    return lambda: run
+    def prepare() -> Callable[[], dict[str, Any]]:
+        run_batch(order[:NUM_WARMING_ROWS])
+        return run
+
+    return prepare
 
 
 @torch.inference_mode()
@@ -224,6 +228,8 @@ def load_e2p_ray(setting: Setting) -> Prepare:
     rows = {pair.request.key: row for row, pair in enumerate(setting.pairs)}
 
     def prepare() -> Callable[[], dict[str, Any]]:
+        some = replace(groups[0], requests=groups[0].requests[:NUM_WARMING_ROWS])
+        list(make_engine(base, setting.case, setting.max_rows, projector).generate([some]))
         engine = make_engine(base, setting.case, setting.max_rows, projector)
 
         def run() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.worker import STAND_IN_ID, Prepare, Run, serve
+from tests.bench.worker import NUM_WARMING_ROWS, STAND_IN_ID, Prepare, Run, serve
 
 
 def prompts_of(request: Any, mode: str, embedding: Any) -> list[Any]:
@@ -63,6 +63,7 @@ def load(request: Any, options: dict[str, Any]) -> Prepare:
         return {"tokens": tokens, "rows": list(range(len(tokens))), **stand_in}
 
     def prepare() -> Run:
+        run(slice(0, NUM_WARMING_ROWS))
         assert llm.reset_prefix_cache(), "the prefix cache is emptied before every run"
         return run
 

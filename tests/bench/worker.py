@@ -19,7 +19,10 @@ from typing import Any
 
 STAND_IN_ID = 259  # for the soft token, where a system takes ids only: a word that no content has
 Run = Callable[[], dict[str, Any]]
-Prepare = Callable[[], Run]  # what is not timed: an empty cache, a new engine
+# What is not timed: an empty cache, a new engine, and some rows of what is timed then. A process that was stopped for
+# minutes finds its caches cold, and pages of its libraries gone.
+Prepare = Callable[[], Run]
+NUM_WARMING_ROWS = 16
 
 
 def serve(load: Callable[[], Prepare], model_bytes: int) -> None:
