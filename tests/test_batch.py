@@ -18,7 +18,7 @@ from e2p_ray.commit.failures import failures_uri, read_failures
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.errors import ConfigError, GateError, IncompatibleError, IncompleteRunError, StorageError
-from e2p_ray.plan import make_plan, read_shard
+from e2p_ray.plan import largest_first, make_plan, read_shard
 from e2p_ray.storage import Storage
 from tests.bad_engines import Hanging, Poisoned, Waiting, without_logits
 from tests.chaos.conservation import assert_conserved, readers_see
@@ -72,6 +72,10 @@ def test_a_whole_run_is_committed_and_told_and_then_only_what_is_pending(
     assert [progress.num_done for progress in told] == list(range(len(job.run.shard_ids) + 1))
     assert told[-1].rows_per_s > 0
     assert steps, "Ray Data's loop comes by after every step"
+
+    began = {marker["shard_id"]: marker["stats"]["started_at"] for marker in markers}
+    largest = largest_first(job.storage, job.run.plan_uri, job.run.shard_ids)[0]
+    assert sorted(began.values()).index(began[largest]) < 2, "one of the first two, for two workers"
 
     again = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine)
     assert (again.num_done, again.num_done_before, again.num_attempts) == (0, len(markers), 0)

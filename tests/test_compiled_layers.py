@@ -94,6 +94,21 @@ def test_it_gives_the_logits_of_transformers(name: str, monkeypatch: pytest.Monk
     assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"
 
 
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_in_bf16_it_is_as_near_as_the_models_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = engine_of(name, torch.bfloat16)
+    groups = [tiny_models.group(content, range(5)) for content in tiny_models.contents(3)]
+    trace = run_traced(engine, groups, monkeypatch)
+    model = tiny_models.random_model(CONFIGS[name])
+    ours = largest_difference(model, engine, groups, trace)
+    rounded = tiny_models.random_model(CONFIGS[name]).to(torch.bfloat16)
+    plain = tiny_models.engine_of(CONFIGS[name], max_rows=40, model=rounded)
+    theirs = largest_difference(model, plain, groups, run_traced(plain, groups, monkeypatch))
+    print(ours, theirs, largest_difference(model, engine, groups, trace, swap=True))
+    assert 0 < ours < 1.5 * theirs
+    assert largest_difference(model, engine, groups, trace, swap=True) > 1.5 * theirs, "the control must fail"
+
+
 def test_layers_that_the_loops_do_not_know_are_left_to_others() -> None:
     _, compiled = engine_of("llama", torch.float32)
     layer = compiled._layers[1]

@@ -18,7 +18,7 @@ import ray
 
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import IncompatibleError, InputError, ShardError
-from e2p_ray.plan import Plan, load_plan, make_plan, read_shard
+from e2p_ray.plan import Plan, largest_first, load_plan, make_plan, read_shard
 from e2p_ray.plan.inputs import stable_hash
 from e2p_ray.schema import DEAD_LETTERS, Group, Reason, planned_schema
 from e2p_ray.storage import Storage
@@ -110,6 +110,15 @@ def test_messy_tables_as_the_reference_says(seed: int, tmp_path: Path) -> None:
     assert_as_reference(plan, world)
     assert plan.counts.reasons.keys() == {reason for reason in Reason if reason.startswith(("opted", "embedding"))}
     assert plan.counts.dead_letters.keys() == {"null_key", "unknown_user", "missing_content", "empty_content"}
+
+
+def test_the_largest_shards_come_first(tmp_path: Path) -> None:
+    plan = plan_world(messy_world(0), tmp_path, requests_per_shard=50, max_group_requests=20)
+    ordered = largest_first(STORAGE, plan.uri, shard_ids(plan)[1:])
+    assert sorted(ordered) == sorted(shard_ids(plan)[1:])
+    sizes = [(Path(plan.uri) / "shards" / f"{shard_id}.parquet").stat().st_size for shard_id in ordered]
+    assert sizes == sorted(sizes, reverse=True)
+    assert ordered != shard_ids(plan)[1:], "the control: the plan's order is another one"
 
 
 def test_reference_tells_a_wrong_plan(tmp_path: Path) -> None:

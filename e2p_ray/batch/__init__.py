@@ -33,6 +33,7 @@ from e2p_ray.commit import Run, pending_shards
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError, E2PError, IncompleteRunError, RunError
 from e2p_ray.loaded import EngineFactory, thread_variables
+from e2p_ray.plan import largest_first
 from e2p_ray.ray_session import quiet_ray_data_log, ray_session
 from e2p_ray.storage import Storage
 
@@ -66,6 +67,8 @@ def run_batch(
     committed stays, and calling again resumes.
     """
     pending = pending_shards(storage, run)
+    if max_seconds is None:  # else an update's own order says what is left when the time is over
+        pending = largest_first(storage, run.plan_uri, pending)
     tally = Tally(len(run.shard_ids), len(run.shard_ids) - len(pending), on_progress)
     limit = DeadLetterLimit(storage, run, max_dead_letters)
     notes = FailureNotes(storage, run, tally)

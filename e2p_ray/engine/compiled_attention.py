@@ -101,7 +101,9 @@ class SharedReads:
     ) -> Call:
         """The same over what is at `addresses`, with the keys of one reading, to be run while all of them are there."""
         from e2p_ray.engine import flash
+        from e2p_ray.engine.vectors import has_half_products
 
+        is_half = keys.dtype is torch.bfloat16
         num_heads, dim = queries.shape[1:]
         call = flash.SharedCall(
             tasks=self.tasks.ctypes.data,
@@ -118,7 +120,8 @@ class SharedReads:
             num_heads=num_heads,
             group=num_heads // keys.shape[0],
             dim=dim,
-            is_half=int(keys.dtype is torch.bfloat16),
+            is_half=int(is_half),
+            halves=int(is_half and has_half_products()),
             causal=int(causal),
             scale=scales.ctypes.data,
             addresses=addresses.ctypes.data,

@@ -36,6 +36,7 @@ from e2p_ray.engine.vectors import (
     splat,
     store,
     store_float,
+    store_pairs,
     subtract,
     total,
 )
@@ -59,6 +60,15 @@ _score_1 = product_tile(1, 1, accumulate=False)
 _values_3 = product_tile(TILE_ROWS, 3, accumulate=True)
 _values_2 = product_tile(TILE_ROWS, 2, accumulate=True)
 _values_1 = product_tile(TILE_ROWS, 1, accumulate=True)
+_half_scores_3 = product_tile(TILE_ROWS, 3, accumulate=False, halves=True)
+_half_scores_2 = product_tile(TILE_ROWS, 2, accumulate=False, halves=True)
+_half_scores_1 = product_tile(TILE_ROWS, 1, accumulate=False, halves=True)
+_half_score_3 = product_tile(1, 3, accumulate=False, halves=True)
+_half_score_2 = product_tile(1, 2, accumulate=False, halves=True)
+_half_score_1 = product_tile(1, 1, accumulate=False, halves=True)
+_half_values_3 = product_tile(TILE_ROWS, 3, accumulate=True, halves=True)
+_half_values_2 = product_tile(TILE_ROWS, 2, accumulate=True, halves=True)
+_half_values_1 = product_tile(TILE_ROWS, 1, accumulate=True, halves=True)
 TASK_TOKENS = 32  # of attend_own
 _UNROLLED = 4  # vectors of values whose sums do not wait for each other
 
@@ -70,6 +80,7 @@ class SharedCall(NamedTuple):
     next, from one key to the next, number of keys; addresses: keys and values of a reading; order: tokens. `causal`:
     the n-th of a reading's tokens sees n keys. out_tops and out_sums (tokens, heads), or 0: the largest score, and the
     sum of weights against it.
+    `is_half`: keys and values are bfloat16; `halves`: and multiplied as such, with queries and weights rounded to it.
     """
 
     tasks: int
@@ -87,6 +98,7 @@ class SharedCall(NamedTuple):
     group: int
     dim: int
     is_half: int
+    halves: int
     causal: int
     scale: int
     addresses: int
@@ -118,8 +130,10 @@ class OwnCall(NamedTuple):
 
 
 @loop
-def _score(num_vectors: int, keys: int, key_row: int, queries: int, scores: int, dim: int, num_keys: int) -> None:
-    """Scores (num_keys, lanes) of keys (num_keys, dim) and queries (dim, lanes)."""
+def _score(
+    halves: bool, num_vectors: int, keys: int, key_row: int, queries: int, scores: int, dim: int, num_keys: int
+) -> None:
+    """Scores (num_keys, lanes) of keys (num_keys, dim) and queries (dim, lanes); `halves`: both in bfloat16."""
     row = num_vectors * VECTOR_BYTES
     at = 0
     while at < num_keys:
@@ -128,7 +142,13 @@ def _score(num_vectors: int, keys: int, key_row: int, queries: int, scores: int,
                 break
             at = num_keys - TILE_ROWS  # some keys once more
         a, c = keys + at * key_row, scores + at * row
-        if num_vectors == 3:
+        if halves and num_vectors == 3:
+            _half_scores_3(a, key_row, 4, queries, row, c, row, dim // 2)
+        elif halves and num_vectors == 2:
+            _half_scores_2(a, key_row, 4, queries, row, c, row, dim // 2)
+        elif halves:
+            _half_scores_1(a, key_row, 4, queries, row, c, row, dim // 2)
+        elif num_vectors == 3:
             _scores_3(a, key_row, 4, queries, row, c, row, dim)
         elif num_vectors == 2:
             _scores_2(a, key_row, 4, queries, row, c, row, dim)
@@ -137,7 +157,13 @@ def _score(num_vectors: int, keys: int, key_row: int, queries: int, scores: int,
         at += TILE_ROWS
     while at < num_keys:
         a, c = keys + at * key_row, scores + at * row
-        if num_vectors == 3:
+        if halves and num_vectors == 3:
+            _half_score_3(a, key_row, 4, queries, row, c, row, dim // 2)
+        elif halves and num_vectors == 2:
+            _half_score_2(a, key_row, 4, queries, row, c, row, dim // 2)
+        elif halves:
+            _half_score_1(a, key_row, 4, queries, row, c, row, dim // 2)
+        elif num_vectors == 3:
             _score_3(a, key_row, 4, queries, row, c, row, dim)
         elif num_vectors == 2:
             _score_2(a, key_row, 4, queries, row, c, row, dim)
@@ -148,13 +174,22 @@ def _score(num_vectors: int, keys: int, key_row: int, queries: int, scores: int,
 
 @loop
 def _add_values(
-    num_vectors: int, values: int, value_row: int, weights: int, outputs: int, dim: int, num_keys: int
+    halves: bool, num_vectors: int, values: int, value_row: int, weights: int, outputs: int, dim: int, num_keys: int
 ) -> None:
-    """Outputs (dim, lanes) and what weights (num_keys, lanes) take of values (num_keys, dim)."""
+    """Outputs (dim, lanes) and what weights (num_keys, lanes) take of values (num_keys, dim).
+
+    `halves`: values and weights are pairs of bfloat16, those of two keys side by side.
+    """
     row = num_vectors * VECTOR_BYTES
     for at in range(0, dim, TILE_ROWS):
         a, c = values + 4 * at, outputs + at * row
-        if num_vectors == 3:
+        if halves and num_vectors == 3:
+            _half_values_3(a, 4, value_row, weights, row, c, row, (num_keys + 1) // 2)
+        elif halves and num_vectors == 2:
+            _half_values_2(a, 4, value_row, weights, row, c, row, (num_keys + 1) // 2)
+        elif halves:
+            _half_values_1(a, 4, value_row, weights, row, c, row, (num_keys + 1) // 2)
+        elif num_vectors == 3:
             _values_3(a, 4, value_row, weights, row, c, row, num_keys)
         elif num_vectors == 2:
             _values_2(a, 4, value_row, weights, row, c, row, num_keys)
@@ -206,6 +241,27 @@ def _widen(source: int, row: int, target: int, num_rows: int, dim: int) -> None:
         for dimension in range(0, dim, LANES):
             value = load_bfloat16(source + at * row + 2 * dimension)
             store(value, target + 4 * (at * dim + dimension))
+
+
+@loop
+def _pair_values(source: int, row: int, target: int, num_rows: int, dim: int) -> None:
+    """Rows of bfloat16 as rows of pairs, those of two rows side by side; a last one alone has zeros beside it."""
+    for at in range(0, num_rows, 2):
+        for dimension in range(0, dim, LANES):
+            place = source + at * row + 2 * dimension
+            second = load_bfloat16(place + row) if at + 1 < num_rows else splat(np.float32(0.0))
+            store_pairs(load_bfloat16(place), second, target + 4 * (at // 2 * dim + dimension))
+
+
+@loop
+def _pair_rows(num_vectors: int, rows: int, num_rows: int) -> None:
+    """Rows (num_rows, lanes) in their own place as half as many of pairs; a last one alone has zeros beside it."""
+    row = num_vectors * VECTOR_BYTES
+    for at in range(0, num_rows, 2):
+        for lane in range(0, row, VECTOR_BYTES):
+            place = rows + at * row + lane
+            second = load(place + row) if at + 1 < num_rows else splat(np.float32(0.0))
+            store_pairs(load(place), second, rows + at // 2 * row + lane)
 
 
 @loop
@@ -262,7 +318,7 @@ def attend_shared(p: _Ints) -> None:
     queries, query_token, query_head = p[5], p[6], p[7]
     outputs, output_token, output_head = p[8], p[9], p[10]
     out_tops, out_sums, num_heads, group, dim = p[11], p[12], p[13], p[14], p[15]
-    is_half, causal, scale, addresses = p[16], p[17], load_float(p[18]), p[19]
+    is_half, halves, causal, scale, addresses = p[16], p[17] != 0, p[18], load_float(p[19]), p[20]
     block = 4 * BLOCK_LANES * dim
     scratch = np.empty(
         2 * TASK_LANES * dim + _KEYS * (BLOCK_LANES + 2 * dim) + 3 * TASK_LANES + dim + LANES, np.float32
@@ -297,14 +353,20 @@ def attend_shared(p: _Ints) -> None:
             places[1, lane] = outputs + token * output_token + of_head * output_head if lane == real else nowhere
             store_float(np.float32(num_before + real // group + 1), limits + 4 * lane)
         _turn_queries(num_vectors, block, query_at, turned, tops, sums, found, dim, scale)
+        if halves:
+            for vector in range(0, num_vectors, BLOCK_VECTORS):
+                _pair_rows(_num_vectors_beside(vector, num_vectors), turned + vector // BLOCK_VECTORS * block, dim)
         num_seen = min(num_keys, num_before + end - first) if causal else num_keys
         for first_key in range(0, num_seen, _KEYS):
-            some_keys, some_values, row = keys + first_key * row_bytes, values + first_key * row_bytes, row_bytes
-            some = min(num_seen - first_key, _KEYS)
-            if is_half:
+            some_keys, some_values = keys + first_key * row_bytes, values + first_key * row_bytes
+            some, key_row, value_row = min(num_seen - first_key, _KEYS), row_bytes, row_bytes
+            if halves:
+                _pair_values(some_values, row_bytes, wide_values, some, dim)
+                some_values, value_row = wide_values, 4 * dim
+            elif is_half:
                 _widen(some_keys, row_bytes, wide_keys, some, dim)
                 _widen(some_values, row_bytes, wide_values, some, dim)
-                some_keys, some_values, row = wide_keys, wide_values, 4 * dim
+                some_keys, some_values, key_row, value_row = wide_keys, wide_values, 4 * dim, 4 * dim
             for vector in range(0, num_vectors, BLOCK_VECTORS):
                 beside = _num_vectors_beside(vector, num_vectors)
                 of_block, lane = vector // BLOCK_VECTORS * block, 4 * LANES * vector
@@ -315,12 +377,14 @@ def attend_shared(p: _Ints) -> None:
                     seen_by_all = max(num_before + LANES * vector // group + 1 - first_key, 0)
                 if seen <= 0:
                     continue
-                _score(beside, some_keys, row, turned + of_block, scores, dim, seen)
+                _score(halves, beside, some_keys, key_row, turned + of_block, scores, dim, seen)
                 if seen_by_all < seen:
                     hidden = scores + seen_by_all * beside * VECTOR_BYTES
                     _hide_later(beside, hidden, first_key + seen_by_all, seen - seen_by_all, limits + lane)
                 _weigh(beside, scores, seen, tops + lane, sums + lane, found + of_block, dim, first_key > 0)
-                _add_values(beside, some_values, row, scores, found + of_block, dim, seen)
+                if halves:
+                    _pair_rows(beside, scores, seen)
+                _add_values(halves, beside, some_values, value_row, scores, found + of_block, dim, seen)
         _write_outputs(num_vectors, block, found, sums, output_at, dim)
         if out_tops:
             for lane in range(num_lanes):

@@ -108,15 +108,23 @@ def store_bfloat16(typing: Any, value: Any, address: Any) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         value, address = given
-        bits, sixteen, halves = builder.bitcast(value, _INTS), _constant(16, _INTS), ir.VectorType(_SHORT, LANES)
-        odd = builder.and_(builder.lshr(bits, sixteen), _constant(1, _INTS))
-        rounded = builder.lshr(builder.add(bits, builder.add(odd, _constant(0x7FFF, _INTS))), sixteen)
-        not_a_number = builder.fcmp_unordered("uno", value, value)
-        rounded = builder.select(not_a_number, _constant(0x7FC0, _INTS), rounded)
-        _store(builder, builder.trunc(rounded, halves), address, align=2)
+        _store(builder, builder.trunc(_rounded(builder, value), ir.VectorType(_SHORT, LANES)), address, align=2)
         return context.get_dummy_value()
 
     return types.void(_vector, types.int64), build
+
+
+@intrinsic
+def store_pairs(typing: Any, first: Any, second: Any, address: Any) -> Any:
+    """Twice sixteen float32 to an address as bfloat16, one of each in turns."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        first, second, address = given
+        second = builder.shl(_rounded(builder, second), _constant(16, _INTS))
+        _store(builder, builder.or_(_rounded(builder, first), second), address)
+        return context.get_dummy_value()
+
+    return types.void(_vector, _vector, types.int64), build
 
 
 @intrinsic
@@ -401,6 +409,15 @@ def _times(builder: Any, distance: Any, number: int) -> Any:
 
 def _constant(value: float, kind: Any = _VECTOR) -> Any:
     return ir.Constant(kind, [value] * LANES)
+
+
+def _rounded(builder: Any, value: Any) -> Any:
+    """The upper halves of float32, rounded to the nearest, of two to the even one, as integers."""
+    bits, sixteen = builder.bitcast(value, _INTS), _constant(16, _INTS)
+    odd = builder.and_(builder.lshr(bits, sixteen), _constant(1, _INTS))
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, _constant(0x7FFF, _INTS))), sixteen)
+    not_a_number = builder.fcmp_unordered("uno", value, value)
+    return builder.select(not_a_number, _constant(0x7FC0, _INTS), rounded)
 
 
 def _shuffled(builder: Any, one: Any, other: Any, places: list[int]) -> Any:
