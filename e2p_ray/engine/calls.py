@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from e2p_ray.engine.flash import attend_own, attend_shared
+from e2p_ray.engine.flash import attend_shared
 from e2p_ray.engine.loop import loop
+from e2p_ray.engine.own_keys import attend_own
 from e2p_ray.engine.products import multiply_panels
 from e2p_ray.engine.row_norms import normalise_rows, round_rows
 from e2p_ray.engine.turns import turn_heads

@@ -58,7 +58,8 @@ class CompiledLayers:
     def __call__(self, states: Tensor, turns: Tensor, step: RowsStep) -> Tensor:
         """Packed tokens (T, d_model) and their rotations (T, 1, head_dim / 2) to the states behind the last layer."""
         from e2p_ray.engine.calls import KIND, KINDS, ROW_NUMBERS
-        from e2p_ray.engine.flash import OwnCall, SharedCall
+        from e2p_ray.engine.flash import SharedCall
+        from e2p_ray.engine.own_keys import OwnCall
         from e2p_ray.engine.products import ProductCall
         from e2p_ray.engine.row_norms import NormCall
         from e2p_ray.engine.torch_threads import run_table

@@ -93,10 +93,10 @@ class CompiledRows:
         return keys, [prefix.values[layer][0] for prefix in self._prefixes]
 
     def _own_call(self, layer: int, queries: Tensor) -> Call:
-        from e2p_ray.engine import flash
+        from e2p_ray.engine import own_keys
 
         keys, values, outputs = self._slots.keys[layer], self._slots.values[layer], self._outputs
-        call = flash.OwnCall(
+        call = own_keys.OwnCall(
             num_tokens=len(self._slot_of),
             slots=self._slot_of.ctypes.data,
             places=self._place.ctypes.data,
@@ -118,4 +118,4 @@ class CompiledRows:
             max_keys=self._max_own,
             scale=self._scales.ctypes.data,
         )
-        return flash.attend_own, -(-call.num_tokens // flash.TASK_TOKENS), call
+        return own_keys.attend_own, -(-call.num_tokens // own_keys.TASK_TOKENS), call

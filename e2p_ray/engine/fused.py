@@ -106,17 +106,17 @@ class FusedLayer(nn.Module):
 
     def forward(self, states: Tensor, turns: Tensor, step: Step, num_rows: int) -> Tensor:
         """(n * q, d_model) to the same; `turns` (n * q, 1, head_dim / 2) are the rotations as complex numbers."""
-        normed = self._room("normed", states)
-        states_normed = self.before_attention(states, normed)
+        room = self._room("normed", states)
+        normed = self.before_attention(states, room)
         if isinstance(step, RowsStep | PrefillStep) and self._by_loop:
             out = self._workspace.tensor("heads", len(states), self._num_outputs, dtype=states.dtype)
-            queries, keys, values = self._turned_into(self.qkv(states_normed, out), turns, step, num_rows)
+            queries, keys, values = self._turned_into(self.qkv(normed, out), turns, step, num_rows)
         else:
-            queries, keys, values = self._turned_apart(self.qkv(states_normed), turns, step, num_rows)
+            queries, keys, values = self._turned_apart(self.qkv(normed), turns, step, num_rows)
         attended = step.attend(self.number, queries, keys, values, self.shape)
         attended = attended.transpose(1, 2).reshape(len(states), -1).to(states.dtype)
         states = self.output.plus(attended, states, self._room("after attention", states))
-        return self.mlp.plus(self.before_mlp(states, normed), states, self._workspace)
+        return self.mlp.plus(self.before_mlp(states, room), states, self._workspace)
 
     @property
     def has_calls(self) -> bool:
@@ -130,10 +130,9 @@ class FusedLayer(nn.Module):
         return self._room("after MLP", states)
 
     def calls(self, states: Tensor, turns: Tensor, step: RowsStep) -> list[Call]:
-        """The compiled loops that make the same of packed tokens (T, d_model), in this order; the last one's output is.
+        """The compiled loops that make the same of packed tokens (T, d_model), in their order, for `CompiledLayers`.
 
-        `CompiledLayers` runs them. All they read and write but the layer's own weights and the step's keys and values
-        is the same for every layer.
+        All that they read and write is every layer's, but for its own weights and the step's keys and values.
         """
         from e2p_ray.engine.row_norms import TASK_ROWS, RoundCall, round_rows
 
