@@ -315,8 +315,15 @@ def _checkpoint(config: TrainConfig) -> str | None:
 def _kill_a_worker() -> None:
     """Of this process's Ray: others may run on this machine."""
     children = psutil.Process().children(recursive=True)
-    (worker,) = [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+    (worker,) = [child for child in children if "RayTrainWorker" in _command_of(child)]
     worker.kill()
+
+
+def _command_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it has ended since, perhaps as a zombie
+        return ""
 
 
 @pytest.mark.timeout(600)
