@@ -67,7 +67,7 @@ def run_batch(
     committed stays, and calling again resumes.
     """
     pending = pending_shards(storage, run)
-    if max_seconds is None:  # else an update's own order says what is left when the time is over
+    if pending and max_seconds is None:  # else an update's own order says what is left when the time is over
         pending = largest_first(storage, run.plan_uri, pending)
     tally = Tally(len(run.shard_ids), len(run.shard_ids) - len(pending), on_progress)
     limit = DeadLetterLimit(storage, run, max_dead_letters)

@@ -158,7 +158,7 @@ def _not_chinese(text: str, counts: Counter[str]) -> str:
 _NUM_REPEATS = {1: 8, 2: 5, 3: 4}
 _PERIODS = np.arange(1, 201)
 # Characters that equal the one a period before them, in a loop.
-_MIN_LENGTHS = np.array([period * (_NUM_REPEATS.get(period, 3 if period <= 11 else 2) - 1) for period in range(1, 201)])
+_MIN_LENGTHS = np.array([n * (_NUM_REPEATS.get(n, 3 if n <= 11 else 2) - 1) for n in _PERIODS.tolist()])
 _NO_CHARACTER = np.uint32(0xFFFFFFFF)
 _NGRAM_WINDOW = 1000
 _MIN_DISTINCT_SHARE = 0.6  # texts that people wrote keep above 0.6 in 99.99 % of 20,000 headlines

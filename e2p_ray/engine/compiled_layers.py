@@ -25,13 +25,11 @@ _Table = npt.NDArray[np.int64]
 class CompiledLayers:
     """A table of calls, made of the first layer's: every other layer's are the same but for its weights and slots."""
 
-    def __init__(self, layers: Sequence[FusedLayer]) -> None:
+    def __init__(self, layers: Sequence[FusedLayer], window: int | None) -> None:
         from e2p_ray.engine.products import ProductCall
         from e2p_ray.engine.row_norms import NormCall
 
-        self._layers = layers
-        windows = [layer.shape.window for layer in layers if layer.shape.window is not None]
-        self._max_position = min(windows, default=None)
+        self._layers, self._window = layers, window
         self._keeps_plain = layers[0].qkv.plain is not None
         norms = [[layer.before_attention, layer.before_mlp] for layer in layers]
         products = [[layer.qkv, layer.output, layer.mlp.gate, layer.mlp.down] for layer in layers]
@@ -45,15 +43,15 @@ class CompiledLayers:
         }
 
     @classmethod
-    def of(cls, layers: Sequence[FusedLayer]) -> CompiledLayers | None:
-        """None where a layer has something that the loops do not know."""
-        return cls(layers) if all(layer.has_calls for layer in layers) else None
+    def of(cls, layers: Sequence[FusedLayer], window: int | None) -> CompiledLayers | None:
+        """None where a layer has something that the loops do not know. `window`: the shortest of the layers'."""
+        return cls(layers, window) if all(layer.has_calls for layer in layers) else None
 
     def takes(self, states: Tensor, step: RowsStep) -> bool:
         """Whether this pass is for the loops: no key is out of a window's reach, and no plain weight is faster."""
         if self._keeps_plain and len(states) <= FEW_ROWS:
             return False
-        return self._max_position is None or step.last_position < self._max_position
+        return step.is_within(self._window)
 
     def __call__(self, states: Tensor, turns: Tensor, step: RowsStep) -> Tensor:
         """Packed tokens (T, d_model) and their rotations (T, 1, head_dim / 2) to the states behind the last layer."""
@@ -81,21 +79,18 @@ class CompiledLayers:
 
         for (kind, field), values in self._own.items():
             put(kind, field, values)
-        slots, kept = step.slots, list[_Table]()
-        keys, values = (_table([part.data_ptr()] for part in parts) for parts in (slots.keys, slots.values))
+        keys, values = (_table([part.data_ptr()] for part in parts) for parts in (step.slots.keys, step.slots.values))
         for kind in (TurnCall, OwnCall):
             if kind in places:
                 put(kind, "keys", keys)
                 put(kind, "values", values)
         if SharedCall in places:
             attention = step.compiled(first.num_heads, first.num_kv_heads)
-            kept = [attention.addresses(layer) for layer in range(num_layers)]
-            put(SharedCall, "addresses", _table([addresses.ctypes.data] for addresses in kept))
+            put(SharedCall, "addresses", _table([attention.addresses(at).ctypes.data] for at in range(num_layers)))
         # Every layer but the first reads what the one before has written.
         by_layer[1:, places[NormCall][0], 2 + NormCall._fields.index("states")] = out.data_ptr()
         by_layer[1:, places[ProductCall][1], 2 + ProductCall._fields.index("others")] = out.data_ptr()
         run_table(table)
-        del kept  # whose addresses the loops had
         return out
 
 

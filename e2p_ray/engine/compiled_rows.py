@@ -34,20 +34,21 @@ class CompiledRows:
         self._slot_of = tokens.row + tokens.first_slot
         self._place = np.ascontiguousarray(tokens.at)
         self._max_own = tokens.num_own
-        self._shared = self._blocks = None
+        self._shared: SharedReads | None = None
+        self._has_blocks = not self._prefixes and tokens.is_fresh and self._max_own > _MAX_SINGLY
         if self._prefixes:
             order, bounds = tokens.by_prefix(readers)
             keys = [prefix.keys[0][0] for prefix in self._prefixes]
             self._shared = SharedReads.of(order, bounds, readers.visible, keys, group)
-        elif tokens.is_fresh and self._max_own > _MAX_SINGLY:
+        elif self._has_blocks:
             self._span = slice(tokens.first_slot, tokens.first_slot + len(tokens.counts))
             bounds = np.concatenate([[0], tokens.end + 1])
             counts = tokens.counts.tolist()
-            self._blocks = SharedReads.of(
+            self._shared = SharedReads.of(
                 np.arange(len(tokens.row)), bounds, counts, list(slots.keys[0][self._span]), group
             )
         size = (len(tokens.row), num_heads)
-        self._outputs = torch.empty(*size, slots.keys[0].shape[-1])
+        self.outputs = torch.empty(*size, slots.keys[0].shape[-1])  # (T, H, D), of whatever was called last
         # Of the scores over prefixes: the largest, and the sum of weights against it, 0 for rows that read none.
         self._tops, self._sums = torch.zeros(size), torch.zeros(size)
         self._scales = np.zeros(1, np.float32)
@@ -60,34 +61,32 @@ class CompiledRows:
         asked = as_numbers(queries)
         for call in self.calls(layer, asked, scale):
             torch_threads.run(*call)
-        return self._outputs
-
-    @property
-    def outputs(self) -> Tensor:
-        """Where the calls write (T, H, D)."""
-        return self._outputs
+        return self.outputs
 
     def calls(self, layer: int, queries: Tensor, scale: float) -> list[Call]:
         """What `attend` runs, in this order, for queries as numbers; all layers have one scale."""
         self._scales[0] = scale
-        shared = self._shared if self._blocks is None else self._blocks
         found = []
-        if shared is not None:
-            keys, _ = self._read(layer)
-            addresses = self._addresses[layer] = self.addresses(layer)
-            lse = (self._tops, self._sums) if self._blocks is None else None
-            causal = self._blocks is not None
-            found.append(shared.call(queries, keys[0], addresses, self._outputs, self._scales, causal=causal, lse=lse))
-        if self._blocks is None:
+        if self._shared is not None:
+            source = self._slots if self._has_blocks else self._prefixes[0]
+            keys, addresses = source.keys[layer][0], self.addresses(layer)
+            lse = None if self._has_blocks else (self._tops, self._sums)
+            call = self._shared.call(
+                queries, keys, addresses, self.outputs, self._scales, causal=self._has_blocks, lse=lse
+            )
+            found.append(call)
+        if not self._has_blocks:
             found.append(self._own_call(layer, queries))
         return found
 
     def addresses(self, layer: int) -> _Ints:
-        """(n, 2), where the keys and values are that more than one token reads."""
-        return addresses_of(*self._read(layer))
+        """(n, 2), where the keys and values are that more than one token reads; kept here while loops read it."""
+        if layer not in self._addresses:
+            self._addresses[layer] = addresses_of(*self._read(layer))
+        return self._addresses[layer]
 
     def _read(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
-        if self._blocks is not None:
+        if self._has_blocks:
             return list(self._slots.keys[layer][self._span]), list(self._slots.values[layer][self._span])
         keys = [prefix.keys[layer][0] for prefix in self._prefixes]
         return keys, [prefix.values[layer][0] for prefix in self._prefixes]
@@ -95,7 +94,7 @@ class CompiledRows:
     def _own_call(self, layer: int, queries: Tensor) -> Call:
         from e2p_ray.engine import own_keys
 
-        keys, values, outputs = self._slots.keys[layer], self._slots.values[layer], self._outputs
+        keys, values, outputs = self._slots.keys[layer], self._slots.values[layer], self.outputs
         call = own_keys.OwnCall(
             num_tokens=len(self._slot_of),
             slots=self._slot_of.ctypes.data,

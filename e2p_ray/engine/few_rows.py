@@ -28,17 +28,16 @@ _Floats = npt.NDArray[np.float32]
 class FewRows:
     """The layers of a `FusedDecoder` once more, over the same weights."""
 
-    def __init__(self, layers: Sequence[FusedLayer], norm: Norm) -> None:
+    def __init__(self, layers: Sequence[FusedLayer], norm: Norm, window: int | None) -> None:
         self._layers = [_Layer(layer) for layer in layers]
         self._norm = _Norm.of(norm)
-        windows = [layer.shape.window for layer in layers if layer.shape.window is not None]
-        self._max_position = min(windows, default=None)
+        self._window = window  # the shortest of the layers'
 
     def takes(self, step: RowsStep) -> bool:
         """Whether this pass is one of those: one token a row, few rows, and nothing out of a window's reach."""
         if not step.is_single or len(step.tokens.row) > FEW_ROWS:
             return False
-        return self._max_position is None or step.last_position < self._max_position
+        return step.is_within(self._window)
 
     def __call__(self, embeds: Tensor, turns: Tensor, step: RowsStep) -> Tensor:
         """(n, d_model) and the rotations (n, 1, head_dim / 2) as complex numbers to the last layer's normed states."""

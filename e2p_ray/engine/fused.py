@@ -52,8 +52,9 @@ class FusedDecoder(nn.Module):
             decoder.layers[number] = nn.Identity()  # its weights are freed
         self._layers = nn.ModuleList(layers)
         has_plain = all(layer.qkv.plain is not None for layer in layers)
-        self._few_rows = FewRows(layers, self._norm) if has_plain else None
-        self._compiled = CompiledLayers.of(layers)
+        shortest = min((layer.shape.window for layer in layers if layer.shape.window is not None), default=None)
+        self._few_rows = FewRows(layers, self._norm, shortest) if has_plain else None
+        self._compiled = CompiledLayers.of(layers, shortest)
 
     def forward(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:
         """(n, q, d_model) at position_ids (n, q) to the last layer's normed states."""
@@ -109,8 +110,8 @@ class FusedLayer(nn.Module):
         room = self._room("normed", states)
         normed = self.before_attention(states, room)
         if isinstance(step, RowsStep | PrefillStep) and self._by_loop:
-            out = self._workspace.tensor("heads", len(states), self._num_outputs, dtype=states.dtype)
-            queries, keys, values = self._turned_into(self.qkv(normed, out), turns, step, num_rows)
+            product = self.qkv(normed, self._heads(states))
+            queries, keys, values = self._turned_into(product, turns, step, num_rows)
         else:
             queries, keys, values = self._turned_apart(self.qkv(normed), turns, step, num_rows)
         attended = step.attend(self.number, queries, keys, values, self.shape)
@@ -122,7 +123,7 @@ class FusedLayer(nn.Module):
     def has_calls(self) -> bool:
         """Whether all of it is compiled loops."""
         norms = self.before_attention.has_loop and self.before_mlp.has_loop
-        products = self.qkv.panels is not None and self.output.panels is not None and self.mlp.is_one
+        products = self.qkv.panels is not None and self.output.panels is not None and self.mlp.has_calls
         return self._by_loop and norms and products
 
     def output_of(self, states: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class FusedLayer(nn.Module):
         from e2p_ray.engine.row_norms import TASK_ROWS, RoundCall, round_rows
 
         normed, between = self._room("normed", states), self._room("after attention", states)
-        heads = self._workspace.tensor("heads", len(states), self._num_outputs, dtype=states.dtype)
+        heads = self._heads(states)
         queries, attention = self._queries(len(states)), step.compiled(self.num_heads, self.num_kv_heads)
         attended = attention.outputs.flatten(1)
         rounding: list[Call] = []
@@ -177,6 +178,9 @@ class FusedLayer(nn.Module):
         queries = self._queries(num_tokens)
         torch_threads.run(*self._turn_call(product, turns, room, queries))
         return queries.view(num_rows, -1, *queries.shape[1:]).transpose(1, 2), room.keys, room.values
+
+    def _heads(self, states: Tensor) -> Tensor:
+        return self._workspace.tensor("heads", len(states), self._num_outputs, dtype=states.dtype)
 
     def _queries(self, num_tokens: int) -> Tensor:
         return self._workspace.tensor("queries", num_tokens, self.num_heads, self.head_dim, dtype=torch.float32)

@@ -129,12 +129,12 @@ class GatedMLP(nn.Module):
         return self.down.plus(self._inner(states, workspace), other, out)
 
     @property
-    def is_one(self) -> bool:
+    def has_calls(self) -> bool:
         """Whether gate and up are one compiled loop, and down another."""
         return self._is_one and self.down.panels is not None
 
     def calls(self, states: Tensor, other: Tensor, workspace: Workspace) -> list[Call]:
-        """The compiled loops that make `plus` of rows (n, d_model), where it `is_one`."""
+        """The compiled loops that make `plus` of rows (n, d_model), where it `has_calls`."""
         gate, up, down = self.gate.panels, self.up.panels, self.down.panels
         assert gate is not None
         assert down is not None

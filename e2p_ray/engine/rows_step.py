@@ -81,6 +81,10 @@ class RowsStep:
                 parts.append((before[0][0, :, :length], before[1][0, :, :length]))
             yield parts
 
+    def is_within(self, window: int | None) -> bool:
+        """Whether a window reaches everything."""
+        return window is None or self.last_position < window
+
     def compiled(self, num_heads: int, num_kv_heads: int) -> CompiledRows:
         """This pass's attention by the compiled loops."""
         if self._compiled is None:
@@ -89,7 +93,7 @@ class RowsStep:
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
         """Attention output (1, H, T, D) for packed queries (1, H, T, D), each token's heads side by side in memory."""
-        if shape.window is not None and self.last_position < shape.window:
+        if shape.window is not None and self.is_within(shape.window):
             shape = replace(shape, window=None)  # it reaches everything
         _, num_heads, num_tokens, head_dim = queries.shape
         by_token = queries[0].transpose(0, 1)  # (T, H, D)
