@@ -47,24 +47,10 @@ TASK_BLOCKS = 6
 TASK_LANES = TASK_BLOCKS * BLOCK_LANES
 _KEYS = 128  # a block of keys, 32 KB for heads of 64, whose scores of 48 queries stay in the first-level cache
 
-_scores_3 = product_tile(TILE_ROWS, 3, accumulate=False)
-_scores_2 = product_tile(TILE_ROWS, 2, accumulate=False)
-_scores_1 = product_tile(TILE_ROWS, 1, accumulate=False)
-_score_3 = product_tile(1, 3, accumulate=False)
-_score_2 = product_tile(1, 2, accumulate=False)
-_score_1 = product_tile(1, 1, accumulate=False)
-_values_3 = product_tile(TILE_ROWS, 3, accumulate=True)
-_values_2 = product_tile(TILE_ROWS, 2, accumulate=True)
-_values_1 = product_tile(TILE_ROWS, 1, accumulate=True)
-_half_scores_3 = product_tile(TILE_ROWS, 3, accumulate=False, halves=True)
-_half_scores_2 = product_tile(TILE_ROWS, 2, accumulate=False, halves=True)
-_half_scores_1 = product_tile(TILE_ROWS, 1, accumulate=False, halves=True)
-_half_score_3 = product_tile(1, 3, accumulate=False, halves=True)
-_half_score_2 = product_tile(1, 2, accumulate=False, halves=True)
-_half_score_1 = product_tile(1, 1, accumulate=False, halves=True)
-_half_values_3 = product_tile(TILE_ROWS, 3, accumulate=True, halves=True)
-_half_values_2 = product_tile(TILE_ROWS, 2, accumulate=True, halves=True)
-_half_values_1 = product_tile(TILE_ROWS, 1, accumulate=True, halves=True)
+_WIDTHS = (3, 2, 1)
+_scores = product_tile(TILE_ROWS, _WIDTHS, accumulate=False)
+_score_alone = product_tile(1, _WIDTHS, accumulate=False)
+_values = product_tile(TILE_ROWS, _WIDTHS, accumulate=True)
 
 
 class SharedCall(NamedTuple):
@@ -100,70 +86,34 @@ class SharedCall(NamedTuple):
 
 @loop
 def _score(
-    halves: bool, num_vectors: int, keys: int, key_row: int, queries: int, scores: int, dim: int, num_keys: int
+    halves: int, num_vectors: int, keys: int, key_row: int, queries: int, scores: int, dim: int, num_keys: int
 ) -> None:
     """Scores (num_keys, lanes) of keys (num_keys, dim) and queries (dim, lanes); `halves`: both in bfloat16."""
-    row = num_vectors * VECTOR_BYTES
+    row, depth = num_vectors * VECTOR_BYTES, dim // 2 if halves else dim
     at = 0
     while at < num_keys:
         if at + TILE_ROWS > num_keys:
             if num_keys < TILE_ROWS:
                 break
             at = num_keys - TILE_ROWS  # some keys once more
-        a, c = keys + at * key_row, scores + at * row
-        if halves and num_vectors == 3:
-            _half_scores_3(a, key_row, 4, queries, row, c, row, dim // 2)
-        elif halves and num_vectors == 2:
-            _half_scores_2(a, key_row, 4, queries, row, c, row, dim // 2)
-        elif halves:
-            _half_scores_1(a, key_row, 4, queries, row, c, row, dim // 2)
-        elif num_vectors == 3:
-            _scores_3(a, key_row, 4, queries, row, c, row, dim)
-        elif num_vectors == 2:
-            _scores_2(a, key_row, 4, queries, row, c, row, dim)
-        else:
-            _scores_1(a, key_row, 4, queries, row, c, row, dim)
+        _scores(halves, num_vectors, keys + at * key_row, key_row, 4, queries, scores + at * row, depth)
         at += TILE_ROWS
     while at < num_keys:
-        a, c = keys + at * key_row, scores + at * row
-        if halves and num_vectors == 3:
-            _half_score_3(a, key_row, 4, queries, row, c, row, dim // 2)
-        elif halves and num_vectors == 2:
-            _half_score_2(a, key_row, 4, queries, row, c, row, dim // 2)
-        elif halves:
-            _half_score_1(a, key_row, 4, queries, row, c, row, dim // 2)
-        elif num_vectors == 3:
-            _score_3(a, key_row, 4, queries, row, c, row, dim)
-        elif num_vectors == 2:
-            _score_2(a, key_row, 4, queries, row, c, row, dim)
-        else:
-            _score_1(a, key_row, 4, queries, row, c, row, dim)
+        _score_alone(halves, num_vectors, keys + at * key_row, key_row, 4, queries, scores + at * row, depth)
         at += 1
 
 
 @loop
 def _add_values(
-    halves: bool, num_vectors: int, values: int, value_row: int, weights: int, outputs: int, dim: int, num_keys: int
+    halves: int, num_vectors: int, values: int, value_row: int, weights: int, outputs: int, dim: int, num_keys: int
 ) -> None:
     """Outputs (dim, lanes) and what weights (num_keys, lanes) take of values (num_keys, dim).
 
     `halves`: values and weights are pairs of bfloat16, those of two keys side by side.
     """
-    row = num_vectors * VECTOR_BYTES
+    row, depth = num_vectors * VECTOR_BYTES, (num_keys + 1) // 2 if halves else num_keys
     for at in range(0, dim, TILE_ROWS):
-        a, c = values + 4 * at, outputs + at * row
-        if halves and num_vectors == 3:
-            _half_values_3(a, 4, value_row, weights, row, c, row, (num_keys + 1) // 2)
-        elif halves and num_vectors == 2:
-            _half_values_2(a, 4, value_row, weights, row, c, row, (num_keys + 1) // 2)
-        elif halves:
-            _half_values_1(a, 4, value_row, weights, row, c, row, (num_keys + 1) // 2)
-        elif num_vectors == 3:
-            _values_3(a, 4, value_row, weights, row, c, row, num_keys)
-        elif num_vectors == 2:
-            _values_2(a, 4, value_row, weights, row, c, row, num_keys)
-        else:
-            _values_1(a, 4, value_row, weights, row, c, row, num_keys)
+        _values(halves, num_vectors, values + 4 * at, 4, value_row, weights, outputs + at * row, depth)
 
 
 @loop
@@ -287,7 +237,7 @@ def attend_shared(p: _Ints) -> None:
     queries, query_token, query_head = p[5], p[6], p[7]
     outputs, output_token, output_head = p[8], p[9], p[10]
     out_tops, out_sums, num_heads, group, dim = p[11], p[12], p[13], p[14], p[15]
-    is_half, halves, causal, scale, addresses = p[16], p[17] != 0, p[18], load_float(p[19]), p[20]
+    is_half, halves, causal, scale, addresses = p[16], p[17], p[18], load_float(p[19]), p[20]
     block = 4 * BLOCK_LANES * dim
     scratch = np.empty(
         2 * TASK_LANES * dim + _KEYS * (BLOCK_LANES + 2 * dim) + 3 * TASK_LANES + dim + LANES, np.float32

@@ -42,10 +42,8 @@ _DEPTH = 2048  # of a panel's words at once, 524 KB: more would not stay in the 
 
 _SILU, _TIMES, _PLUS, _GATED = map(int, (Behind.SILU, Behind.TIMES, Behind.PLUS, Behind.GATED))
 
-_first = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=False)
-_next = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=True)
-_first_halves = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=False, halves=True)
-_next_halves = product_tile(_TILE_ROWS, _PANEL_VECTORS, accumulate=True, halves=True)
+_first = product_tile(_TILE_ROWS, (_PANEL_VECTORS,), accumulate=False)
+_next = product_tile(_TILE_ROWS, (_PANEL_VECTORS,), accumulate=True)
 
 
 class ProductCall(NamedTuple):
@@ -84,14 +82,10 @@ def _multiply(
             if row + _TILE_ROWS > num_rows:
                 a, a_row = last + 4 * first_word, 4 * num_words
             c = found + row * _PANEL_BYTES
-            if is_half and first_word == 0:
-                _first_halves(a, a_row, 4, some, _PANEL_BYTES, c, _PANEL_BYTES, depth)
-            elif is_half:
-                _next_halves(a, a_row, 4, some, _PANEL_BYTES, c, _PANEL_BYTES, depth)
-            elif first_word == 0:
-                _first(a, a_row, 4, some, _PANEL_BYTES, c, _PANEL_BYTES, depth)
+            if first_word == 0:
+                _first(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth)
             else:
-                _next(a, a_row, 4, some, _PANEL_BYTES, c, _PANEL_BYTES, depth)
+                _next(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth)
 
 
 @loop

@@ -279,63 +279,74 @@ def largest(typing: Any, value: Any) -> Any:
 # -- blocks ----------------------------------------------------------------------------------------------------------
 
 
-def product_tile(num_rows: int, num_vectors: int, *, accumulate: bool, halves: bool = False) -> Any:
+def product_tile(num_rows: int, widths: tuple[int, ...], *, accumulate: bool) -> Any:
     """C (num_rows, lanes) = A (num_rows, depth) B (depth, lanes), or added to what C holds; kept in registers.
 
-    By addresses and distances in bytes: A's rows and columns lie anyhow, B's and C's lanes side by side. `halves`: a
-    number of A and of B is two of bfloat16 side by side, and what they give is the sum of two products.
+    By addresses and distances in bytes: A's rows and columns lie anyhow, rows of B and of C side by side, num_vectors
+    wide, one of `widths`. `halves`, for CPUs that have it: a number of A and of B is two of bfloat16 side by side, and
+    what they give is the sum of two products.
     """
     signature = types.void(*[types.int64] * 8)
 
     @intrinsic
-    def tile(typing: Any, a: Any, a_row: Any, a_column: Any, b: Any, b_row: Any, c: Any, c_row: Any, depth: Any) -> Any:
+    def tile(
+        typing: Any, halves: Any, num_vectors: Any, a: Any, a_row: Any, a_column: Any, b: Any, c: Any, depth: Any
+    ) -> Any:
         def build(context: Any, builder: Any, _: Any, given: Any) -> Any:
-            if halves and not has_half_products():  # compiled with the rest all the same, and never called
-                return context.get_dummy_value()
-            a, a_row, a_column, b, b_row, c, c_row, depth = given
-            vectors = range(num_vectors)
-            rows = [_times(builder, a_row, row) for row in range(num_rows)]
-            cells = [
-                [builder.add(builder.add(c, _times(builder, c_row, row)), _bytes(VECTOR_BYTES * at)) for at in vectors]
-                for row in range(num_rows)
-            ]
-            zero = _constant(0.0)
-            begun = [[_load(builder, cell, _VECTOR) if accumulate else zero for cell in row] for row in cells]
-            before, loop = builder.block, builder.append_basic_block("product")
-            after = builder.append_basic_block("product_done")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-
-            def carried(kind: Any, start: Any) -> Any:
-                found = builder.phi(kind)
-                found.add_incoming(start, before)
-                return found
-
-            step, at_a, at_b = (carried(_BYTES, start) for start in (_bytes(0), a, b))
-            sums = [[carried(_VECTOR, start) for start in row] for row in begun]
-            right = [_load(builder, builder.add(at_b, _bytes(VECTOR_BYTES * at)), _VECTOR) for at in vectors]
-            multiplied = _pair_products if halves else _fma
-            found = []
-            for row, row_sums in zip(rows, sums, strict=True):
-                left = _splat(builder, _load(builder, builder.add(at_a, row), _FLOAT))
-                found.append([multiplied(builder, left, one, sum_) for one, sum_ in zip(right, row_sums, strict=True)])
-            for row_sums, row_found in zip(sums, found, strict=True):
-                for one, new in zip(row_sums, row_found, strict=True):
-                    one.add_incoming(new, loop)
-            next_step = builder.add(step, _bytes(1))
-            step.add_incoming(next_step, loop)
-            at_a.add_incoming(builder.add(at_a, a_column), loop)
-            at_b.add_incoming(builder.add(at_b, b_row), loop)
-            builder.cbranch(builder.icmp_signed("<", next_step, depth), loop, after)
-            builder.position_at_end(after)
-            for row_cells, row_found in zip(cells, found, strict=True):
-                for cell, new in zip(row_cells, row_found, strict=True):
-                    _store(builder, new, cell)
+            halves, width, *operands = given
+            for num_vectors in widths:
+                with builder.if_then(builder.icmp_signed("==", width, _bytes(num_vectors))):
+                    if not has_half_products():
+                        _tile(builder, num_rows, num_vectors, accumulate, _fma, operands)
+                        continue
+                    with builder.if_else(builder.icmp_signed("!=", halves, _bytes(0))) as (as_halves, as_floats):
+                        with as_halves:
+                            _tile(builder, num_rows, num_vectors, accumulate, _pair_products, operands)
+                        with as_floats:
+                            _tile(builder, num_rows, num_vectors, accumulate, _fma, operands)
             return context.get_dummy_value()
 
         return signature, build
 
     return tile
+
+
+def _tile(builder: Any, num_rows: int, num_vectors: int, accumulate: bool, multiplied: Any, operands: Any) -> None:
+    a, a_row, a_column, b, c, depth = operands
+    width, vectors = num_vectors * VECTOR_BYTES, range(num_vectors)
+    rows = [_times(builder, a_row, row) for row in range(num_rows)]
+    cells = [[builder.add(c, _bytes(row * width + VECTOR_BYTES * at)) for at in vectors] for row in range(num_rows)]
+    zero = _constant(0.0)
+    begun = [[_load(builder, cell, _VECTOR) if accumulate else zero for cell in row] for row in cells]
+    before, loop = builder.block, builder.append_basic_block("product")
+    after = builder.append_basic_block("product_done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+
+    def carried(kind: Any, start: Any) -> Any:
+        found = builder.phi(kind)
+        found.add_incoming(start, before)
+        return found
+
+    step, at_a, at_b = (carried(_BYTES, start) for start in (_bytes(0), a, b))
+    sums = [[carried(_VECTOR, start) for start in row] for row in begun]
+    right = [_load(builder, builder.add(at_b, _bytes(VECTOR_BYTES * at)), _VECTOR) for at in vectors]
+    found = []
+    for row, row_sums in zip(rows, sums, strict=True):
+        left = _splat(builder, _load(builder, builder.add(at_a, row), _FLOAT))
+        found.append([multiplied(builder, left, one, sum_) for one, sum_ in zip(right, row_sums, strict=True)])
+    for row_sums, row_found in zip(sums, found, strict=True):
+        for one, new in zip(row_sums, row_found, strict=True):
+            one.add_incoming(new, loop)
+    next_step = builder.add(step, _bytes(1))
+    step.add_incoming(next_step, loop)
+    at_a.add_incoming(builder.add(at_a, a_column), loop)
+    at_b.add_incoming(builder.add(at_b, _bytes(width)), loop)
+    builder.cbranch(builder.icmp_signed("<", next_step, depth), loop, after)
+    builder.position_at_end(after)
+    for row_cells, row_found in zip(cells, found, strict=True):
+        for cell, new in zip(row_cells, row_found, strict=True):
+            _store(builder, new, cell)
 
 
 @intrinsic
