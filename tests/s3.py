@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ import pytest
 from botocore.config import Config
 
 from e2p_ray.config import StorageConfig
+from e2p_ray.serve.front import unused_ports
 from e2p_ray.storage import Storage
 
 IS_LONG = bool(os.environ.get("E2P_TEST_LONG"))
@@ -121,7 +121,7 @@ def s3_server(request: pytest.FixtureRequest) -> Iterator[S3Server]:
 @contextmanager
 def _moto() -> Iterator[S3Server]:
     # A process of its own: deltalake holds the interpreter's lock in some calls, and a server here would wait for it.
-    port = _free_port()
+    (port,) = unused_ports(1)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -137,7 +137,8 @@ def _ceph() -> Iterator[S3Server]:
     """A monitor, one storage daemon in memory and the S3 gateway, on loopback, in a folder of their own."""
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ceph-", ignore_cleanup_errors=True)))
-        ceph = _Ceph(home, mon_port=_free_port(), rgw_port=_free_port())
+        mon_port, rgw_port = unused_ports(2)
+        ceph = _Ceph(home, mon_port=mon_port, rgw_port=rgw_port)
         stack.callback(ceph.stop)
         ceph.start()
         yield S3Server("ceph", f"http://127.0.0.1:{ceph.rgw_port}")
@@ -212,9 +213,3 @@ def _wait_until(ready: Callable[[], bool], longest_s: float, what: str) -> None:
         if time.monotonic() > deadline_s:
             raise RuntimeError(f"{what} did not come up in {longest_s:g} s")
         time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import yaml
 from deltalake import DeltaTable
 
 from e2p_ray.errors import ConfigError, E2PError
+from e2p_ray.serve.front import unused_ports
 from jobs.cluster import main
 from jobs.cluster_files import render
 from jobs.cluster_settings import SETTINGS, load_settings
@@ -183,18 +183,11 @@ def test_errors_are_messages_with_an_exit_code(
 # `ray job submit`
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @contextlib.contextmanager
 def ray_with_token(folder: Path, environment: dict[str, str]) -> Iterator[str]:
     """The dashboard's address of a Ray that was started as on a cluster, apart from the other tests' one."""
-    dashboard = free_port()
-    ports = {"port": free_port(), "dashboard-port": dashboard, "dashboard-agent-listen-port": free_port()}
+    port, dashboard, agent = unused_ports(3)
+    ports = {"port": port, "dashboard-port": dashboard, "dashboard-agent-listen-port": agent}
     sizes = {"num-cpus": 2, "object-store-memory": 200 * 2**20}
     words = [f"--{name}={value}" for name, value in (ports | sizes).items()]
     ray = str(Path(sys.executable).parent / "ray")

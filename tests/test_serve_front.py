@@ -21,18 +21,19 @@ import psutil
 import pytest
 from ray import serve
 
+import e2p_ray.serve.front
 from e2p_ray.errors import ConfigError
 from e2p_ray.loaded import EngineFactory
 from e2p_ray.schema import Status
 from e2p_ray.serve.client import Client, DeadlineError, InvalidRequestError, ServiceError, Token, TooManyRequestsError
-from e2p_ray.serve.front import FLAGS, _mortal, front_of_local_ray, require_free_port
+from e2p_ray.serve.front import FLAGS, _mortal, front_of_local_ray, require_free_port, unused_ports
 from e2p_ray.serve.messages import GenerationAnswer
 from e2p_ray.serve.replica import APP_NAME, DEPLOYMENT_NAME
 from jobs.serve import serve_until
 from tests.s3 import IS_LONG
 from tests.serve_world import TOKENS, serve_config, slow
 from tests.small_job import write_small_job
-from tests.test_serve_replica import free_port, until
+from tests.test_serve_replica import until
 
 ASK = {"user_id": "user-0003", "content_id": "content-001"}
 
@@ -41,7 +42,7 @@ ASK = {"user_id": "user-0003", "content_id": "content-001"}
 def job(folder: Path, factory: EngineFactory, **sections: dict[str, Any]) -> Iterator[int]:
     """jobs.serve in a thread, ready; its port."""
     config, _ = write_small_job(folder, num_users=12)
-    port, stop = free_port(), threading.Event()
+    (port,), stop = unused_ports(1), threading.Event()
     served = serve_config(config, **sections | {"api": {"port": port} | sections.get("api", {})})
     thread = threading.Thread(target=serve_until, args=(served, stop), kwargs={"engine_factory": factory})
     thread.start()
@@ -205,6 +206,18 @@ def test_a_port_that_somebody_has_is_refused() -> None:
         with pytest.raises(ConfigError, match=rf"api\.port {port}"):
             require_free_port("127.0.0.1", port)
     require_free_port("127.0.0.1", port)  # the control
+
+
+def test_unused_ports_are_none_that_somebody_has_or_is_given_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, end = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split())
+    assert not set(e2p_ray.serve.front._QUIET_PORTS) & set(range(start, end + 1))
+    monkeypatch.setattr(e2p_ray.serve.front, "_QUIET_PORTS", unused_ports(9))
+    first, second = unused_ports(2), unused_ports(9)
+    assert set(first) < set(second), "the control: a port that nobody has may be told twice"
+    with socket.create_server(("127.0.0.1", first[0])), socket.create_server(("", first[1])):
+        assert set(unused_ports(7)) == set(second) - set(first)
+        with pytest.raises(ConfigError, match=r"8 ports of .* 7 are free"):
+            unused_ports(8)
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -20,19 +19,13 @@ from e2p_ray.engine.manifest import ProjectorManifest, read_manifest
 from e2p_ray.errors import ConfigError
 from e2p_ray.serve.app import build, serve_file
 from e2p_ray.serve.client import Client, DeadlineError, InvalidRequestError, Token, UnauthorizedError, UnavailableError
+from e2p_ray.serve.front import unused_ports
 from e2p_ray.serve.messages import GenerationAnswer, ModelsAnswer
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
 from jobs.serve import JOB, serve_until
 from tests.serve_world import TOKENS, serve_config, slow
 from tests.small_job import write_small_job
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-        return port
 
 
 def until(client: Client, holds: Callable[[ModelsAnswer], bool], timeout_s: float = 90.0) -> ModelsAnswer:
@@ -85,7 +78,7 @@ def check_answers(client: Client) -> GenerationAnswer:
 def test_a_real_serve_answers_streams_swaps_and_stops(tmp_path: Path) -> None:
     """The job starts it; then it is deployed from a file, which puts new replicas there, and the file changes."""
     config, path = write_small_job(tmp_path, num_users=12)
-    port, stop = free_port(), threading.Event()
+    (port,), stop = unused_ports(1), threading.Event()
     served = serve_config(config, api={"port": port})
     values = yaml.safe_load(path.read_text(encoding="utf-8")) | {"api": {"tokens": list(TOKENS), "port": port}}
     path.write_text(yaml.safe_dump(values), encoding="utf-8")

@@ -30,6 +30,7 @@ from e2p_ray.loaded import LoadedGenerator
 from e2p_ray.plan import make_plan, read_shard
 from e2p_ray.schema import Completion, Group, RequestKey
 from e2p_ray.serve.client import Client
+from e2p_ray.serve.front import unused_ports
 from e2p_ray.serve.messages import GenerationAnswer
 from e2p_ray.serve.pauses import Pauses
 from e2p_ray.serve.replica import APP_NAME
@@ -43,7 +44,7 @@ from tests.s3 import IS_LONG
 from tests.serve_world import TOKENS, Site, serve_config, serving, slow
 from tests.small_job import fake_engine, write_small_job
 from tests.test_serve_engine import LLAMA, save_projector, tiny_job
-from tests.test_serve_replica import free_port, until
+from tests.test_serve_replica import until
 from tests.tiny_models import engine_of, group, task
 
 Row = dict[str, Any]
@@ -333,7 +334,7 @@ def app(tmp_path: Path, ray_cluster: None) -> Iterator[Callable[..., Client]]:
     clients = list[Client]()
 
     def start(config: JobConfig, factory: Any, **sections: Any) -> Client:
-        port = free_port()
+        (port,) = unused_ports(1)
         served = serve_config(config, api={"port": port}, **sections)
         jobs_run.append(threading.Thread(target=serve_until, args=(served, stop), kwargs={"engine_factory": factory}))
         jobs_run[0].start()

@@ -7,6 +7,7 @@ in the cluster's pods for a RayService. On a Ray that was started without, every
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import tempfile
@@ -36,6 +37,10 @@ FLAGS = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
 }
 _PORTS = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
+# Ports that no machine gives away by itself: above those of Ray's workers (10002 to 19999), below those of Serve's
+# replicas (from 30000) and, on Linux, of connections that go out (from 32768). One of these had a port of HAProxy's in
+# the seconds between its choice and its use, and Serve did not start.
+_QUIET_PORTS = range(20_000, 30_000)
 
 
 @contextmanager
@@ -70,9 +75,29 @@ def local_flags(folder: Path) -> dict[str, str]:
         "HAPROXY_SERVER_STATE_FILE": "server-state",
         "HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
     }
-    own = {name: str(folder / file) for name, file in files.items()} | dict(zip(_PORTS, _free_ports(), strict=True))
+    own = {name: str(folder / file) for name, file in files.items()} | dict(
+        zip(_PORTS, map(str, unused_ports(len(_PORTS))), strict=True)
+    )
     own["HAPROXY_BINARY_PATH"] = _mortal(program, folder)
     return FLAGS | {f"RAY_SERVE_{name}": value for name, value in own.items()}
+
+
+def unused_ports(num_ports: int) -> list[int]:
+    """Ports on which nobody listens, and which no process is given by chance before they are used.
+
+    Errors: ConfigError where there are not as many.
+    """
+    found = list[int]()
+    with ExitStack() as stack:
+        for port in random.SystemRandom().sample(_QUIET_PORTS, len(_QUIET_PORTS)):
+            try:
+                stack.enter_context(socket.create_server(("", port)))
+            except OSError:
+                continue
+            found.append(port)
+            if len(found) == num_ports:
+                return found
+    raise ConfigError(f"{num_ports} ports of {_QUIET_PORTS[0]} to {_QUIET_PORTS[-1]} are needed: {len(found)} are free")
 
 
 def require_free_port(host: str, port: int) -> None:
@@ -96,9 +121,3 @@ def _mortal(program: str, folder: Path) -> str:
     path.write_text(f'#!/bin/sh\nexec {setpriv} --pdeathsig KILL {program} "$@"\n', encoding="utf-8")
     path.chmod(0o700)
     return str(path) if os.access(path, os.X_OK) else program  # a folder may be mounted without programs
-
-
-def _free_ports() -> list[str]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in _PORTS]
-        return [str(one.getsockname()[1]) for one in sockets]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ import jobs.generate
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.manifest import resolve_base_model
 from e2p_ray.engine.projector import Projector
+from e2p_ray.serve.front import unused_ports
 from e2p_ray.storage import Storage
 from jobs.generate import generate_run
 from tests.bench.workloads import CUE, LIVELY, Case, groups_of, llama_30m, wide_tokenizer
@@ -54,7 +54,7 @@ def write_bench(folder: Path, num_contents: int) -> Bench:
     """Model, projector, tables, configuration, and a run of the batch for the published table."""
     ids = [group.content.content_id for group in groups_of(Case(NUM_PUBLISHED_CONTENTS + num_contents, 1))]
     published, others = ids[:NUM_PUBLISHED_CONTENTS], ids[NUM_PUBLISHED_CONTENTS:]
-    port = _free_port()
+    (port,) = unused_ports(1)
     values = _values(folder, port)
     job = JobConfig.model_validate({name: part for name, part in values.items() if name != "api"})
     vectors = _write_tables(job, len(ids), published)
@@ -133,18 +133,13 @@ def _write_model(config: JobConfig, folder: Path) -> None:
     projector.save_pretrained(Storage(), config.projector.uri)
 
 
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 class Served:
     """A service in processes of its own, on these cores."""
 
     def __init__(self, name: str, bench: Bench, cores: Sequence[int]) -> None:
         self.name, path = name, str(bench.config_path)
-        self.port = bench.port if name == "e2p_ray" else _free_port()
+        (unused,) = unused_ports(1)
+        self.port = bench.port if name == "e2p_ray" else unused
         command = {
             "e2p_ray": ["jobs.serve", "--config", path],
             "e2p_ray_uvicorn": ["tests.serve_process", path, "--port", str(self.port)],
