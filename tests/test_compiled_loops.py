@@ -298,24 +298,29 @@ def test_silu_of_large_numbers() -> None:
 
 
 @needs_loops
-@pytest.mark.parametrize(("num_rows", "width"), [(1, 5), (16, 64), (33, 8192), (20, 1003)])
-def test_sums_of_exponentials(num_rows: int, width: int, num_threads: int) -> None:
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 5), (16, 64), (33, 8192), (40, 1003)])
+def test_the_likeliest_token_and_its_probability(num_rows: int, width: int, num_threads: int) -> None:
     logits = 5 * random(num_rows, width, seed=1)
     logits[0, 0] = -torch.inf
+    for row in range(num_rows):  # the largest is anywhere, and once more behind
+        logits[row, [row * width // num_rows, -1]] = logits[row].max() + 1
     tokens = np.zeros((num_rows, 1), np.int64)
     sampling = RowSampling.of([(SamplingConfig(), 0)] * num_rows)
     chosen = choose(logits.clone(), sampling, tokens, np.zeros(num_rows, np.int64))
     expected = logits.double().log_softmax(-1).amax(-1)
     assert chosen.finite.all()
+    assert chosen.tokens.tolist() == logits.numpy().argmax(axis=1).tolist()
+    assert (chosen.tokens != width - 1).any(), "the control: the last of equals"
     assert difference(torch.from_numpy(chosen.logprobs), expected) < TOLERANCE
     assert difference(torch.from_numpy(chosen.logprobs), 1.001 * expected) > TOLERANCE, "the control must fail"
 
 
 @needs_loops
+@pytest.mark.parametrize("place", [0, 40, 99])
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_a_row_whose_logits_are_not_finite_is_told_from_others(wrong: float) -> None:
+def test_a_row_whose_logits_are_not_finite_is_told_from_others(wrong: float, place: int) -> None:
     logits = random(20, 100, seed=1)
-    logits[7, 99] = wrong
+    logits[7, place] = wrong
     logits[9] = -torch.inf
     sampling = RowSampling.of([(SamplingConfig(), 0)] * 20)
     chosen = choose(logits, sampling, np.zeros((20, 1), np.int64), np.zeros(20, np.int64))

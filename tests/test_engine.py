@@ -155,7 +155,9 @@ class TestEndings:
         stopping = Stopping(tiny_models.byte_tokenizer(), tiny_models.VOCAB_SIZE, [257], {"headline": sampling})
         ids = tiny_models.byte_tokenizer().encode("橋。", add_special_tokens=False)
         assert stopping.reason(np.array(ids[:-1]), sampling) is None
-        assert stopping.may_stop(sampling.stop, ids[-1])
+        last = np.array([ids[-1], *tiny_models.byte_tokenizer().encode("a", add_special_tokens=False)])
+        assert stopping.may_stop(stopping.number_of(sampling.stop), last).tolist() == [True, False]
+        assert not stopping.may_stop(stopping.number_of(()), last).any()
         assert stopping.reason(np.array(ids), sampling) is FinishReason.STOP_STRING
         assert stopping.text(np.array(ids), sampling) == "橋"
 

@@ -25,8 +25,8 @@ def prepare() -> None:
     """Compile the loops, 8 s of CPU time where numba's cache does not have them: before anybody waits for a text."""
     if has_loops():
         from e2p_ray.engine.calls import KINDS, run_calls
-        from e2p_ray.engine.exp_sums import sum_exponentials
+        from e2p_ray.engine.likeliest import find_likeliest
 
-        for loop in (*KINDS, sum_exponentials):
+        for loop in (*KINDS, find_likeliest):
             loop.compile("void(int64[::1])")
         run_calls.compile("void(int64[:, ::1])")

@@ -167,7 +167,8 @@ class Decoder:
     def _enter(self, wave: Wave, rows: list[Row], prefixes: list[Prefix | None]) -> None:
         """From those that wait into the wave, without any token in its slots yet."""
         drafts = [self._drafts.of(row) if self._drafts is not None else None for row in rows]
-        wave.add(rows, drafts, prefixes, [row.num_visible(self._num_soft) for row in rows])
+        stops = [self._stopping.number_of(row.sampling.stop) for row in rows]
+        wave.add(rows, drafts, prefixes, [row.num_visible(self._num_soft) for row in rows], stops)
         for _ in rows:
             self._pending.popleft()
 
@@ -240,18 +241,18 @@ class Decoder:
         num_guessed = np.array([len(tokens) for tokens in ahead])
         width = int(num_guessed.max()) + 1
         guesses = np.full((len(rows), width), -1, np.int64)
-        for at, tokens in enumerate(ahead):
-            guesses[at, : len(tokens)] = tokens
+        for at in np.flatnonzero(num_guessed).tolist():
+            guesses[at, : num_guessed[at]] = ahead[at]
         asked = np.arange(width) <= num_guessed[:, None]  # (n, width)
         at = (step.tokens.end - num_guessed)[:, None] + np.arange(width)
         chosen, logprobs = self._choose(wave, rows, hidden, at, asked, guesses)
         right = np.cumprod((chosen == guesses) & asked, axis=1).sum(axis=1)
         wave.write(rows, right + 1, chosen, logprobs)
         wave.num_own[rows] += right + 1
-        for row in np.flatnonzero([wave.drafts[slot] is not None for slot in rows]):
-            draft = wave.drafts[rows[row]]
-            assert draft is not None
-            draft.follow(chosen[row, : right[row] + 1].tolist())
+        if self._drafts is not None:
+            for draft, tokens, num_right in zip(wave.drafts[first:], chosen.tolist(), right.tolist(), strict=True):
+                if draft is not None:
+                    draft.follow(tokens[: num_right + 1])
         self.stats = replace(
             self.stats,
             num_draft_tokens=self.stats.num_draft_tokens + int(num_guessed.sum()),

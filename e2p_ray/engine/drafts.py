@@ -136,6 +136,9 @@ class RowDraft:
 
     def follow(self, tokens: Sequence[int]) -> None:
         """What the row really wrote: judge the guess by it, and find another when it was wrong."""
+        if self.guess is None and not (self._given or self._guesses or self._told_seen < len(self._told.texts)):
+            self.written += tokens  # as in most steps of most rows: there is none
+            return
         for token in tokens:
             at = len(self.written)
             self.written.append(token)

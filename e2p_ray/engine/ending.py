@@ -33,12 +33,12 @@ def _ended(wave: Wave, stopping: Stopping, slots: _Ints, num_tokens: _Ints) -> l
     wave.num_chars[slots] += stopping.max_chars_of(last)
     look = (last < 0) | stopping.is_end(last) | (num_tokens >= wave.max_new[slots])
     look |= wave.num_chars[slots] >= wave.max_chars[slots]
+    look |= stopping.may_stop(wave.stops[slots], last)
     found = []
-    for at, slot in enumerate(slots.tolist()):
-        if look[at] or stopping.may_stop(wave.rows[slot].sampling.stop, int(last[at])):
-            reason = _reason(wave, stopping, slot, wave.written[slot, : num_tokens[at]])
-            if reason is not None:
-                found.append((slot, reason))
+    for slot, count in zip(slots[look].tolist(), num_tokens[look].tolist(), strict=True):
+        reason = _reason(wave, stopping, slot, wave.written[slot, :count])
+        if reason is not None:
+            found.append((slot, reason))
     return found
 
 

@@ -18,7 +18,7 @@ from numba import config, njit
 # Loops, and what they take constants from.
 _SOURCES = (
     *("vectors.py", "either.py", "flash.py", "own_keys.py", "products.py", "row_norms.py", "turns.py"),
-    *("exp_sums.py", "calls.py", "compiled.py", "panels.py"),
+    *("likeliest.py", "calls.py", "compiled.py", "panels.py"),
 )
 
 

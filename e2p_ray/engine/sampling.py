@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -116,8 +117,8 @@ def choose(
     logits (n, V) float32, which are used up; written (n, max_new) token ids so far, of which num_written (n,) count. A
     row whose logits hold NaN or +Inf, or nothing above -Inf, is reported as not finite and its token means nothing.
     """
-    tokens = _argmax(logits)
-    largest = logits.gather(1, tokens[:, None])  # NaN where there is one
+    likeliest = _likeliest(logits)
+    tokens = likeliest.tokens
     controlled = np.flatnonzero((sampling.repetition_penalty > 1) | (sampling.no_repeat_ngram_tokens > 0))
     adjusted = logits
     if len(controlled):
@@ -129,30 +130,42 @@ def choose(
         numbers = uniforms(sampling.streams[sampled], num_written[sampled])
         rows = torch.from_numpy(sampled).to(logits.device)
         tokens[rows] = _sample(adjusted[rows], sampling.take(sampled), numbers)
-    chosen = logits.gather(1, tokens[:, None]) - largest
-    total = _exp_sums(logits, largest)
-    logprobs = (chosen - total.log()).squeeze(1)
-    return Chosen(tokens.cpu().numpy(), logprobs.cpu().numpy(), torch.isfinite(total.squeeze(1)).cpu().numpy())
+    chosen = logits.gather(1, tokens[:, None]).squeeze(1) - likeliest.logits
+    # In place: a log-softmax writes what is read of it at one token only (128 rows of 8,192 with their product and the
+    # rest of this, on a CPU: 9.8 for 11.0 ms in fp32, 3.8 for 5.6 in bf16).
+    sums = likeliest.sums if likeliest.sums is not None else logits.sub_(likeliest.logits[:, None]).exp_().sum(dim=-1)
+    logprobs = chosen - sums.log()
+    return Chosen(tokens.cpu().numpy(), logprobs.cpu().numpy(), torch.isfinite(sums).cpu().numpy())
 
 
-def _exp_sums(logits: Tensor, largest: Tensor) -> Tensor:
-    """(n, 1): the sums over the vocabulary of exp(logit - largest), where `logits` may be used up."""
+class _Likeliest(NamedTuple):
+    """The likeliest tokens (n,), their logits (n,), and the sums (n,) over the vocabulary of exp(logit - that)."""
+
+    tokens: Tensor
+    logits: Tensor
+    sums: Tensor | None  # where they cost nothing beside the others
+
+
+def _likeliest(logits: Tensor) -> _Likeliest:
+    """Of every row; the first one of equals."""
     if logits.device.type != "cpu" or not logits.is_contiguous() or not has_loops():
-        # In place: a log-softmax writes what is read of it at one token only (128 rows of 8,192 with their product and
-        # the rest of this, on a CPU: 9.8 for 11.0 ms in fp32, 3.8 for 5.6 in bf16).
-        return logits.sub_(largest).exp_().sum(dim=-1, keepdim=True)
-    from e2p_ray.engine import exp_sums, torch_threads
+        tokens = _argmax(logits)
+        return _Likeliest(tokens, logits.gather(1, tokens[:, None]).squeeze(1), None)
+    from e2p_ray.engine import likeliest, torch_threads
 
-    sums = torch.empty_like(largest)
-    call = exp_sums.SumCall(
+    num_rows, width = logits.shape
+    found = _Likeliest(torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows), torch.empty(num_rows))
+    assert found.sums is not None
+    call = likeliest.LikeliestCall(
         numbers=logits.data_ptr(),
-        num_rows=len(logits),
-        width=logits.shape[1],
-        largest=largest.data_ptr(),
-        sums=sums.data_ptr(),
+        num_rows=num_rows,
+        width=width,
+        tokens=found.tokens.data_ptr(),
+        tops=found.logits.data_ptr(),
+        sums=found.sums.data_ptr(),
     )
-    torch_threads.run(exp_sums.sum_exponentials, -(-len(logits) // exp_sums.TASK_ROWS), call)
-    return sums
+    torch_threads.run(likeliest.find_likeliest, -(-num_rows // likeliest.TASK_ROWS), call)
+    return found
 
 
 def _argmax(logits: Tensor) -> Tensor:

@@ -35,12 +35,12 @@ class Stopping:
         # A token alone may lose a leading space that it has within a text: one more is an upper bound.
         self._max_chars_of = np.ones(vocab_size, np.int64)
         self._max_chars_of[:num_known] += [len(text) for text in texts]
-        self._may_stop: dict[tuple[str, ...], npt.NDArray[np.bool_]] = {}
-        for stop in {sampling.stop for sampling in samplings.values()}:
+        self._numbers = {stop: at for at, stop in enumerate({(), *(sampling.stop for sampling in samplings.values())})}
+        self._may_stop = np.zeros((len(self._numbers), vocab_size), np.bool_)
+        for stop, at in self._numbers.items():
             last = {text[-1] for text in stop if text}
-            may = np.zeros(vocab_size, np.bool_)
-            may[:num_known] = [_PARTIAL in text or not last.isdisjoint(text) for text in texts]
-            self._may_stop[stop] = may
+            if stop:
+                self._may_stop[at, :num_known] = [_PARTIAL in text or not last.isdisjoint(text) for text in texts]
 
     def is_end(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Which tokens (n,) end a text."""
@@ -50,9 +50,14 @@ class Stopping:
         """An upper bound of the characters each token (n,) adds."""
         return self._max_chars_of[tokens]
 
-    def may_stop(self, stop: tuple[str, ...], token: int) -> bool:
-        """Whether this token can complete one of the stop strings."""
-        return bool(stop) and bool(self._may_stop[stop][token])
+    def number_of(self, stop: tuple[str, ...]) -> int:
+        """By which `may_stop` knows these stop strings."""
+        return self._numbers[stop]
+
+    def may_stop(self, numbers: int | npt.NDArray[np.int64], tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Which of these tokens (n,) can complete one of their rows' stop strings, by number, (n,) or one for all."""
+        found: npt.NDArray[np.bool_] = self._may_stop[numbers, tokens]
+        return found
 
     def reason(self, tokens: npt.NDArray[np.int64], sampling: SamplingConfig) -> FinishReason | None:
         """Whether the text of these tokens has reached a stop string or its cap on characters."""

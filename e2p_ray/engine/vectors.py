@@ -151,6 +151,17 @@ def load_int(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def store_int(typing: Any, value: Any, address: Any) -> Any:
+    """One int64 to an address."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        _store(builder, given[0], given[1], 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
+
+
+@intrinsic
 def fetch_and_add(typing: Any, address: Any) -> Any:
     """Add one to the int64 at an address, whoever else does; what it was."""
 

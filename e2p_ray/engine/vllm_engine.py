@@ -219,7 +219,8 @@ class VllmEngine(PromptedEngine):
         is_end, is_last = bool(self._stopping.is_end(last)[0]), len(tokens) >= sampling.max_new_tokens
         long = sampling.max_chars is not None and state.num_chars >= sampling.max_chars
         reason = None
-        if is_end or is_last or long or self._stopping.may_stop(sampling.stop, int(last[0])):
+        may_stop = bool(self._stopping.may_stop(self._stopping.number_of(sampling.stop), last)[0])
+        if is_end or is_last or long or may_stop:
             reason = self._stopping.reason(tokens, sampling)
         if reason is None and is_end:
             return FinishReason.END_TOKEN

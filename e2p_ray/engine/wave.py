@@ -33,6 +33,7 @@ class Wave:
         self.num_chars = np.zeros(size, np.int64)  # an upper bound
         self.max_new = np.zeros(size, np.int64)
         self.max_chars = np.zeros(size, np.int64)
+        self.stops = np.zeros(size, np.int64)  # numbers of their stop strings
         self.logprobs = np.zeros((size, max_new_tokens), np.float32)
         self.num_fresh = np.zeros(size, np.int64)  # tokens that the last pass wrote
         self.sampling = RowSampling.of([])
@@ -53,10 +54,11 @@ class Wave:
         self.slots = self.slots.grown(max_rows, max_tokens, len(self.rows))
         self.written = _resized(self.written, (max_rows, max_new_tokens))
         self.logprobs = _resized(self.logprobs, (max_rows, max_new_tokens))
-        self.num_written, self.num_own, self.num_chars, self.num_fresh, self.max_new, self.max_chars = (
+        self.num_written, self.num_own, self.num_chars, self.num_fresh, self.max_new, self.max_chars, self.stops = (
             _resized(array, (max_rows,))
             for array in (
                 self.num_written, self.num_own, self.num_chars, self.num_fresh, self.max_new, self.max_chars,
+                self.stops,
             )
         )  # fmt: skip
 
@@ -66,6 +68,7 @@ class Wave:
         drafts: Sequence[RowDraft | None],
         prefixes: Sequence[Prefix | None],
         visible: Sequence[int],
+        stops: Sequence[int],
     ) -> None:
         """Put new rows behind those that are there."""
         span = slice(len(self.rows), len(self.rows) + len(rows))
@@ -77,6 +80,7 @@ class Wave:
         self.num_own[span] = self.num_written[span] = self.num_chars[span] = self.num_fresh[span] = 0
         self.max_new[span] = [row.sampling.max_new_tokens for row in rows]
         self.max_chars[span] = [row.sampling.max_chars or np.iinfo(np.int64).max for row in rows]
+        self.stops[span] = stops
         self.sampling = self.sampling.join(RowSampling.of([(row.sampling, row.stream) for row in rows]))
 
     def readers(self, first: int = 0) -> Readers:
@@ -120,7 +124,7 @@ class Wave:
             num_tokens = int(self.num_own[sources].max())
             self.slots.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device), num_tokens)
         for array in (self.written, self.logprobs, self.num_written, self.num_own, self.num_fresh, self.num_chars,
-                      self.max_new, self.max_chars):  # fmt: skip
+                      self.max_new, self.max_chars, self.stops):  # fmt: skip
             array[targets] = array[sources]
         order = np.arange(num_left)
         order[targets] = sources

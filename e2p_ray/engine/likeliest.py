@@ -1,0 +1,95 @@
+"""The likeliest token of every row on a CPU, and what its log-probability needs of the others: logits are read once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from e2p_ray.engine.compiled import LANES
+from e2p_ray.engine.loop import loop
+from e2p_ray.engine.vectors import (
+    VECTOR_BYTES,
+    add,
+    exp,
+    fetch_and_add,
+    largest,
+    load,
+    load_float,
+    maximum,
+    splat,
+    store,
+    store_float,
+    store_int,
+    subtract,
+    total,
+)
+
+_Ints = npt.NDArray[np.int64]
+
+TASK_ROWS = 16
+_UNROLLED = 4  # vectors that do not wait for each other
+_STEP = _UNROLLED * LANES
+_BLOCK = 8 * _STEP  # numbers among which the largest is looked for once it is known
+
+
+class LikeliestCall(NamedTuple):
+    """What find_likeliest is given, all int64; rows of float32 side by side; int64 tokens, float32 tops and sums."""
+
+    numbers: int
+    num_rows: int
+    width: int
+    tokens: int
+    tops: int
+    sums: int
+
+
+@loop
+def find_likeliest(p: _Ints) -> None:
+    """For some rows a task: the largest number that is one, its first place, and the sum of exp(number - largest).
+
+    The sum is no number where the row has NaN or +Inf, or nothing above -Inf; the other two mean nothing then.
+    """
+    num_tasks, counter, numbers, num_rows, width, tokens, tops, sums = p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]
+    rest = np.empty(LANES, np.float32)
+    nothing, zero = splat(np.float32(-np.inf)), splat(np.float32(0.0))
+    whole = width // _STEP * _STEP
+    while True:
+        task = fetch_and_add(counter)
+        if task >= num_tasks:
+            break
+        for row in range(task * TASK_ROWS, min((task + 1) * TASK_ROWS, num_rows)):
+            of_row = numbers + 4 * row * width
+            top, begin = np.float32(-np.inf), 0
+            for block in range(0, whole, _BLOCK):
+                a, b, c, d = nothing, nothing, nothing, nothing
+                for place in range(block, min(block + _BLOCK, whole), _STEP):
+                    at = of_row + 4 * place
+                    a, b = maximum(a, load(at)), maximum(b, load(at + VECTOR_BYTES))
+                    c, d = maximum(c, load(at + 2 * VECTOR_BYTES)), maximum(d, load(at + 3 * VECTOR_BYTES))
+                found = largest(maximum(maximum(a, b), maximum(c, d)))
+                if found > top:
+                    top, begin = found, block
+            for place in range(whole, width):
+                found = load_float(of_row + 4 * place)
+                if found > top:
+                    top, begin = found, place
+            token = begin
+            while token < width - 1 and load_float(of_row + 4 * token) != top:
+                token += 1
+            a, b, c, d = zero, zero, zero, zero
+            for at in range(of_row, of_row + 4 * whole, 4 * _STEP):
+                a = add(a, exp(subtract(load(at), splat(top))))
+                b = add(b, exp(subtract(load(at + VECTOR_BYTES), splat(top))))
+                c = add(c, exp(subtract(load(at + 2 * VECTOR_BYTES), splat(top))))
+                d = add(d, exp(subtract(load(at + 3 * VECTOR_BYTES), splat(top))))
+            for at in range(4 * whole, 4 * width, VECTOR_BYTES):
+                store(nothing, rest.ctypes.data)
+                for place in range(at, min(at + VECTOR_BYTES, 4 * width), 4):
+                    store_float(load_float(of_row + place), rest.ctypes.data + place - at)
+                a = add(a, exp(subtract(load(rest.ctypes.data), splat(top))))
+            store_int(token, tokens + 8 * row)
+            store_float(top, tops + 4 * row)
+            store_float(total(add(add(a, b), add(c, d))), sums + 4 * row)
+    rest[0] = 0  # numba frees an array behind its last use, and an address is none
