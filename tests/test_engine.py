@@ -17,6 +17,8 @@ from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.rows_step import RowsStep
+from e2p_ray.engine.shared_prefix import SuffixSlots
+from e2p_ray.engine.wave import Wave
 from e2p_ray.errors import ConfigError
 from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, Request, RequestKey
 from tests import tiny_models
@@ -90,6 +92,26 @@ def test_two_tasks_in_one_wave_keep_their_own_sampling() -> None:
         assert texts(run(engine, [item])) == {key: texts(found)[key] for key in _keys(item)}
     assert {found[key].num_output_tokens for key in _keys(both[0])} <= set(range(1, 5))
     assert max(found[key].num_output_tokens for key in _keys(both[1])) > 4
+
+
+def test_a_wave_takes_the_slots_of_the_last_one_and_nothing_that_they_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = list[SuffixSlots]()
+    plain = Wave.__init__
+
+    def watched(self: Wave, slots: SuffixSlots, max_new_tokens: int) -> None:
+        taken.append(slots)
+        plain(self, slots, max_new_tokens)
+
+    monkeypatch.setattr(Wave, "__init__", watched)
+    contents = tiny_models.contents(3)
+    engine = engine_of(LLAMA, tasks={"headline": task(max_new_tokens=9, **SAMPLED)})
+    many, few, more = (group(content, range(size)) for content, size in zip(contents, (30, 7, 40), strict=True))
+    for part, is_same in ((many, False), (few, True), (many, True), (more, False), (few, True)):
+        found = texts(run(engine, [part]))
+        assert (len(taken) > 1 and taken[-1] is taken[-2]) == is_same
+        alone = engine_of(LLAMA, tasks={"headline": task(max_new_tokens=9, **SAMPLED)})
+        assert found == texts(run(alone, [part]))
+        del taken[-1]
 
 
 def test_a_content_is_prefilled_once_and_a_user_costs_one_token() -> None:

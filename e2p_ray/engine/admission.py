@@ -27,9 +27,11 @@ class Admission:
     def __init__(self, base: BaseModel, num_soft_tokens: int, bounds: Bounds) -> None:
         self._base, self._num_soft = base, num_soft_tokens
         self.bounds = bounds
+        self._spare: SuffixSlots | None = None
 
     def halve(self, num_rows: int) -> bool:
         """Go on with half as many rows as were tried; False when it was a single one."""
+        self._spare = None
         if self.bounds.max_rows == 1:
             return False
         self.bounds = replace(self.bounds, max_rows=min(self.bounds.max_rows, max(num_rows, 2)) // 2)
@@ -74,7 +76,7 @@ class Admission:
         max_tokens = max(map(self._num_slot_tokens, rows))
         if wave is None:
             max_rows = self._max_rows(max_tokens, len(rows), num_pending)
-            return Wave(self._slots(max_rows, max_tokens), max_new)
+            return Wave(self._spare_slots(max_rows, max_tokens) or self._slots(max_rows, max_tokens), max_new)
         slots, num_rows = wave.slots, len(wave) + len(rows)
         max_tokens, max_new = max(max_tokens, slots.max_tokens), max(max_new, wave.max_new_tokens)
         if num_rows > slots.max_rows or max_tokens > slots.max_tokens or max_new > wave.max_new_tokens:
@@ -82,6 +84,20 @@ class Admission:
             wanted = max(2 * num_rows, slots.max_rows)
             wave.grow(self._max_rows(max_tokens, num_rows, wanted), max_tokens, max_new)
         return wave
+
+    def ended(self, wave: Wave) -> None:
+        """Keep the slots of a wave without rows for the next one: new memory costs more than what is written to it.
+
+        512 rows of a model of 30 M parameters: 60 to 75 ms of 1.8 s. On a GPU torch's allocator keeps it.
+        """
+        if self._base.device.type == "cpu":
+            self._spare = wave.slots
+
+    def _spare_slots(self, max_rows: int, max_tokens: int) -> SuffixSlots | None:
+        """What an ended wave left, where it is large enough; else it is freed."""
+        spare, self._spare = self._spare, None
+        is_enough = spare is not None and spare.max_rows >= max_rows and spare.max_tokens >= max_tokens
+        return spare if is_enough else None
 
     def _max_rows(self, max_tokens: int, least: int, wanted: int) -> int:
         affordable = self.bounds.max_bytes // self._row_bytes(max_tokens)

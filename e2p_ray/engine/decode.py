@@ -300,11 +300,16 @@ class Decoder:
         reasons = cut_where_they_end(wave, self._stopping)
         finished = sorted(reasons)
         completions = [self._completion(wave, slot, reasons[slot]) for slot in finished]
-        if finished:
-            wave.remove(finished)
-        if not len(wave):
-            self._wave = None
+        self._leave(wave, finished)
         return completions
+
+    def _leave(self, wave: Wave, slots: Sequence[int]) -> None:
+        """Take these rows out of the wave, which ends with its last one."""
+        if slots:
+            wave.remove(slots)
+        if not len(wave):
+            self._admission.ended(wave)
+            self._wave = None
 
     @torch.inference_mode()
     def _drop(self, keys: Set[RequestKey]) -> list[Completion]:
@@ -316,9 +321,7 @@ class Decoder:
         if self._wave is not None:
             slots = [slot for slot, row in enumerate(self._wave.rows) if row.key in keys]
             dropped += [self._wave.rows[slot] for slot in slots]
-            self._wave.remove(slots)
-            if not len(self._wave):
-                self._wave = None
+            self._leave(self._wave, slots)
         return [self._error(row, ErrorCode.CANCELLED) for row in dropped]
 
     def _tell(self, listener: Listener) -> None:

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, DynamicCache, GenerationConfig
 
+from e2p_ray.config import EngineConfig
 from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from tests.bench.worker import NUM_WARMING_ROWS, STAND_IN_ID, Prepare, serve
 from tests.bench.workloads import Case, Pair, groups_of, left_ids, make_engine, pairs_of, soft_tokens, wide_tokenizer
@@ -216,7 +218,7 @@ def _copy_and_decode(
 
 
 def load_e2p_ray(setting: Setting) -> Prepare:
-    """Our engine over all rows. A new one for each run: one that has run keeps its prefixes."""
+    """Our engine over all rows; what it keeps of contents is dropped before each run."""
     base = BaseModel.load(setting.folder, str(setting.dtype).removeprefix("torch."), torch.device("cpu"))
     base.pack()
     projector = setting.projector(base.d_model)
@@ -226,11 +228,13 @@ def load_e2p_ray(setting: Setting) -> Prepare:
             groups.append(group)
             num_left -= len(group.requests)
     rows = {pair.request.key: row for row, pair in enumerate(setting.pairs)}
+    store = PrefixStore(base, EngineConfig().max_bytes // 2)
+    engine = make_engine(base, setting.case, setting.max_rows, projector, store)
 
     def prepare() -> Callable[[], dict[str, Any]]:
         some = replace(groups[0], requests=groups[0].requests[:NUM_WARMING_ROWS])
-        list(make_engine(base, setting.case, setting.max_rows, projector).generate([some]))
-        engine = make_engine(base, setting.case, setting.max_rows, projector)
+        list(engine.generate([some]))
+        store.trim(0)
 
         def run() -> dict[str, Any]:
             found = [(rows[completion.key], completion.text) for completion in engine.generate(groups)]
@@ -238,7 +242,7 @@ def load_e2p_ray(setting: Setting) -> Prepare:
 
         return run
 
-    list(make_engine(base, setting.case, setting.max_rows, projector).generate(groups[:1]))  # warm-up
+    list(engine.generate(groups[:1]))  # warm-up
     return prepare
 
 

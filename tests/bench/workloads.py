@@ -14,6 +14,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from e2p_ray.config import EngineConfig, PromptTemplate, SamplingConfig, TaskConfig
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.schema import Content, Group, Request, RequestKey
 from tests.tiny_models import BOS, EMBEDDING_DIM, EOS, PAD, random_projector
@@ -184,10 +185,12 @@ def tasks_of(case: Case) -> dict[str, TaskConfig]:
     }
 
 
-def make_engine(base: BaseModel, case: Case, max_rows: int, projector: Projector | None = None) -> Engine:
+def make_engine(
+    base: BaseModel, case: Case, max_rows: int, projector: Projector | None = None, store: PrefixStore | None = None
+) -> Engine:
     """An engine for the case's tasks; without a projector, one with random weights."""
     projector = projector or random_projector(base.d_model, output_rms=base.token_embedding_rms)
-    return Engine(base, projector, wide_tokenizer(), tasks_of(case), EngineConfig(max_rows=max_rows))
+    return Engine(base, projector, wide_tokenizer(), tasks_of(case), EngineConfig(max_rows=max_rows), store=store)
 
 
 def left_ids(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> list[int]:
