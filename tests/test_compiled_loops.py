@@ -299,8 +299,11 @@ def test_silu_of_large_numbers() -> None:
 
 @needs_loops
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 5), (16, 64), (33, 8192), (40, 1003)])
-def test_the_likeliest_token_and_its_probability(num_rows: int, width: int, num_threads: int) -> None:
-    logits = 5 * random(num_rows, width, seed=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_likeliest_token_and_its_probability(
+    dtype: torch.dtype, num_rows: int, width: int, num_threads: int
+) -> None:
+    logits = (5 * random(num_rows, width, seed=1)).to(dtype)
     logits[0, 0] = -torch.inf
     for row in range(num_rows):  # the largest is anywhere, and once more behind
         logits[row, [row * width // num_rows, -1]] = logits[row].max() + 1
@@ -309,7 +312,7 @@ def test_the_likeliest_token_and_its_probability(num_rows: int, width: int, num_
     chosen = choose(logits.clone(), sampling, tokens, np.zeros(num_rows, np.int64))
     expected = logits.double().log_softmax(-1).amax(-1)
     assert chosen.finite.all()
-    assert chosen.tokens.tolist() == logits.numpy().argmax(axis=1).tolist()
+    assert chosen.tokens.tolist() == logits.float().numpy().argmax(axis=1).tolist()
     assert (chosen.tokens != width - 1).any(), "the control: the last of equals"
     assert difference(torch.from_numpy(chosen.logprobs), expected) < TOLERANCE
     assert difference(torch.from_numpy(chosen.logprobs), 1.001 * expected) > TOLERANCE, "the control must fail"

@@ -8,15 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from e2p_ray.engine.compiled import LANES
+from e2p_ray.engine.either import load_either, load_one_of_either
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
-    VECTOR_BYTES,
     add,
     exp,
     fetch_and_add,
     largest,
     load,
-    load_float,
     maximum,
     splat,
     store,
@@ -35,7 +34,10 @@ _BLOCK = 8 * _STEP  # numbers among which the largest is looked for once it is k
 
 
 class LikeliestCall(NamedTuple):
-    """What find_likeliest is given, all int64; rows of float32 side by side; int64 tokens, float32 tops and sums."""
+    """What find_likeliest is given, all int64: rows side by side, and where int64 tokens, float32 tops and sums go.
+
+    Numbers have 4 bytes, or 2 where `is_half`.
+    """
 
     numbers: int
     num_rows: int
@@ -43,6 +45,7 @@ class LikeliestCall(NamedTuple):
     tokens: int
     tops: int
     sums: int
+    is_half: int
 
 
 @loop
@@ -51,7 +54,10 @@ def find_likeliest(p: _Ints) -> None:
 
     The sum is no number where the row has NaN or +Inf, or nothing above -Inf; the other two mean nothing then.
     """
-    num_tasks, counter, numbers, num_rows, width, tokens, tops, sums = p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]
+    num_tasks, counter, numbers, num_rows, width = p[0], p[1], p[2], p[3], p[4]
+    tokens, tops, sums, is_half = p[5], p[6], p[7], p[8]
+    size = 2 if is_half else 4
+    vector = LANES * size
     rest = np.empty(LANES, np.float32)
     nothing, zero = splat(np.float32(-np.inf)), splat(np.float32(0.0))
     whole = width // _STEP * _STEP
@@ -60,34 +66,37 @@ def find_likeliest(p: _Ints) -> None:
         if task >= num_tasks:
             break
         for row in range(task * TASK_ROWS, min((task + 1) * TASK_ROWS, num_rows)):
-            of_row = numbers + 4 * row * width
+            of_row = numbers + size * row * width
             top, begin = np.float32(-np.inf), 0
             for block in range(0, whole, _BLOCK):
                 a, b, c, d = nothing, nothing, nothing, nothing
                 for place in range(block, min(block + _BLOCK, whole), _STEP):
-                    at = of_row + 4 * place
-                    a, b = maximum(a, load(at)), maximum(b, load(at + VECTOR_BYTES))
-                    c, d = maximum(c, load(at + 2 * VECTOR_BYTES)), maximum(d, load(at + 3 * VECTOR_BYTES))
+                    at = of_row + size * place
+                    a = maximum(a, load_either(is_half, at))
+                    b = maximum(b, load_either(is_half, at + vector))
+                    c = maximum(c, load_either(is_half, at + 2 * vector))
+                    d = maximum(d, load_either(is_half, at + 3 * vector))
                 found = largest(maximum(maximum(a, b), maximum(c, d)))
                 if found > top:
                     top, begin = found, block
             for place in range(whole, width):
-                found = load_float(of_row + 4 * place)
+                found = load_one_of_either(is_half, of_row + size * place)
                 if found > top:
                     top, begin = found, place
             token = begin
-            while token < width - 1 and load_float(of_row + 4 * token) != top:
+            while token < width - 1 and load_one_of_either(is_half, of_row + size * token) != top:
                 token += 1
             a, b, c, d = zero, zero, zero, zero
-            for at in range(of_row, of_row + 4 * whole, 4 * _STEP):
-                a = add(a, exp(subtract(load(at), splat(top))))
-                b = add(b, exp(subtract(load(at + VECTOR_BYTES), splat(top))))
-                c = add(c, exp(subtract(load(at + 2 * VECTOR_BYTES), splat(top))))
-                d = add(d, exp(subtract(load(at + 3 * VECTOR_BYTES), splat(top))))
-            for at in range(4 * whole, 4 * width, VECTOR_BYTES):
+            for at in range(of_row, of_row + size * whole, size * _STEP):
+                a = add(a, exp(subtract(load_either(is_half, at), splat(top))))
+                b = add(b, exp(subtract(load_either(is_half, at + vector), splat(top))))
+                c = add(c, exp(subtract(load_either(is_half, at + 2 * vector), splat(top))))
+                d = add(d, exp(subtract(load_either(is_half, at + 3 * vector), splat(top))))
+            for begin in range(whole, width, LANES):
                 store(nothing, rest.ctypes.data)
-                for place in range(at, min(at + VECTOR_BYTES, 4 * width), 4):
-                    store_float(load_float(of_row + place), rest.ctypes.data + place - at)
+                for place in range(begin, min(begin + LANES, width)):
+                    number = load_one_of_either(is_half, of_row + size * place)
+                    store_float(number, rest.ctypes.data + 4 * (place - begin))
                 a = add(a, exp(subtract(load(rest.ctypes.data), splat(top))))
             store_int(token, tokens + 8 * row)
             store_float(top, tops + 4 * row)

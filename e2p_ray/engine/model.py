@@ -157,10 +157,10 @@ class BaseModel:
         return states
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits (n, V) of hidden states (n, d_model), in float32."""
-        logits: Tensor = self._head(hidden).float()
+        """Vocabulary logits (n, V) of hidden states (n, d_model), in the model's dtype; in float32 where capped."""
+        logits: Tensor = self._head(hidden)
         if self._logit_cap is not None:
-            logits = torch.tanh(logits / self._logit_cap) * self._logit_cap
+            logits = torch.tanh(logits.float() / self._logit_cap) * self._logit_cap
         return logits
 
     def weights_hash(self) -> str:

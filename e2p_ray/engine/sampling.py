@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from e2p_ray.config import SamplingConfig
-from e2p_ray.engine.compiled import has_loops
+from e2p_ray.engine.compiled import DTYPES, has_loops
 from e2p_ray.schema import RequestKey
 
 _UInt32 = npt.NDArray[np.uint64]  # 32-bit words kept in 64 bits, so that products do not overflow
@@ -114,26 +114,29 @@ def choose(
 ) -> Chosen:
     """Choose the next token of every row.
 
-    logits (n, V) float32, which are used up; written (n, max_new) token ids so far, of which num_written (n,) count. A
-    row whose logits hold NaN or +Inf, or nothing above -Inf, is reported as not finite and its token means nothing.
+    logits (n, V) float32 or bfloat16, which are used up; written (n, max_new) token ids so far, of which num_written
+    (n,) count. A row whose logits hold NaN or +Inf, or nothing above -Inf, is reported as not finite and its token
+    means nothing.
     """
     likeliest = _likeliest(logits)
     tokens = likeliest.tokens
     controlled = np.flatnonzero((sampling.repetition_penalty > 1) | (sampling.no_repeat_ngram_tokens > 0))
     adjusted = logits
     if len(controlled):
-        adjusted = logits.clone()
+        adjusted = logits.to(torch.float32, copy=True)
         _control_repetition(adjusted, controlled, sampling, written, num_written)
         tokens = _argmax(adjusted)
     sampled = np.flatnonzero(sampling.temperature > 0)
     if len(sampled):
         numbers = uniforms(sampling.streams[sampled], num_written[sampled])
         rows = torch.from_numpy(sampled).to(logits.device)
-        tokens[rows] = _sample(adjusted[rows], sampling.take(sampled), numbers)
-    chosen = logits.gather(1, tokens[:, None]).squeeze(1) - likeliest.logits
-    # In place: a log-softmax writes what is read of it at one token only (128 rows of 8,192 with their product and the
-    # rest of this, on a CPU: 9.8 for 11.0 ms in fp32, 3.8 for 5.6 in bf16).
-    sums = likeliest.sums if likeliest.sums is not None else logits.sub_(likeliest.logits[:, None]).exp_().sum(dim=-1)
+        tokens[rows] = _sample(adjusted[rows].float(), sampling.take(sampled), numbers)
+    chosen = logits.gather(1, tokens[:, None]).squeeze(1).float() - likeliest.logits
+    sums = likeliest.sums
+    if sums is None:
+        # In place: a log-softmax writes what is read of it at one token only (128 rows of 8,192 with their product and
+        # the rest of this, on a CPU: 9.8 for 11.0 ms in fp32, 3.8 for 5.6 in bf16).
+        sums = logits.float().sub_(likeliest.logits[:, None]).exp_().sum(dim=-1)
     logprobs = chosen - sums.log()
     return Chosen(tokens.cpu().numpy(), logprobs.cpu().numpy(), torch.isfinite(sums).cpu().numpy())
 
@@ -148,9 +151,9 @@ class _Likeliest(NamedTuple):
 
 def _likeliest(logits: Tensor) -> _Likeliest:
     """Of every row; the first one of equals."""
-    if logits.device.type != "cpu" or not logits.is_contiguous() or not has_loops():
+    if logits.device.type != "cpu" or logits.dtype not in DTYPES or not logits.is_contiguous() or not has_loops():
         tokens = _argmax(logits)
-        return _Likeliest(tokens, logits.gather(1, tokens[:, None]).squeeze(1), None)
+        return _Likeliest(tokens, logits.gather(1, tokens[:, None]).squeeze(1).float(), None)
     from e2p_ray.engine import likeliest, torch_threads
 
     num_rows, width = logits.shape
@@ -163,6 +166,7 @@ def _likeliest(logits: Tensor) -> _Likeliest:
         tokens=found.tokens.data_ptr(),
         tops=found.logits.data_ptr(),
         sums=found.sums.data_ptr(),
+        is_half=int(logits.dtype is torch.bfloat16),
     )
     torch_threads.run(likeliest.find_likeliest, -(-num_rows // likeliest.TASK_ROWS), call)
     return found
@@ -174,7 +178,7 @@ def _argmax(logits: Tensor) -> Tensor:
     By numpy on a CPU: 0.4 ms against 4.1 ms for 256 rows of 8,192, 1.9 against 18 ms for 64 rows of 151,000.
     """
     if logits.device.type == "cpu":
-        return torch.from_numpy(logits.detach().numpy().argmax(axis=1))
+        return torch.from_numpy(logits.detach().float().numpy().argmax(axis=1))
     return logits.argmax(dim=-1)
 
 

@@ -109,7 +109,7 @@ def row_losses(base: BaseModel, soft: Tensor | None, prefixes: Sequence[Prefix],
     real = at < (batch.counted * (at + 1)).amax(1, keepdim=True)
     step = TeachingStep(prefixes, batch.num_rows, real)
     hidden = base.hidden(embedded[real][None], step.position_ids, step)[0]
-    logits = base.logits(hidden[batch.counted[real]])
+    logits = base.logits(hidden[batch.counted[real]]).float()
     losses = nn.functional.cross_entropy(logits, batch.labels[batch.counted], reduction="none")
     row = torch.nonzero(batch.counted)[:, 0]
     return losses.new_zeros(len(batch.weights)).index_add(0, row, losses)

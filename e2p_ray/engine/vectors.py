@@ -134,6 +134,17 @@ def load_float(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def load_one_bfloat16(typing: Any, address: Any) -> Any:
+    """One bfloat16 from an address, as float32."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        half = builder.zext(_load(builder, given[0], _SHORT, align=2), _INT)
+        return builder.bitcast(builder.shl(half, ir.Constant(_INT, 16)), _FLOAT)
+
+    return types.float32(types.int64), build
+
+
+@intrinsic
 def store_float(typing: Any, value: Any, address: Any) -> Any:
     """One float32 to an address."""
 
