@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
 
 from e2p_ray.batch import BatchProgress, ShardOutcome, run_batch
@@ -60,7 +61,13 @@ def test_a_whole_run_is_committed_and_told_and_then_only_what_is_pending(
     job = opened(tmp_path, workers={"min_size": 1, "max_size": 2})
     told: list[BatchProgress] = []
     steps: list[Any] = []
-    monkeypatch.setattr(Pace, "on_execution_step", lambda _, executor: steps.append(executor._metadata_fetcher))
+    plain = Pace.on_execution_step
+
+    def watched(self: Pace, executor: Any) -> None:
+        steps.append(executor._metadata_fetcher)
+        plain(self, executor)
+
+    monkeypatch.setattr(Pace, "on_execution_step", watched)
     summary = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine, on_progress=told.append)
     checked = verify(job.storage, job.run)
     markers = read_markers(job.storage, job.run)
@@ -74,6 +81,7 @@ def test_a_whole_run_is_committed_and_told_and_then_only_what_is_pending(
     assert told[-1].rows_per_s > 0
     assert steps, "Ray Data's loop comes by after every step"
     assert {type(step) for step in steps} == {InlineMetadataFetcher}, "no step for what a task says"
+    assert streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S > 0, "as it was, for others"
 
     began = {marker["shard_id"]: marker["stats"]["started_at"] for marker in markers}
     largest = largest_first(job.storage, job.run.plan_uri, job.run.shard_ids)[0]

@@ -104,13 +104,17 @@ def test_a_wave_takes_the_slots_of_the_last_one_and_nothing_that_they_hold(monke
 
     monkeypatch.setattr(Wave, "__init__", watched)
     contents = tiny_models.contents(3)
-    engine = engine_of(LLAMA, tasks={"headline": task(max_new_tokens=9, **SAMPLED)})
+    tasks = {"headline": task(max_new_tokens=9, **SAMPLED), "explanation": task("\nWhy:", max_new_tokens=30, **SAMPLED)}
+    engine = engine_of(LLAMA, tasks=tasks)
     many, few, more = (group(content, range(size)) for content, size in zip(contents, (30, 7, 40), strict=True))
-    for part, is_same in ((many, False), (few, True), (many, True), (more, False), (few, True)):
+    longer = group(contents[0], range(40), task_name="explanation")
+    new, again = False, True
+    for part, is_same in (
+        (many, new), (few, again), (many, again), (more, new), (few, again), (longer, new), (few, new),
+    ):  # fmt: skip
         found = texts(run(engine, [part]))
         assert (len(taken) > 1 and taken[-1] is taken[-2]) == is_same
-        alone = engine_of(LLAMA, tasks={"headline": task(max_new_tokens=9, **SAMPLED)})
-        assert found == texts(run(alone, [part]))
+        assert found == texts(run(engine_of(LLAMA, tasks=tasks), [part]))
         del taken[-1]
 
 

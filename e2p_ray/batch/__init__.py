@@ -23,7 +23,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from e2p_ray import errors
 from e2p_ray.batch.failures import FailureNotes
 from e2p_ray.batch.limit import DeadLetterLimit
-from e2p_ray.batch.pace import Pace
+from e2p_ray.batch.pace import Pace, steps_wait_for_nothing
 from e2p_ray.batch.poison import PoisonSearch
 from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import BatchProgress, BatchSummary, ShardOutcome, Tally
@@ -136,7 +136,7 @@ def _pool_outcomes(
     """What a pool of actors says of each; `arguments` make a worker."""
     tally.wait_for(check_resources(config))
     context = DataContext.get_current().copy()
-    with DataContext.current(_configured(context, config)), quiet_ray_data_log():
+    with DataContext.current(_configured(context, config)), quiet_ray_data_log(), steps_wait_for_nothing():
         rows = _dataset(config, pieces, arguments)
         try:
             for block in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):

@@ -1,33 +1,50 @@
-"""How often Ray Data looks what is to be done next."""
+"""How Ray Data's loop goes on while shards are written (Ray 2.60, whose version is pinned: none of this is public)."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import ray
+from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-_STEP_S = 0.02
+_SHORTEST_S = 0.02
+_LONGEST_S = 0.5
 
 
 class Pace(ExecutionCallback):
-    """What a pass over shards asks of Ray Data's loop (Ray 2.60, whose version is pinned: neither is public).
+    """Waits between two steps of the loop for the first task that has something to say, and a little in any case.
 
-    A pause after every step, which waits for tasks only. While there is none, because the one worker died and its
-    successor loads, the loop takes a whole core: the one that the successor could load with. With a pause, two cores
-    had a hung worker replaced and its run done after 15 s, not 38, and a killed one after 13, not 28.
-
-    And what a task says is read in the step that sees its end, not by a thread for the next step: a worker waits 0.07 s
-    for its next shard, not 0.19 (14 shards on two workers). The thread is for metadata that take long to come, on many
-    nodes; an outcome of ours is a few hundred bytes, which come with the task's reply.
+    While there is no task, because the one worker died and its successor loads, the loop takes a whole core: the one
+    that the successor could load with. With a pause, two cores had a hung worker replaced and its run done after 15 s,
+    not 38, and a killed one after 13, not 28.
     """
 
     def before_execution_starts(self, executor: StreamingExecutor) -> None:
+        # What a task says is read in the step that sees its end, not by a thread for a later step. The thread is for
+        # metadata that take long to come; an outcome of ours is some hundred bytes, which come with the task's reply.
         executor._metadata_fetcher = InlineMetadataFetcher()
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
-        time.sleep(_STEP_S)
+        time.sleep(_SHORTEST_S)
+        running = [task.get_waitable() for operator in executor._topology or () for task in operator.get_active_tasks()]
+        if running:
+            ray.wait(running, num_returns=1, timeout=_LONGEST_S, fetch_local=False)
+
+
+@contextmanager
+def steps_wait_for_nothing() -> Iterator[None]:
+    """A step of the loop looks at what is there; by itself it waits 0.1 s for all tasks. For where `Pace` waits."""
+    before = streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S
+    streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.0
+    try:
+        yield
+    finally:
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = before

@@ -21,6 +21,10 @@ class Bounds:
     max_prefill_tokens: int | None = None  # of prefixes computed between two steps; one prefix always is
 
 
+# How much longer than needed the rows of slots may be that are used again: a row is counted with all its places.
+_MAX_LONGER = 1.25
+
+
 class Admission:
     """Keeps waves within their bounds, which shrink when memory runs out."""
 
@@ -94,10 +98,11 @@ class Admission:
             self._spare = wave.slots
 
     def _spare_slots(self, max_rows: int, max_tokens: int) -> SuffixSlots | None:
-        """What an ended wave left, where it is large enough; else it is freed."""
+        """What an ended wave left, where it has enough rows, and such long ones; else it is freed."""
         spare, self._spare = self._spare, None
-        is_enough = spare is not None and spare.max_rows >= max_rows and spare.max_tokens >= max_tokens
-        return spare if is_enough else None
+        if spare is None or spare.max_rows < max_rows:
+            return None
+        return spare if max_tokens <= spare.max_tokens <= _MAX_LONGER * max_tokens else None
 
     def _max_rows(self, max_tokens: int, least: int, wanted: int) -> int:
         affordable = self.bounds.max_bytes // self._row_bytes(max_tokens)
