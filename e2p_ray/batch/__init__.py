@@ -32,7 +32,7 @@ from e2p_ray.batch.write import last_line
 from e2p_ray.commit import Run, pending_shards
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError, E2PError, IncompleteRunError, RunError
-from e2p_ray.loaded import EngineFactory, thread_variables
+from e2p_ray.loaded import EngineFactory, engine_variables
 from e2p_ray.plan import largest_first
 from e2p_ray.ray_session import quiet_ray_data_log, ray_session
 from e2p_ray.storage import Storage
@@ -185,7 +185,7 @@ def _dataset(config: JobConfig, pieces: Sequence[Mapping[str, Any]], arguments: 
             ),
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus,
-            runtime_env={"env_vars": thread_variables(config)},
+            runtime_env={"env_vars": engine_variables(config)},
             # A shard is not tried twice within a pass, so each kills an actor once at most; a few more for spot nodes.
             max_task_retries=0,
             max_restarts=len(pieces) + 2 * max_size,

@@ -30,7 +30,7 @@ _Ints = npt.NDArray[np.int64]
 TASK_ROWS = 16
 _UNROLLED = 4  # vectors that do not wait for each other
 _STEP = _UNROLLED * LANES
-_BLOCK = 8 * _STEP  # numbers among which the largest is looked for once it is known
+_BLOCK = 8 * _STEP  # numbers that are searched for the largest one by one
 
 
 class LikeliestCall(NamedTuple):
@@ -92,11 +92,11 @@ def find_likeliest(p: _Ints) -> None:
                 b = add(b, exp(subtract(load_either(is_half, at + vector), splat(top))))
                 c = add(c, exp(subtract(load_either(is_half, at + 2 * vector), splat(top))))
                 d = add(d, exp(subtract(load_either(is_half, at + 3 * vector), splat(top))))
-            for begin in range(whole, width, LANES):
+            for left in range(whole, width, LANES):
                 store(nothing, rest.ctypes.data)
-                for place in range(begin, min(begin + LANES, width)):
+                for place in range(left, min(left + LANES, width)):
                     number = load_one_of_either(is_half, of_row + size * place)
-                    store_float(number, rest.ctypes.data + 4 * (place - begin))
+                    store_float(number, rest.ctypes.data + 4 * (place - left))
                 a = add(a, exp(subtract(load(rest.ctypes.data), splat(top))))
             store_int(token, tokens + 8 * row)
             store_float(top, tops + 4 * row)

@@ -14,7 +14,7 @@ from ray.serve import Application
 from e2p_ray.batch.tally import ShardOutcome
 from e2p_ray.commit import Run
 from e2p_ray.config import JobConfig, ServeConfig
-from e2p_ray.loaded import EngineFactory, thread_variables
+from e2p_ray.loaded import EngineFactory, engine_variables
 from e2p_ray.serve.api import make_api
 from e2p_ray.serve.gate import App
 from e2p_ray.serve.service import Service
@@ -84,7 +84,7 @@ def application(config: ServeConfig, *, engine_factory: EngineFactory | None = N
         "ray_actor_options": {
             "num_cpus": workers.num_cpus,
             "num_gpus": workers.num_gpus,
-            "runtime_env": {"env_vars": thread_variables(config)},
+            "runtime_env": {"env_vars": engine_variables(config)},
         },
         # HAProxy has a log, too; a line for each of a crowd's refusals takes a tenth of what they cost.
         "logging_config": {"enable_access_log": False},
