@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -192,19 +193,35 @@ def test_the_command_after_a_replacement_makes_a_run_of_its_own(
 
 
 class Replacing:
-    """An engine factory before whose second call somebody replaces the projector's manifest."""
+    """An engine factory before whose second call somebody replaces the projector's manifest.
+
+    The first waits for it: a worker alone would have all shards done before another one is there.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._first, self._loaded, self._replaced = (folder / name for name in ("first", "loaded", "replaced"))
 
     def __call__(self, config: JobConfig, storage: Storage) -> FakeEngine:
         try:
-            (self._folder / "first").touch(exist_ok=False)
+            self._first.touch(exist_ok=False)
         except FileExistsError:
+            _wait_for(self._loaded)
             manifest, _ = load_manifest(config, storage)
             other = replace(manifest, trained={"name": "another"}).with_files({})
             storage.write_bytes(f"{config.projector.uri}/config.json", other.to_json().encode())
-        return fake_engine(config, storage)
+            self._replaced.touch()
+            return fake_engine(config, storage)
+        engine = fake_engine(config, storage)
+        self._loaded.touch()
+        _wait_for(self._replaced)
+        return engine
+
+
+def _wait_for(path: Path, longest_s: float = 60.0) -> None:
+    end_s = time.monotonic() + longest_s
+    while not path.exists():
+        assert time.monotonic() < end_s, f"{path.name} did not come"
+        time.sleep(0.05)
 
 
 def test_replaced_between_the_loads_of_two_workers(
