@@ -157,19 +157,18 @@ def _likeliest(logits: Tensor) -> _Likeliest:
     from e2p_ray.engine import likeliest, torch_threads
 
     num_rows, width = logits.shape
-    found = _Likeliest(torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows), torch.empty(num_rows))
-    assert found.sums is not None
+    tokens, tops, sums = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows), torch.empty(num_rows)
     call = likeliest.LikeliestCall(
         numbers=logits.data_ptr(),
         num_rows=num_rows,
         width=width,
-        tokens=found.tokens.data_ptr(),
-        tops=found.logits.data_ptr(),
-        sums=found.sums.data_ptr(),
+        tokens=tokens.data_ptr(),
+        tops=tops.data_ptr(),
+        sums=sums.data_ptr(),
         is_half=int(logits.dtype is torch.bfloat16),
     )
     torch_threads.run(likeliest.find_likeliest, -(-num_rows // likeliest.TASK_ROWS), call)
-    return found
+    return _Likeliest(tokens, tops, sums)
 
 
 def _argmax(logits: Tensor) -> Tensor:

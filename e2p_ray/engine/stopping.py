@@ -38,8 +38,8 @@ class Stopping:
         self._numbers = {stop: at for at, stop in enumerate({(), *(sampling.stop for sampling in samplings.values())})}
         self._may_stop = np.zeros((len(self._numbers), vocab_size), np.bool_)
         for stop, at in self._numbers.items():
-            last = {text[-1] for text in stop if text}
             if stop:
+                last = {text[-1] for text in stop if text}
                 self._may_stop[at, :num_known] = [_PARTIAL in text or not last.isdisjoint(text) for text in texts]
 
     def is_end(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -138,8 +138,7 @@ class Served:
 
     def __init__(self, name: str, bench: Bench, cores: Sequence[int]) -> None:
         self.name, path = name, str(bench.config_path)
-        (unused,) = unused_ports(1)
-        self.port = bench.port if name == "e2p_ray" else unused
+        self.port = bench.port if name == "e2p_ray" else unused_ports(1)[0]
         command = {
             "e2p_ray": ["jobs.serve", "--config", path],
             "e2p_ray_uvicorn": ["tests.serve_process", path, "--port", str(self.port)],
