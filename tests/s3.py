@@ -10,10 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from botocore.config import Config
 from e2p_ray.config import StorageConfig
 from e2p_ray.serve.front import unused_ports
 from e2p_ray.storage import Storage
+from tests.waiting import wait_until
 
 IS_LONG = bool(os.environ.get("E2P_TEST_LONG"))
 PLACES = ("local", "s3") if IS_LONG else ("local",)  # of tests whose like runs on S3 anyway
@@ -125,7 +125,7 @@ def _moto() -> Iterator[S3Server]:
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_until(lambda: _answers(port), 60, "moto's server")
+        wait_until(lambda: _answers(port), "moto's server is up")
         yield S3Server("moto", f"http://127.0.0.1:{port}")
     finally:
         server.kill()
@@ -172,7 +172,7 @@ class _Ceph:
         self._ceph("osd", "crush", "add", "osd.0", "1.0", "root=default", "host=localhost")
         self._daemon("ceph-osd", "-i", "0")
         self._daemon("radosgw", "-n", "client.rgw.a")
-        _wait_until(lambda: _answers(self.rgw_port), 120, "the S3 gateway")
+        wait_until(lambda: _answers(self.rgw_port), "the S3 gateway is up", longest_s=120)
         keys = (f"--access-key={_KEY_ID}", f"--secret={_SECRET}")
         self._run("radosgw-admin", "user", "create", "--uid=test", "--display-name=test", *keys)
 
@@ -205,11 +205,3 @@ def _answers(port: int) -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
-
-
-def _wait_until(ready: Callable[[], bool], longest_s: float, what: str) -> None:
-    deadline_s = time.monotonic() + longest_s
-    while not ready():
-        if time.monotonic() > deadline_s:
-            raise RuntimeError(f"{what} did not come up in {longest_s:g} s")
-        time.sleep(0.2)

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from tests.s3 import IS_LONG
 from tests.serve_world import TOKENS, serve_config, slow
 from tests.small_job import write_small_job
 from tests.test_serve_replica import until
+from tests.waiting import wait_until
 
 ASK = {"user_id": "user-0003", "content_id": "content-001"}
 
@@ -102,7 +104,9 @@ def _check_front(port: int) -> None:
     def servers() -> list[str]:
         return re.findall(rf"server \S+{DEPLOYMENT_NAME}\S+ 127\.0\.0\.1:(\d+) ", config.read_text(encoding="utf-8"))
 
-    _wait(lambda: len(servers()) == 1)  # until it knows of the replica, requests go through Serve's own proxy
+    wait_until(
+        lambda: len(servers()) == 1, "one server"
+    )  # until it knows of the replica, requests go through Serve's own proxy
     (replica,) = servers()
     served_by, address = listener_of(int(replica))
     assert address == "127.0.0.1", "as api.host says"
@@ -152,7 +156,7 @@ def test_replicas_come_from_zero_and_go_and_no_request_fails(tmp_path: Path) -> 
     workers, url = {"num_cpus": 0.5}, ""
     with job(tmp_path, slow(0.02), replica=replica, workers=workers) as port:
         url = f"http://127.0.0.1:{port}"
-        _wait(lambda: num_replicas() == 0)
+        wait_until(lambda: num_replicas() == 0, "no replica")
         assert httpx2.get(f"{url}/-/healthz").status_code == 200, "the way in is there"
         with client_of(port) as client:
             cold = client.generate("headline", **ASK, timeout_ms=60_000)
@@ -168,17 +172,17 @@ def test_replicas_come_from_zero_and_go_and_no_request_fails(tmp_path: Path) -> 
             with ThreadPoolExecutor(8) as pool:
                 asking = [pool.submit(ask, number) for number in range(8)]
                 with suppress(AssertionError):
-                    _wait(lambda: num_replicas() == 2)
+                    wait_until(lambda: num_replicas() == 2, "two replicas")
                 most = num_replicas()
                 wanted = len(seen) + 40
-                _wait(lambda: len(seen) >= wanted)
+                wait_until(lambda: len(seen) >= wanted, "answers")
                 over.set()
                 for one in asking:
                     one.result()  # raises what failed
             assert most == 2
             assert {answer.status for answer in seen} == {Status.OK}
             assert len({answer.text for answer in seen if answer.user_id == ASK["user_id"]}) == 1
-            _wait(lambda: num_replicas() == 0)
+            wait_until(lambda: num_replicas() == 0, "no replica")
             again = client.generate("headline", **ASK, timeout_ms=60_000)
             assert (again.text, again.fingerprint) == (cold.text, cold.fingerprint)
 
@@ -231,19 +235,18 @@ def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
         ) as parent:
             assert parent.stdout is not None
             child = psutil.Process(int(parent.stdout.readline()))
-            _wait(lambda child=child: child.name() == "sleep")
+            wait_until(partial(runs_sleep, child), "the program runs")
             parent.kill()
         if is_left:
             assert child.is_running(), "the control: another program stays"
             child.kill()
         else:
-            _wait(lambda child=child: not psutil.pid_exists(child.pid) or child.status() == "zombie")
+            wait_until(partial(has_ended, child), "its end")
 
 
-def _wait(holds: Any, timeout_s: float = 60.0) -> None:
-    """Until it holds; fails after a time that no machine needs."""
-    for _ in range(int(timeout_s / 0.1)):
-        if holds():
-            return
-        threading.Event().wait(0.1)
-    raise AssertionError("not in time")
+def runs_sleep(process: psutil.Process) -> bool:
+    return bool(process.name() == "sleep")
+
+
+def has_ended(process: psutil.Process) -> bool:
+    return not psutil.pid_exists(process.pid) or process.status() == "zombie"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +37,7 @@ from tests.small_job import SPACE, fake_engine, users_table, write_small_job
 from tests.test_jobs import expected_keys
 from tests.tiny_models import write_letters_only
 from tests.update_world import serial_batch
+from tests.waiting import wait_until
 
 FILES = ("model.safetensors", "reference.safetensors", "config.json")
 
@@ -205,7 +205,7 @@ class Replacing:
         try:
             self._first.touch(exist_ok=False)
         except FileExistsError:
-            _wait_for(self._loaded)
+            wait_until(self._loaded.exists, "the first worker has loaded")
             manifest, _ = load_manifest(config, storage)
             other = replace(manifest, trained={"name": "another"}).with_files({})
             storage.write_bytes(f"{config.projector.uri}/config.json", other.to_json().encode())
@@ -213,15 +213,8 @@ class Replacing:
             return fake_engine(config, storage)
         engine = fake_engine(config, storage)
         self._loaded.touch()
-        _wait_for(self._replaced)
+        wait_until(self._replaced.exists, "the projector is replaced")
         return engine
-
-
-def _wait_for(path: Path, longest_s: float = 60.0) -> None:
-    end_s = time.monotonic() + longest_s
-    while not path.exists():
-        assert time.monotonic() < end_s, f"{path.name} did not come"
-        time.sleep(0.05)
 
 
 def test_replaced_between_the_loads_of_two_workers(

@@ -35,6 +35,7 @@ from tests.serve_world import TOKENS, Site, serve_config, serving, slow
 from tests.small_job import fake_engine, write_small_job
 from tests.test_serve_engine import SAME, batch_rows, save_projector, tiny_job
 from tests.update_world import serial_batch
+from tests.waiting import wait_until
 
 NUM_SWAPS = 100 if IS_LONG else 10
 Ask = Callable[[Client, RequestKey], GenerationAnswer]
@@ -181,13 +182,6 @@ def test_no_answer_is_lost_or_mixed_while_projectors_are_swapped(
     assert min(counts[projector_id] for projector_id in expected) > counts["right"] // 5, "both were served"
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    over_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < over_s
-        time.sleep(0.002)
-
-
 # -- overload ----------------------------------------------------------------------------------------------------------
 
 MAX_ROWS, MAX_WAITING = 8, 2  # as the defaults: a quarter as many may wait as are written
@@ -252,7 +246,9 @@ def test_deadlines_hold_in_a_crowd_and_leave_nothing_behind(tmp_path: Path) -> N
 
         with ThreadPoolExecutor(12) as pool:
             list(pool.map(user, range(12)))
-        until(lambda: site.service.loop.num_waiting == site.service.loop.num_running == 0)
+        wait_until(
+            lambda: site.service.loop.num_waiting == site.service.loop.num_running == 0, "nothing runs", pause_s=0.002
+        )
         assert late, "the control"
         with site.client() as client:
             assert plainly(client, RequestKey("user-0003", "content-001", "headline")).text
