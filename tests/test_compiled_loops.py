@@ -133,12 +133,22 @@ def test_prefill_sees_what_stands_before(dtype: torch.dtype, num_heads: int, num
             assert difference(output[at, :, :length].transpose(0, 1), all_) > 10 * tolerance, "the control must fail"
 
 
-def rows_of(lengths: Sequence[int], counts: Sequence[int], prefixes: Sequence[Prefix | None], dim: int = 64) -> Tensor:
-    """The compiled and, in float64, the plain attention of rows with own tokens behind prefixes."""
+def rows_of(
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    prefixes: Sequence[Prefix | None],
+    dim: int = 64,
+    *,
+    dtype: torch.dtype = torch.float32,
+    num_later: int = 0,
+) -> Tensor:
+    """How far the compiled attention of rows with own tokens behind prefixes is from the plain one in float64.
+
+    By tokens. dtype: of the own keys; num_later: keys that the plain one sees though they are too late.
+    """
     num_heads, num_kv_heads, room, first_slot = 4, 2, int(np.max(np.add(lengths, counts))) + 2, 3
-    slots = SuffixSlots(
-        1, len(lengths) + first_slot, num_kv_heads, room, dim, dtype=torch.float32, device=torch.device("cpu")
-    )
+    num_slots = len(lengths) + first_slot
+    slots = SuffixSlots(1, num_slots, num_kv_heads, room, dim, dtype=dtype, device=torch.device("cpu"))
     slots.keys[0].copy_(random(*slots.keys[0].shape, seed=7))
     slots.values[0].copy_(random(*slots.values[0].shape, seed=8))
     tokens = PackedTokens.of(first_slot, np.array(lengths), np.array(counts))
@@ -147,7 +157,8 @@ def rows_of(lengths: Sequence[int], counts: Sequence[int], prefixes: Sequence[Pr
     found = CompiledRows(slots, tokens, readers, num_heads, num_kv_heads).attend(0, queries, dim**-0.5)
     expected = []
     for token, (row, at) in enumerate(zip(tokens.row, tokens.at, strict=True)):
-        keys, values = (part[0][first_slot + row, :, : at + 1] for part in (slots.keys, slots.values))
+        end = at + 1 + num_later
+        keys, values = (part[0][first_slot + row, :, :end].float() for part in (slots.keys, slots.values))
         prefix = prefixes[row]
         if prefix is not None:
             keys = torch.cat([prefix.keys[0][0].float(), keys], dim=1)
@@ -162,18 +173,26 @@ def prefix_of(length: int, seed: int, dtype: torch.dtype = torch.float32) -> Pre
 
 
 @needs_loops
+@pytest.mark.parametrize("own_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_join_their_prefix_and_their_own_tokens(dtype: torch.dtype, num_threads: int) -> None:
+def test_rows_join_their_prefix_and_their_own_tokens(
+    dtype: torch.dtype, own_dtype: torch.dtype, num_threads: int
+) -> None:
     one, other = prefix_of(131, 20, dtype), prefix_of(5, 30, dtype)
     prefixes = [one, other, None, one, one, None, other] * 9  # tokens for several tasks
     lengths, counts = [0, 1, 2, 17, 40, 3, 0] * 9, [1, 2, 1, 1, 3, 20, 9] * 9
     _, tolerance = asked(torch.empty(0), 1.0, one.keys[0])
-    assert rows_of(lengths, counts, prefixes).max() < tolerance
+    assert rows_of(lengths, counts, prefixes, dtype=own_dtype).max() < tolerance
+    assert rows_of(lengths, counts, prefixes, dtype=own_dtype, num_later=1).min() > tolerance / 10, "the control"
 
 
 @needs_loops
-def test_rows_that_begin_with_many_tokens_and_no_prefix(num_threads: int) -> None:
-    assert rows_of([0, 0, 0], [70, 1, 33], [None] * 3).max() < TOLERANCE
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_begin_with_many_tokens_and_no_prefix(dtype: torch.dtype, num_threads: int) -> None:
+    lengths, counts, prefixes = [0, 0, 0], [70, 1, 33], [None] * 3
+    _, tolerance = asked(torch.empty(0), 1.0, torch.empty(0, dtype=dtype))
+    assert rows_of(lengths, counts, prefixes, dtype=dtype).max() < tolerance
+    assert rows_of(lengths, counts, prefixes, dtype=dtype, num_later=1).max() > 10 * tolerance, "the control must fail"
 
 
 @needs_loops
@@ -293,7 +312,7 @@ def test_silu_of_large_numbers() -> None:
     panels = Panels.of(torch.ones(64, 1))
     assert panels is not None
     found = panels.product(states, None, Behind.SILU)[:, 0]
-    assert found[:5].tolist() == [0, pytest.approx(0, abs=1e-30), 0, 90, 1e4]
+    assert found[:5].tolist() == pytest.approx([0, 0, 0, 90, 1e4], rel=0, abs=1e-30)
     assert found[5].isnan()
 
 

@@ -71,7 +71,7 @@ class Admission:
     def _row_bytes(self, num_tokens: int) -> int:
         """Slots, logits (three times: as they are, controlled, normalised) and a step's activations of one row."""
         base = self._base
-        kv_bytes = base.kv_bytes_per_token * (4 // base.dtype.itemsize if base.device.type == "cpu" else 1)
+        kv_bytes = base.kv_bytes_per_token * base.own_dtype.itemsize // base.dtype.itemsize
         return num_tokens * kv_bytes + 12 * base.vocab_size + 64 * base.d_model
 
     def wave_for(self, rows: Sequence[Row], num_pending: int, wave: Wave | None) -> Wave:
@@ -116,7 +116,7 @@ class Admission:
             base.num_kv_heads,
             max_tokens,
             base.head_dim,
-            dtype=base.dtype,
+            dtype=base.own_dtype,
             device=base.device,
         )
 

@@ -86,7 +86,9 @@ class CompiledLayers:
                 put(kind, "values", values)
         if SharedCall in places:
             attention = step.compiled(first.num_heads, first.num_kv_heads)
-            put(SharedCall, "addresses", _table([attention.addresses(at).ctypes.data] for at in range(num_layers)))
+            addresses = attention.addresses
+            by_number = addresses.ctypes.data + addresses.strides[0] * np.arange(num_layers)
+            put(SharedCall, "addresses", by_number[:, None])
         # Every layer but the first reads what the one before has written.
         by_layer[1:, places[NormCall][0], 2 + NormCall._fields.index("states")] = out.data_ptr()
         by_layer[1:, places[ProductCall][1], 2 + ProductCall._fields.index("others")] = out.data_ptr()

@@ -52,7 +52,7 @@ class CompiledRows:
         # Of the scores over prefixes: the largest, and the sum of weights against it, 0 for rows that read none.
         self._tops, self._sums = torch.zeros(size), torch.zeros(size)
         self._scales = np.zeros(1, np.float32)
-        self._addresses: dict[int, _Ints] = {}
+        self._addresses: _Ints | None = None
 
     def attend(self, layer: int, queries: Tensor, scale: float) -> Tensor:
         """(T, H, D) in float32 for queries (T, H, D); good until the next call."""
@@ -69,7 +69,7 @@ class CompiledRows:
         found = []
         if self._shared is not None:
             source = self._slots if self._has_blocks else self._prefixes[0]
-            keys, addresses = source.keys[layer][0], self.addresses(layer)
+            keys, addresses = source.keys[layer][0], self.addresses[layer]
             lse = None if self._has_blocks else (self._tops, self._sums)
             call = self._shared.call(
                 queries, keys, addresses, self.outputs, self._scales, causal=self._has_blocks, lse=lse
@@ -79,30 +79,34 @@ class CompiledRows:
             found.append(self._own_call(layer, queries))
         return found
 
-    def addresses(self, layer: int) -> _Ints:
-        """(n, 2), where the keys and values are that more than one token reads; kept here while loops read it."""
-        if layer not in self._addresses:
-            self._addresses[layer] = addresses_of(*self._read(layer))
-        return self._addresses[layer]
+    @property
+    def addresses(self) -> _Ints:
+        """(num_layers, n, 2), where the keys and values are that more than one token reads; kept for the loops."""
+        if self._addresses is None:
+            self._addresses = self._own_addresses() if self._has_blocks else self._prefix_addresses()
+        return self._addresses
 
-    def _read(self, layer: int) -> tuple[list[Tensor], list[Tensor]]:
-        if self._has_blocks:
-            return list(self._slots.keys[layer][self._span]), list(self._slots.values[layer][self._span])
-        keys = [prefix.keys[layer][0] for prefix in self._prefixes]
-        return keys, [prefix.values[layer][0] for prefix in self._prefixes]
+    def _prefix_addresses(self) -> _Ints:
+        return np.ascontiguousarray(np.stack([prefix.addresses for prefix in self._prefixes], axis=1))
+
+    def _own_addresses(self) -> _Ints:
+        keys = self._slots.keys[0]
+        places = np.arange(self._span.start, self._span.stop) * keys.stride(0) * keys.element_size()
+        return addresses_of(self._slots.keys, self._slots.values)[:, None] + places[:, None]
 
     def _own_call(self, layer: int, queries: Tensor) -> Call:
         from e2p_ray.engine import own_keys
 
         keys, values, outputs = self._slots.keys[layer], self._slots.values[layer], self.outputs
+        size = keys.element_size()
         call = own_keys.OwnCall(
             num_tokens=len(self._slot_of),
             slots=self._slot_of.ctypes.data,
             places=self._place.ctypes.data,
             keys=keys.data_ptr(),
             values=values.data_ptr(),
-            slot_bytes=4 * keys.stride(0),
-            head_bytes=4 * keys.stride(1),
+            slot_bytes=size * keys.stride(0),
+            head_bytes=size * keys.stride(1),
             queries=queries.data_ptr(),
             query_token=4 * queries.stride(0),
             query_head=4 * queries.stride(1),
@@ -116,5 +120,6 @@ class CompiledRows:
             dim=keys.shape[-1],
             max_keys=self._max_own,
             scale=self._scales.ctypes.data,
+            is_half=int(keys.dtype is torch.bfloat16),
         )
         return own_keys.attend_own, -(-call.num_tokens // own_keys.TASK_TOKENS), call

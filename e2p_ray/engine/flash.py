@@ -15,6 +15,7 @@ import numpy.typing as npt
 from e2p_ray.engine.compiled import LANES
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
+    LINE_BYTES,
     TILE_ROWS,
     VECTOR_BYTES,
     add,
@@ -86,9 +87,21 @@ class SharedCall(NamedTuple):
 
 @loop
 def _score(
-    halves: int, num_vectors: int, keys: int, key_row: int, queries: int, scores: int, dim: int, num_keys: int
+    halves: int,
+    num_vectors: int,
+    keys: int,
+    key_row: int,
+    queries: int,
+    scores: int,
+    dim: int,
+    num_keys: int,
+    next_keys: int,
+    next_values: int,
 ) -> None:
-    """Scores (num_keys, lanes) of keys (num_keys, dim) and queries (dim, lanes); `halves`: both in bfloat16."""
+    """Scores (num_keys, lanes) of keys (num_keys, dim) and queries (dim, lanes); `halves`: both in bfloat16.
+
+    A block of keys and values is fetched meanwhile, at 0 none: half of the tiles bring keys, half values.
+    """
     row, depth = num_vectors * VECTOR_BYTES, dim // 2 if halves else dim
     at = 0
     while at < num_keys:
@@ -96,10 +109,16 @@ def _score(
             if num_keys < TILE_ROWS:
                 break
             at = num_keys - TILE_ROWS  # some keys once more
-        _scores(halves, num_vectors, keys + at * key_row, key_row, 4, queries, scores + at * row, depth)
+        some, tile = keys + at * key_row, at // TILE_ROWS
+        ahead = some
+        if next_keys:
+            later = tile - _KEYS // TILE_ROWS // 2
+            ahead = (next_keys + tile * depth * LINE_BYTES) if later < 0 else (next_values + later * depth * LINE_BYTES)
+        _scores(halves, num_vectors, some, key_row, 4, queries, scores + at * row, depth, ahead)
         at += TILE_ROWS
     while at < num_keys:
-        _score_alone(halves, num_vectors, keys + at * key_row, key_row, 4, queries, scores + at * row, depth)
+        some = keys + at * key_row
+        _score_alone(halves, num_vectors, some, key_row, 4, queries, scores + at * row, depth, some)
         at += 1
 
 
@@ -113,7 +132,7 @@ def _add_values(
     """
     row, depth = num_vectors * VECTOR_BYTES, (num_keys + 1) // 2 if halves else num_keys
     for at in range(0, dim, TILE_ROWS):
-        _values(halves, num_vectors, values + 4 * at, 4, value_row, weights, outputs + at * row, depth)
+        _values(halves, num_vectors, values + 4 * at, 4, value_row, weights, outputs + at * row, depth, values)
 
 
 @loop
@@ -231,6 +250,16 @@ def _num_vectors_beside(vector: int, num_vectors: int) -> Any:
 
 
 @loop
+def _begin_of(task: int, end: int, readings: int, addresses: int) -> tuple[int, int]:
+    """Where a task's keys and values are; 0 where there is none."""
+    if task >= end:
+        return 0, 0
+    reading, head = load_int(task), load_int(task + 8)
+    of_head = head * load_int(readings + 32 * reading + 8)
+    return load_int(addresses + 16 * reading) + of_head, load_int(addresses + 16 * reading + 8) + of_head
+
+
+@loop
 def attend_shared(p: _Ints) -> None:
     """Tasks, one after the other as they are free: lanes of one key head over the keys that its readers share."""
     num_tasks, counter, tasks, readings, order = p[0], p[1], p[2], p[3], p[4]
@@ -279,6 +308,9 @@ def attend_shared(p: _Ints) -> None:
         for first_key in range(0, num_seen, _KEYS):
             some_keys, some_values = keys + first_key * row_bytes, values + first_key * row_bytes
             some, key_row, value_row = min(num_seen - first_key, _KEYS), row_bytes, row_bytes
+            next_keys, next_values = some_keys + _KEYS * row_bytes, some_values + _KEYS * row_bytes
+            if first_key + _KEYS >= num_seen:
+                next_keys, next_values = _begin_of(task + 32, tasks + 32 * num_tasks, readings, addresses)
             if halves:
                 _pair_values(some_values, row_bytes, wide_values, some, dim)
                 some_values, value_row = wide_values, 4 * dim
@@ -296,7 +328,8 @@ def attend_shared(p: _Ints) -> None:
                     seen_by_all = max(num_before + LANES * vector // group + 1 - first_key, 0)
                 if seen <= 0:
                     continue
-                _score(halves, beside, some_keys, key_row, turned + of_block, scores, dim, seen)
+                _score(halves, beside, some_keys, key_row, turned + of_block, scores, dim, seen, next_keys, next_values)
+                next_keys = 0
                 if seen_by_all < seen:
                     hidden = scores + seen_by_all * beside * VECTOR_BYTES
                     _hide_later(beside, hidden, first_key + seen_by_all, seen - seen_by_all, limits + lane)

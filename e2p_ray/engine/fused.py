@@ -56,6 +56,11 @@ class FusedDecoder(nn.Module):
         self._few_rows = FewRows(layers, self._norm, shortest) if has_plain else None
         self._compiled = CompiledLayers.of(layers, shortest)
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether the compiled loops know all of it."""
+        return self._compiled is not None
+
     def forward(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:
         """(n, q, d_model) at position_ids (n, q) to the last layer's normed states."""
         states = embeds.flatten(0, 1)

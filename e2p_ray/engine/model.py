@@ -126,6 +126,16 @@ class BaseModel:
             self._head = head
 
     @property
+    def own_dtype(self) -> torch.dtype:
+        """That of the rows' own keys and values, the model's own but on a CPU without loops for all of a layer.
+
+        Torch's many small products are twice as fast in float32 (256 rows of 2 queries and 17 keys: 0.8 and 1.9 ms).
+        """
+        if self.device.type == "cpu" and (self.fused is None or not self.fused.is_compiled):
+            return torch.float32
+        return self.dtype
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values of one position over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize

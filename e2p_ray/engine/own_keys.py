@@ -8,12 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from e2p_ray.engine.compiled import LANES
+from e2p_ray.engine.either import load_either
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
+    LINE_BYTES,
     VECTOR_BYTES,
     add,
     divide,
     exp,
+    fetch,
     fetch_and_add,
     largest,
     load,
@@ -37,7 +40,10 @@ _UNROLLED = 4  # vectors of values whose sums do not wait for each other
 
 
 class OwnCall(NamedTuple):
-    """What attend_own is given, all int64: each token's slot, and its place among its row's own tokens."""
+    """What attend_own is given, all int64: each token's slot, and its place among its row's own tokens.
+
+    `is_half`: keys and values are bfloat16.
+    """
 
     num_tokens: int
     slots: int
@@ -59,20 +65,21 @@ class OwnCall(NamedTuple):
     dim: int
     max_keys: int
     scale: int
+    is_half: int
 
 
 @loop
-def _dot(one: int, other: int, dim: int) -> Any:
-    """The dot product of two vectors of numbers, by address."""
+def _dot(is_half: int, query: int, key: int, dim: int) -> Any:
+    """The dot product of a query and a key, by address."""
     sums = splat(np.float32(0.0))
     for at in range(0, 4 * dim, VECTOR_BYTES):
-        sums = multiply_add(load(one + at), load(other + at), sums)
+        sums = multiply_add(load(query + at), load_either(is_half, key + (at // 2 if is_half else at)), sums)
     return total(sums)
 
 
 @loop
 def _weigh_own(
-    query: int, keys: int, num_keys: int, dim: int, scale: float, scores: int, top: float, shared: float
+    is_half: int, query: int, keys: int, num_keys: int, dim: int, scale: float, scores: int, top: float, shared: float
 ) -> tuple[_Vector, _Vector]:
     """Scores become weights; what to multiply with for their share, and with for that of keys seen before.
 
@@ -81,7 +88,8 @@ def _weigh_own(
     for vector in range(0, 4 * num_keys, VECTOR_BYTES):
         store(splat(np.float32(-np.inf)), scores + vector)
     for key in range(num_keys):
-        store_float(_dot(query, keys + 4 * key * dim, dim) * scale, scores + 4 * key)
+        at = keys + (2 if is_half else 4) * key * dim
+        store_float(_dot(is_half, query, at, dim) * scale, scores + 4 * key)
     highest = load(scores)
     for vector in range(VECTOR_BYTES, 4 * num_keys, VECTOR_BYTES):
         highest = maximum(highest, load(scores + vector))
@@ -100,21 +108,30 @@ def _weigh_own(
 
 @loop
 def _add_own(
-    values: int, num_keys: int, dim: int, weights: int, factor: _Vector, kept: _Vector, shared: float, output: int
+    is_half: int,
+    values: int,
+    num_keys: int,
+    dim: int,
+    weights: int,
+    factor: _Vector,
+    kept: _Vector,
+    shared: float,
+    output: int,
 ) -> None:
     """What weights take of values, joined with what stands at `output`."""
-    row = 4 * dim
+    row, part = 4 * dim, 2 if is_half else 1  # of a vector's bytes in an output those of a value's
+    vector = VECTOR_BYTES // part
     dimension = 0
     while dimension + _UNROLLED * VECTOR_BYTES <= row:
         a = splat(np.float32(0.0))
         b, c, d = a, a, a
         for key in range(num_keys):
             weight = splat(load_float(weights + 4 * key))
-            value = values + key * row + dimension
-            a = multiply_add(weight, load(value), a)
-            b = multiply_add(weight, load(value + VECTOR_BYTES), b)
-            c = multiply_add(weight, load(value + 2 * VECTOR_BYTES), c)
-            d = multiply_add(weight, load(value + 3 * VECTOR_BYTES), d)
+            value = values + (key * row + dimension) // part
+            a = multiply_add(weight, load_either(is_half, value), a)
+            b = multiply_add(weight, load_either(is_half, value + vector), b)
+            c = multiply_add(weight, load_either(is_half, value + 2 * vector), c)
+            d = multiply_add(weight, load_either(is_half, value + 3 * vector), d)
         place = output + dimension
         _join(a, factor, kept, shared, place)
         _join(b, factor, kept, shared, place + VECTOR_BYTES)
@@ -124,7 +141,8 @@ def _add_own(
     while dimension < row:
         a = splat(np.float32(0.0))
         for key in range(num_keys):
-            a = multiply_add(splat(load_float(weights + 4 * key)), load(values + key * row + dimension), a)
+            value = load_either(is_half, values + (key * row + dimension) // part)
+            a = multiply_add(splat(load_float(weights + 4 * key)), value, a)
         _join(a, factor, kept, shared, output + dimension)
         dimension += VECTOR_BYTES
 
@@ -139,6 +157,14 @@ def _join(own: _Vector, factor: _Vector, kept: _Vector, shared: float, place: in
 
 
 @loop
+def _fetch_keys(keys: int, values: int, num_bytes: int) -> None:
+    """Those of the next key head, while this one's are used: each is short, and the CPU sees no row in them."""
+    for at in range(0, num_bytes, LINE_BYTES):
+        fetch(keys + at)
+        fetch(values + at)
+
+
+@loop
 def attend_own(p: _Ints) -> None:
     """Tasks of some tokens: each token's queries over its row's own keys, joined with what attend_shared found."""
     num_tasks, counter, num_tokens, slots, places = p[0], p[1], p[2], p[3], p[4]
@@ -146,7 +172,7 @@ def attend_own(p: _Ints) -> None:
     queries, query_token, query_head = p[9], p[10], p[11]
     outputs, output_token, output_head = p[12], p[13], p[14]
     tops, sums, num_heads, group, dim, max_keys = p[15], p[16], p[17], p[18], p[19], p[20]
-    scale = load_float(p[21])
+    scale, is_half = load_float(p[21]), p[22]
     scratch = np.empty(max_keys + 2 * LANES, np.float32)
     scores = (scratch.ctypes.data + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES
     while True:
@@ -156,12 +182,18 @@ def attend_own(p: _Ints) -> None:
         for token in range(task * TASK_TOKENS, min((task + 1) * TASK_TOKENS, num_tokens)):
             num_keys = load_int(places + 8 * token) + 1
             of_row = load_int(slots + 8 * token) * slot_bytes
+            num_bytes = num_keys * dim * (2 if is_half else 4)
             for head in range(num_heads):
                 of_head = of_row + head // group * head_bytes
+                if head % group == 0:
+                    of_next = of_head + head_bytes
+                    if head + group == num_heads:
+                        of_next = load_int(slots + 8 * min(token + 1, num_tokens - 1)) * slot_bytes
+                    _fetch_keys(keys + of_next, values + of_next, num_bytes)
                 before = 4 * (token * num_heads + head)
                 top, shared = load_float(tops + before), load_float(sums + before)
                 query = queries + token * query_token + head * query_head
-                factor, kept = _weigh_own(query, keys + of_head, num_keys, dim, scale, scores, top, shared)
+                factor, kept = _weigh_own(is_half, query, keys + of_head, num_keys, dim, scale, scores, top, shared)
                 output = outputs + token * output_token + head * output_head
-                _add_own(values + of_head, num_keys, dim, scores, factor, kept, shared, output)
+                _add_own(is_half, values + of_head, num_keys, dim, scores, factor, kept, shared, output)
     scratch[0] = 0  # numba frees an array behind its last use, and an address is none

@@ -117,7 +117,7 @@ class PrefixStore:
         longest = int(counts.max())
         slots = SuffixSlots(
             base.num_layers, len(rows), base.num_kv_heads, max(longest, 1), base.head_dim,
-            dtype=base.dtype, device=base.device,
+            dtype=base.own_dtype, device=base.device,
         )  # fmt: skip
         asked = np.flatnonzero(counts)
         if len(asked):

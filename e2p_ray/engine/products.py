@@ -19,8 +19,10 @@ from e2p_ray.engine.either import load_either, store_either
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.panels import Behind
 from e2p_ray.engine.vectors import (
+    LINE_BYTES,
     VECTOR_BYTES,
     add,
+    fetch,
     fetch_and_add,
     load,
     load_float,
@@ -38,6 +40,7 @@ _PANEL_BYTES = _PANEL_VECTORS * VECTOR_BYTES
 # A task: rows whose products with a panel fill half of the first-level cache, and panels.
 TASK_ROWS = 96
 TASK_PANELS = 4
+_ROWS_AHEAD = 8  # whose outputs are fetched: they lie too far apart for the CPU to see a row in them
 _DEPTH = 2048  # of a panel's words at once, 524 KB: more would not stay in the second-level cache
 
 _SILU, _TIMES, _PLUS, _GATED = map(int, (Behind.SILU, Behind.TIMES, Behind.PLUS, Behind.GATED))
@@ -71,9 +74,22 @@ class ProductCall(NamedTuple):
 
 @loop
 def _multiply(
-    is_half: int, states: int, state_row: int, num_rows: int, last: int, num_words: int, panel: int, found: int
+    is_half: int,
+    are_new: bool,
+    states: int,
+    state_row: int,
+    num_rows: int,
+    last: int,
+    num_words: int,
+    panel: int,
+    next_panel: int,
+    found: int,
 ) -> None:
-    """Rows (num_rows, num_words) times a panel; those beyond a multiple of six are at `last`, filled up."""
+    """Rows (num_rows, num_words) times a panel; those beyond a multiple of six are at `last`, filled up.
+
+    Fetched meanwhile: the next panel, or at 0 none, and where rows `are_new`, in every other tile, those to come.
+    """
+    ahead, end = next_panel, next_panel + (num_words * _PANEL_BYTES if next_panel else 0)
     for first_word in range(0, num_words, _DEPTH):
         depth = min(num_words - first_word, _DEPTH)
         some = panel + first_word * _PANEL_BYTES
@@ -82,10 +98,15 @@ def _multiply(
             if row + _TILE_ROWS > num_rows:
                 a, a_row = last + 4 * first_word, 4 * num_words
             c = found + row * _PANEL_BYTES
+            fetched = some  # what is there already
+            if are_new and row // _TILE_ROWS % 2 == 0:
+                fetched = states + (row + _TILE_ROWS) * state_row
+            elif ahead < end:
+                fetched, ahead = ahead, ahead + depth * LINE_BYTES
             if first_word == 0:
-                _first(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth)
+                _first(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth, fetched)
             else:
-                _next(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth)
+                _next(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth, fetched)
 
 
 @loop
@@ -105,6 +126,9 @@ def _finish(
     for row in range(num_rows):
         for at in range(0, _PANEL_BYTES, VECTOR_BYTES):
             value, place = load(found + row * _PANEL_BYTES + at), at // 2 if is_half else at
+            fetch(outputs + (row + _ROWS_AHEAD) * output_row + place)
+            if behind in (_TIMES, _PLUS):
+                fetch(others + (row + _ROWS_AHEAD) * other_row + place)
             if bias:
                 value = add(value, load_either(is_half, bias + place))
             if behind == _SILU:
@@ -144,10 +168,13 @@ def multiply_panels(p: _Ints) -> None:
                 for at in range(0, 4 * num_words, 4):
                     store_float(load_float(source + at), last + 4 * row * num_words + at)
         for panel in range(first_panel, min(first_panel + TASK_PANELS, num_panels)):
-            distance = panel * num_words * _PANEL_BYTES
-            _multiply(is_half, some, state_row, num_rows, last, num_words, panels + distance, found)
+            size = num_words * _PANEL_BYTES
+            one, up = panels + panel * size, up_panels + panel * size
+            next_one = one + size if panel + 1 < num_panels else 0
+            after, are_new = up if behind == _GATED else next_one, panel == first_panel
+            _multiply(is_half, are_new, some, state_row, num_rows, last, num_words, one, after, found)
             if behind == _GATED:
-                _multiply(is_half, some, state_row, num_rows, last, num_words, up_panels + distance, ups)
+                _multiply(is_half, False, some, state_row, num_rows, last, num_words, up, next_one, ups)
             # The last panel begins where it ends with the outputs.
             column = min(panel * PANEL, num_outputs - PANEL) * (2 if is_half else 4)
             _finish(

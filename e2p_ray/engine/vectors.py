@@ -17,6 +17,7 @@ from numba.extending import intrinsic, models, register_model
 from e2p_ray.engine.compiled import LANES
 
 VECTOR_BYTES = 4 * LANES
+LINE_BYTES = 64  # of the caches: what `fetch` brings
 TILE_ROWS = 8  # with three vectors of lanes 24 of 32 registers
 
 # exp(x) is 2^n exp(r) with Cephes' polynomial for exp(r): within two units in the last place.
@@ -24,9 +25,10 @@ _LOG2_E, _LN2_HIGH, _LN2_LOW = 1.44269504088896341, 0.693359375, -2.12194440e-4
 _POLYNOMIAL = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _ROUND = 12582912.0  # 1.5 * 2^23: a sum with it has no fraction, and its last bits are the integer
 _LEAST = -87.0  # exp of less is 0
+_MOST = 80.0  # silu of less than -80 is of -80's size, 1.4e-33
 
 _FLOAT, _SHORT, _INT, _BYTES = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_VECTOR, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
+_VECTOR, _INTS, _SHORTS = (ir.VectorType(kind, LANES) for kind in (_FLOAT, _INT, _SHORT))
 
 
 @cache
@@ -40,6 +42,11 @@ def has_half_products() -> bool:
     """Whether it multiplies vectors of bfloat16, and has no unit for tiles of them, with which libraries are faster."""
     features = binding.get_host_cpu_features()
     return bool(features.get("avx512bf16", False)) and not features.get("amx-bf16", False)
+
+
+def _has_half_conversion() -> bool:
+    """Whether it rounds vectors of float32 to bfloat16 itself."""
+    return bool(binding.get_host_cpu_features().get("avx512bf16", False))
 
 
 class _Half(ir.types.Type):
@@ -96,7 +103,7 @@ def load_bfloat16(typing: Any, address: Any) -> Any:
     """Sixteen bfloat16 from an address, as float32."""
 
     def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-        halves = _load(builder, given[0], ir.VectorType(_SHORT, LANES), align=2)
+        halves = _load(builder, given[0], _SHORTS, align=2)
         return builder.bitcast(builder.shl(builder.zext(halves, _INTS), _constant(16, _INTS)), _VECTOR)
 
     return _vector(types.int64), build
@@ -108,7 +115,7 @@ def store_bfloat16(typing: Any, value: Any, address: Any) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         value, address = given
-        _store(builder, builder.trunc(_rounded(builder, value), ir.VectorType(_SHORT, LANES)), address, align=2)
+        _store(builder, _rounded(builder, value), address, align=2)
         return context.get_dummy_value()
 
     return types.void(_vector, types.int64), build
@@ -120,8 +127,9 @@ def store_pairs(typing: Any, first: Any, second: Any, address: Any) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         first, second, address = given
-        second = builder.shl(_rounded(builder, second), _constant(16, _INTS))
-        _store(builder, builder.or_(_rounded(builder, first), second), address)
+        rounded = _rounded(builder, first), _rounded(builder, second)
+        in_turns = [place for at in range(LANES) for place in (at, LANES + at)]
+        _store(builder, _shuffled(builder, *rounded, in_turns), address)
         return context.get_dummy_value()
 
     return types.void(_vector, _vector, types.int64), build
@@ -170,6 +178,17 @@ def store_int(typing: Any, value: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), build
+
+
+@intrinsic
+def fetch(typing: Any, address: Any) -> Any:
+    """Have a line of memory brought to the second-level cache, for later; any address will do."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        _fetch(builder, given[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
 
 
 @intrinsic
@@ -248,10 +267,9 @@ def silu(typing: Any, value: Any) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         (x,) = given
-        negative = builder.fcmp_ordered("<", x, _constant(0.0))
-        small = _exp(builder, builder.select(negative, x, builder.fneg(x)))
-        share = builder.fdiv(builder.select(negative, small, _constant(1.0)), builder.fadd(small, _constant(1.0)))
-        return builder.fmul(x, share)
+        least = builder.fcmp_ordered(">", x, _constant(-_MOST))
+        small = _exp(builder, builder.select(least, builder.fneg(x), _constant(_MOST)))
+        return builder.fdiv(x, builder.fadd(small, _constant(1.0)))
 
     return _vector(_vector), build
 
@@ -306,13 +324,22 @@ def product_tile(num_rows: int, widths: tuple[int, ...], *, accumulate: bool) ->
 
     By addresses and distances in bytes: A's rows and columns lie anyhow, rows of B and of C side by side, num_vectors
     wide, one of `widths`. `halves`, for CPUs that have it: a number of A and of B is two of bfloat16 side by side, and
-    what they give is the sum of two products.
+    what they give is the sum of two products. With every row of B one more line from `ahead` on is fetched.
     """
-    signature = types.void(*[types.int64] * 8)
+    signature = types.void(*[types.int64] * 9)
 
     @intrinsic
     def tile(
-        typing: Any, halves: Any, num_vectors: Any, a: Any, a_row: Any, a_column: Any, b: Any, c: Any, depth: Any
+        typing: Any,
+        halves: Any,
+        num_vectors: Any,
+        a: Any,
+        a_row: Any,
+        a_column: Any,
+        b: Any,
+        c: Any,
+        depth: Any,
+        ahead: Any,
     ) -> Any:
         def build(context: Any, builder: Any, _: Any, given: Any) -> Any:
             halves, width, *operands = given
@@ -334,7 +361,7 @@ def product_tile(num_rows: int, widths: tuple[int, ...], *, accumulate: bool) ->
 
 
 def _tile(builder: Any, num_rows: int, num_vectors: int, accumulate: bool, multiplied: Any, operands: Any) -> None:
-    a, a_row, a_column, b, c, depth = operands
+    a, a_row, a_column, b, c, depth, ahead = operands
     width, vectors = num_vectors * VECTOR_BYTES, range(num_vectors)
     rows = [_times(builder, a_row, row) for row in range(num_rows)]
     cells = [[builder.add(c, _bytes(row * width + VECTOR_BYTES * at)) for at in vectors] for row in range(num_rows)]
@@ -350,8 +377,9 @@ def _tile(builder: Any, num_rows: int, num_vectors: int, accumulate: bool, multi
         found.add_incoming(start, before)
         return found
 
-    step, at_a, at_b = (carried(_BYTES, start) for start in (_bytes(0), a, b))
+    step, at_a, at_b, at_ahead = (carried(_BYTES, start) for start in (_bytes(0), a, b, ahead))
     sums = [[carried(_VECTOR, start) for start in row] for row in begun]
+    _fetch(builder, at_ahead)
     right = [_load(builder, builder.add(at_b, _bytes(VECTOR_BYTES * at)), _VECTOR) for at in vectors]
     found = []
     for row, row_sums in zip(rows, sums, strict=True):
@@ -364,6 +392,7 @@ def _tile(builder: Any, num_rows: int, num_vectors: int, accumulate: bool, multi
     step.add_incoming(next_step, loop)
     at_a.add_incoming(builder.add(at_a, a_column), loop)
     at_b.add_incoming(builder.add(at_b, _bytes(width)), loop)
+    at_ahead.add_incoming(builder.add(at_ahead, _bytes(LINE_BYTES)), loop)
     builder.cbranch(builder.icmp_signed("<", next_step, depth), loop, after)
     builder.position_at_end(after)
     for row_cells, row_found in zip(cells, found, strict=True):
@@ -428,6 +457,14 @@ def _store(builder: Any, value: Any, address: Any, align: int = 4) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=align)
 
 
+def _fetch(builder: Any, address: Any) -> None:
+    pointer = _SHORT.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, *[_INT] * 3])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    to_read, second_level, data = (ir.Constant(_INT, number) for number in (0, 2, 1))
+    builder.call(function, [builder.inttoptr(address, pointer), to_read, second_level, data])
+
+
 def _address(builder: Any, addresses: Any, at: int) -> Any:
     return _load(builder, builder.add(addresses, _bytes(8 * at)), _BYTES, 8)
 
@@ -445,16 +482,21 @@ def _constant(value: float, kind: Any = _VECTOR) -> Any:
 
 
 def _rounded(builder: Any, value: Any) -> Any:
-    """The upper halves of float32, rounded to the nearest, of two to the even one, as integers."""
+    """Bits of float32 as bfloat16, rounded to the nearest, of two to the even one."""
+    if _has_half_conversion():  # numbers below 1.2e-38 become 0
+        halves = ir.VectorType(_Half(), LANES)
+        kind = ir.FunctionType(halves, [_VECTOR])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512")
+        return builder.bitcast(builder.call(function, [value]), _SHORTS)
     bits, sixteen = builder.bitcast(value, _INTS), _constant(16, _INTS)
     odd = builder.and_(builder.lshr(bits, sixteen), _constant(1, _INTS))
     rounded = builder.lshr(builder.add(bits, builder.add(odd, _constant(0x7FFF, _INTS))), sixteen)
     not_a_number = builder.fcmp_unordered("uno", value, value)
-    return builder.select(not_a_number, _constant(0x7FC0, _INTS), rounded)
+    return builder.trunc(builder.select(not_a_number, _constant(0x7FC0, _INTS), rounded), _SHORTS)
 
 
 def _shuffled(builder: Any, one: Any, other: Any, places: list[int]) -> Any:
-    return builder.shuffle_vector(one, other, ir.Constant(_INTS, places))
+    return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_INT, len(places)), places))
 
 
 def _splat(builder: Any, value: Any) -> Any:
