@@ -26,6 +26,7 @@ from e2p_ray.engine.compiled_layers import CompiledLayers
 from e2p_ray.engine.few_rows import FewRows
 from e2p_ray.engine.packed import PackedLinear, activation_of, gated_mlp
 from e2p_ray.engine.panels import Behind
+from e2p_ray.engine.rotations import Rotations
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.shared_prefix import PrefillStep
 from e2p_ray.engine.workspace import Workspace
@@ -43,12 +44,12 @@ class FusedDecoder(nn.Module):
     def __init__(self, model: PreTrainedModel, *, keep_plain: bool = False) -> None:
         super().__init__()
         decoder: Any = model.base_model
-        self._rotary: nn.Module = decoder.rotary_emb
+        self._rotations = Rotations(decoder.rotary_emb)
         self._norm = Norm(decoder.norm)
         window = model.config.sliding_window if model.config.model_type == "mistral" else None
-        layers, workspace = [], Workspace()
+        layers, self._workspace = [], Workspace()
         for number in range(len(decoder.layers)):
-            layers.append(FusedLayer(decoder.layers[number], window, workspace, keep_plain))
+            layers.append(FusedLayer(decoder.layers[number], window, self._workspace, keep_plain))
             decoder.layers[number] = nn.Identity()  # its weights are freed
         self._layers = nn.ModuleList(layers)
         has_plain = all(layer.qkv.plain is not None for layer in layers)
@@ -62,11 +63,8 @@ class FusedDecoder(nn.Module):
         return self._compiled is not None
 
     def forward(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:
-        """(n, q, d_model) at position_ids (n, q) to the last layer's normed states."""
-        states = embeds.flatten(0, 1)
-        cos, sin = self._rotary(torch.empty(0, dtype=torch.float32, device=embeds.device), position_ids)
-        half = cos.shape[-1] // 2
-        turns = torch.complex(cos[..., :half], sin[..., :half]).view(-1, 1, half)
+        """(n, q, d_model) at position_ids (n, q) to the last layer's normed states, good until the next call."""
+        states, turns = embeds.flatten(0, 1), self._rotations(position_ids)
         if self._few_rows is not None and isinstance(step, RowsStep) and self._few_rows.takes(step):
             return self._few_rows(states, turns, step).view(embeds.shape)
         if self._compiled is not None and isinstance(step, RowsStep) and self._compiled.takes(states, step):
@@ -74,7 +72,7 @@ class FusedDecoder(nn.Module):
         else:
             for layer in self._layers:
                 states = layer(states, turns, step, embeds.shape[0])
-        normed: Tensor = self._norm(states)
+        normed: Tensor = self._norm(states, self._workspace.tensor("after all", *states.shape, dtype=states.dtype))
         return normed.view(embeds.shape)
 
 
