@@ -35,6 +35,7 @@ from e2p_ray.engine.vectors import (
 _Ints = npt.NDArray[np.int64]
 
 _PANEL_VECTORS, _TILE_ROWS = 4, 6  # 24 of 32 registers
+_FEW_ROWS = 4  # of a tile for the last ones; one of fewer would wait for the panel
 PANEL = LANES * _PANEL_VECTORS
 _PANEL_BYTES = _PANEL_VECTORS * VECTOR_BYTES
 # A task: rows whose products with a panel fill half of the first-level cache, and panels.
@@ -45,8 +46,8 @@ _DEPTH = 2048  # of a panel's words at once, 524 KB: more would not stay in the 
 
 _SILU, _TIMES, _PLUS, _GATED = map(int, (Behind.SILU, Behind.TIMES, Behind.PLUS, Behind.GATED))
 
-_first = product_tile(_TILE_ROWS, (_PANEL_VECTORS,), accumulate=False)
-_next = product_tile(_TILE_ROWS, (_PANEL_VECTORS,), accumulate=True)
+_first, _next = (product_tile(_TILE_ROWS, (_PANEL_VECTORS,), accumulate=begun) for begun in (False, True))
+_first_few, _next_few = (product_tile(_FEW_ROWS, (_PANEL_VECTORS,), accumulate=begun) for begun in (False, True))
 
 
 class ProductCall(NamedTuple):
@@ -94,16 +95,20 @@ def _multiply(
         depth = min(num_words - first_word, _DEPTH)
         some = panel + first_word * _PANEL_BYTES
         for row in range(0, num_rows, _TILE_ROWS):
-            a, a_row = states + row * state_row + 4 * first_word, state_row
+            a, a_row, c = states + row * state_row + 4 * first_word, state_row, found + row * _PANEL_BYTES
             if row + _TILE_ROWS > num_rows:
                 a, a_row = last + 4 * first_word, 4 * num_words
-            c = found + row * _PANEL_BYTES
             fetched = some  # what is there already
             if are_new and row // _TILE_ROWS % 2 == 0:
                 fetched = states + (row + _TILE_ROWS) * state_row
             elif ahead < end:
                 fetched, ahead = ahead, ahead + depth * LINE_BYTES
-            if first_word == 0:
+            if row + _FEW_ROWS >= num_rows:
+                if first_word == 0:
+                    _first_few(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth, fetched)
+                else:
+                    _next_few(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth, fetched)
+            elif first_word == 0:
                 _first(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth, fetched)
             else:
                 _next(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth, fetched)
