@@ -2,9 +2,10 @@
 
 Weights (out, in) lie in panels of 64 outputs: for each input 64 numbers side by side. A panel is multiplied with six
 rows at a time in registers, and what follows the product (bias, activation, gate, residual) is done while it is in the
-first-level cache. The layers of a Llama of 512 on a Zen 5 core, oneDNN's packed products with its post-operations and
-these, in GF/s: 213 and 227 for 512 rows, 204 and 229 for 2,064, 180 and 188 for 64, 113 and 122 for 16 (48 outputs by
-eight rows: 207 and 215 for 512). In bfloat16 two inputs take the place of one.
+first-level cache, and while the panel that comes next is on its way. The layers of a Llama of 512 on a Zen 5 core run
+at 0.96 of what the tile alone makes for 512 rows (0.94 in bfloat16) and at 0.89 for 64; without fetching at 0.91, 0.88
+and 0.78, oneDNN's packed products with its post-operations 6 to 12 % below that (tests/bench/LOG.md, 2026-11-23). In
+bfloat16 two inputs take the place of one.
 """
 
 from __future__ import annotations
