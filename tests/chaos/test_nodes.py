@@ -35,6 +35,7 @@ NUM_CONTENTS, PER_USER = 6, 3
 SHARD_ROWS = 40
 NUM_KILLS = 24 if IS_LONG else 3
 KILL_EVERY_S = (1.0, 3.0) if IS_LONG else (0.5, 1.5)
+_HEARD_S = 2.5  # Ray Data asks once a second which nodes are drained, in a step of its loop, of which one takes 0.5 s
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,7 @@ def test_a_drained_node_finishes_its_shards_and_gets_no_more(
     driver = started(nodes, job, drivers)
     driver.until(lambda: some(job, 2))
     nodes.drain(going, 60)
+    time.sleep(_HEARD_S)
     job.release()
     at = {actor.node_id: n for n, actor in enumerate(job.actors)}
     gone = job.actors[at[going.node_id]]
@@ -191,7 +193,8 @@ def test_a_drained_node_finishes_its_shards_and_gets_no_more(
     nodes.kill(going)
     assert driver.exit_code() == 0, driver.said
     job.conserved()
-    assert 0 < len(job.actors[at[going.node_id]].keys) <= SHARD_ROWS < len(job.actors[at[staying.node_id]].keys)
+    assert 0 < len(job.actors[at[going.node_id]].keys) <= SHARD_ROWS // 2, "what it had begun"
+    assert len(job.actors[at[staying.node_id]].keys) > SHARD_ROWS
     assert job.num_recomputed()[0] == 0
 
 
