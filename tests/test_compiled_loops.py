@@ -307,6 +307,36 @@ def test_products_by_panels(
 
 
 @needs_loops
+@pytest.mark.parametrize("by_cpu", [True, False])
+def test_rounding_to_bfloat16_is_torchs(by_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from numba import njit
+
+    from e2p_ray.engine import vectors
+    from e2p_ray.engine.vectors import load, store_bfloat16
+
+    if by_cpu and not vectors._has_half_conversion():
+        pytest.skip("needs a CPU that rounds by itself")
+    monkeypatch.setattr(vectors, "_has_half_conversion", lambda: by_cpu)
+
+    def loop(source: int, target: int, count: int) -> None:
+        for at in range(0, count, LANES):
+            store_bfloat16(load(source + 4 * at), target + 2 * at)
+
+    ties = (torch.arange(2**15, dtype=torch.int32) * 2**16 + 2**15).view(torch.float32)  # half-way, of every size
+    given = torch.cat([random(2**12, seed=1), ties, -ties, torch.tensor([0.0, -0.0, torch.inf, -torch.inf] * 4)])
+    given = given[(given.abs() >= torch.finfo(torch.float32).tiny) | (given == 0) | given.isnan()]
+    given = given[: len(given) // LANES * LANES]
+    found = torch.zeros(len(given), dtype=torch.bfloat16)
+    of_all: Any = njit(loop)
+    of_all(given.data_ptr(), found.data_ptr(), len(given))
+    real = ~given.isnan()
+    assert torch.equal(found[real].view(torch.int16), given[real].bfloat16().view(torch.int16))
+    assert found[~real].isnan().all()
+    cut = (given[real].view(torch.int32) >> 16).to(torch.int16)
+    assert not torch.equal(found[real].view(torch.int16), cut), "the control must fail"
+
+
+@needs_loops
 def test_silu_of_large_numbers() -> None:
     states = torch.tensor([[-1e4], [-90.0], [0.0], [90.0], [1e4], [torch.nan]])
     panels = Panels.of(torch.ones(64, 1))
