@@ -80,7 +80,7 @@ class Admission:
         max_tokens = max(map(self._num_slot_tokens, rows))
         if wave is None:
             max_rows = self._max_rows(max_tokens, len(rows), num_pending)
-            return Wave(self._spare_slots(max_rows, max_tokens) or self._slots(max_rows, max_tokens), max_new)
+            return Wave(self._spare_slots(max_rows, max_tokens) or self._base.slots(max_rows, max_tokens), max_new)
         slots, num_rows = wave.slots, len(wave) + len(rows)
         max_tokens, max_new = max(max_tokens, slots.max_tokens), max(max_new, wave.max_new_tokens)
         if num_rows > slots.max_rows or max_tokens > slots.max_tokens or max_new > wave.max_new_tokens:
@@ -107,18 +107,6 @@ class Admission:
     def _max_rows(self, max_tokens: int, least: int, wanted: int) -> int:
         affordable = self.bounds.max_bytes // self._row_bytes(max_tokens)
         return max(min(self.bounds.max_rows, wanted, affordable), least)
-
-    def _slots(self, num_rows: int, max_tokens: int) -> SuffixSlots:
-        base = self._base
-        return SuffixSlots(
-            base.num_layers,
-            num_rows,
-            base.num_kv_heads,
-            max_tokens,
-            base.head_dim,
-            dtype=base.own_dtype,
-            device=base.device,
-        )
 
     def run_along(self, rows: Sequence[Row], num_running: int) -> bool:
         """Whether the first pass of new rows may take those that run along: a pass for all costs less than two.

@@ -250,10 +250,8 @@ def _num_vectors_beside(vector: int, num_vectors: int) -> Any:
 
 
 @loop
-def _begin_of(task: int, end: int, readings: int, addresses: int) -> tuple[int, int]:
-    """Where a task's keys and values are; 0 where there is none."""
-    if task >= end:
-        return 0, 0
+def _begin_of(task: int, readings: int, addresses: int) -> tuple[int, int]:
+    """Where a task's keys and values are."""
     reading, head = load_int(task), load_int(task + 8)
     of_head = head * load_int(readings + 32 * reading + 8)
     return load_int(addresses + 16 * reading) + of_head, load_int(addresses + 16 * reading + 8) + of_head
@@ -289,8 +287,7 @@ def attend_shared(p: _Ints) -> None:
         reading, head, first, end = load_int(task), load_int(task + 8), load_int(task + 16), load_int(task + 24)
         of_reading = readings + 32 * reading
         row_bytes, num_keys = load_int(of_reading + 16), load_int(of_reading + 24)
-        keys = load_int(addresses + 16 * reading) + head * load_int(of_reading + 8)
-        values = load_int(addresses + 16 * reading + 8) + head * load_int(of_reading + 8)
+        keys, values = _begin_of(task, readings, addresses)
         num_before = first - load_int(of_reading)  # tokens of this reading
         num_lanes = (end - first) * group
         num_vectors = (num_lanes + LANES - 1) // LANES
@@ -309,8 +306,10 @@ def attend_shared(p: _Ints) -> None:
             some_keys, some_values = keys + first_key * row_bytes, values + first_key * row_bytes
             some, key_row, value_row = min(num_seen - first_key, _KEYS), row_bytes, row_bytes
             next_keys, next_values = some_keys + _KEYS * row_bytes, some_values + _KEYS * row_bytes
-            if first_key + _KEYS >= num_seen:
-                next_keys, next_values = _begin_of(task + 32, tasks + 32 * num_tasks, readings, addresses)
+            if first_key + _KEYS >= num_seen and task + 32 < tasks + 32 * num_tasks:
+                next_keys, next_values = _begin_of(task + 32, readings, addresses)
+            elif first_key + _KEYS >= num_seen:
+                next_keys = 0
             if halves:
                 _pair_values(some_values, row_bytes, wide_values, some, dim)
                 some_values, value_row = wide_values, 4 * dim

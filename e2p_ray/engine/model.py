@@ -16,6 +16,7 @@ from e2p_ray.engine.attention import ATTENTION_NAME, Step, step_attention
 from e2p_ray.engine.compiled import prepare
 from e2p_ray.engine.fused import FusedDecoder, fits
 from e2p_ray.engine.packed import can_pack, pack
+from e2p_ray.engine.shared_prefix import SuffixSlots
 from e2p_ray.engine.supported import refuse_unsupported
 from e2p_ray.errors import ConfigError
 
@@ -134,6 +135,18 @@ class BaseModel:
         if self.device.type == "cpu" and (self.fused is None or not self.fused.is_compiled):
             return torch.float32
         return self.dtype
+
+    def slots(self, max_rows: int, max_tokens: int) -> SuffixSlots:
+        """Room for the own keys and values of so many rows."""
+        return SuffixSlots(
+            self.num_layers,
+            max_rows,
+            self.num_kv_heads,
+            max_tokens,
+            self.head_dim,
+            dtype=self.own_dtype,
+            device=self.device,
+        )
 
     @property
     def kv_bytes_per_token(self) -> int:

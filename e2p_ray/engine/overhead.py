@@ -21,9 +21,7 @@ _MAX_POWER = 10
 @torch.inference_mode()
 def measure_overhead_tokens(base: BaseModel) -> int:
     """In tokens, as a power of two, so that one machine's measurements agree: passes of one row and of many."""
-    slots = SuffixSlots(
-        base.num_layers, _MANY, base.num_kv_heads, 1, base.head_dim, dtype=base.own_dtype, device=base.device
-    )
+    slots = base.slots(_MANY, 1)
     one, many = _seconds(base, slots, 1), _seconds(base, slots, _MANY)
     return rounded_overhead(one, many, _MANY)
 

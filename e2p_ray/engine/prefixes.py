@@ -115,10 +115,7 @@ class PrefixStore:
         rests = [left[num_stem:] for left, num_stem, _ in rows]
         counts = np.array([len(rest) for rest in rests])
         longest = int(counts.max())
-        slots = SuffixSlots(
-            base.num_layers, len(rows), base.num_kv_heads, max(longest, 1), base.head_dim,
-            dtype=base.own_dtype, device=base.device,
-        )  # fmt: skip
+        slots = base.slots(len(rows), max(longest, 1))
         asked = np.flatnonzero(counts)
         if len(asked):
             readers = Readers.of([rows[at][2] for at in asked], [rows[at][1] for at in asked])

@@ -40,8 +40,7 @@ def has_wide_registers() -> bool:
 @cache
 def has_half_products() -> bool:
     """Whether it multiplies vectors of bfloat16, and has no unit for tiles of them, with which libraries are faster."""
-    features = binding.get_host_cpu_features()
-    return bool(features.get("avx512bf16", False)) and not features.get("amx-bf16", False)
+    return _has_half_conversion() and not binding.get_host_cpu_features().get("amx-bf16", False)
 
 
 def _has_half_conversion() -> bool:
@@ -267,8 +266,8 @@ def silu(typing: Any, value: Any) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         (x,) = given
-        least = builder.fcmp_ordered(">", x, _constant(-_MOST))
-        small = _exp(builder, builder.select(least, builder.fneg(x), _constant(_MOST)))
+        is_within = builder.fcmp_ordered(">", x, _constant(-_MOST))
+        small = _exp(builder, builder.select(is_within, builder.fneg(x), _constant(_MOST)))
         return builder.fdiv(x, builder.fadd(small, _constant(1.0)))
 
     return _vector(_vector), build
