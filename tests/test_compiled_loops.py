@@ -56,7 +56,7 @@ def plain(
 
 def asked(queries: Tensor, scale: float, keys: Tensor) -> tuple[Tensor, float]:
     """Queries as the loops multiply them with these keys, scaled, and what an output may differ by."""
-    from e2p_ray.engine.vectors import has_half_products
+    from e2p_ray.engine.llvm import has_half_products
 
     if keys.dtype is torch.float32 or not has_half_products():
         return queries * scale, TOLERANCE
@@ -311,12 +311,12 @@ def test_products_by_panels(
 def test_rounding_to_bfloat16_is_torchs(by_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from numba import njit
 
-    from e2p_ray.engine import vectors
+    from e2p_ray.engine import llvm
     from e2p_ray.engine.vectors import load, store_bfloat16
 
-    if by_cpu and not vectors._has_half_conversion():
+    if by_cpu and not llvm.has_half_conversion():
         pytest.skip("needs a CPU that rounds by itself")
-    monkeypatch.setattr(vectors, "_has_half_conversion", lambda: by_cpu)
+    monkeypatch.setattr(llvm, "has_half_conversion", lambda: by_cpu)
 
     def loop(source: int, target: int, count: int) -> None:
         for at in range(0, count, LANES):

@@ -101,7 +101,7 @@ class SharedReads:
     ) -> Call:
         """The same over what is at `addresses`, with the keys of one reading, to be run while all of them are there."""
         from e2p_ray.engine import flash
-        from e2p_ray.engine.vectors import has_half_products
+        from e2p_ray.engine.llvm import has_half_products
 
         is_half = keys.dtype is torch.bfloat16
         num_heads, dim = queries.shape[1:]

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from e2p_ray.engine.compiled import LANES
 from e2p_ray.engine.loop import loop
+from e2p_ray.engine.tiles import TILE_ROWS, product_tile
 from e2p_ray.engine.vectors import (
     LINE_BYTES,
-    TILE_ROWS,
     VECTOR_BYTES,
     add,
     divide,
@@ -30,7 +30,6 @@ from e2p_ray.engine.vectors import (
     maximum,
     multiply,
     or_minus_infinity,
-    product_tile,
     scatter_transposed,
     splat,
     store,

@@ -17,8 +17,8 @@ from numba import config, njit
 
 # Loops, and what they take constants from.
 _SOURCES = (
-    *("vectors.py", "either.py", "flash.py", "own_keys.py", "products.py", "row_norms.py", "turns.py"),
-    *("likeliest.py", "calls.py", "compiled.py", "panels.py"),
+    *("compiled.py", "panels.py", "llvm.py", "vectors.py", "tiles.py", "either.py"),
+    *("flash.py", "own_keys.py", "products.py", "row_norms.py", "turns.py", "likeliest.py", "calls.py"),
 )
 
 

@@ -41,8 +41,8 @@ class Panels:
         """None for what the loops do not know, and on machines that do not have them."""
         if weight.dtype not in _WORDS or weight.device.type != "cpu" or not has_loops():
             return None
+        from e2p_ray.engine.llvm import has_half_products
         from e2p_ray.engine.products import PANEL
-        from e2p_ray.engine.vectors import has_half_products
 
         (num_outputs, num_inputs), beside = weight.shape, _WORDS[weight.dtype]
         if num_outputs < PANEL or num_inputs % beside or (beside > 1 and not has_half_products()):

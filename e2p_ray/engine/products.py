@@ -19,6 +19,7 @@ from e2p_ray.engine.compiled import LANES
 from e2p_ray.engine.either import load_either, store_either
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.panels import Behind
+from e2p_ray.engine.tiles import product_tile
 from e2p_ray.engine.vectors import (
     LINE_BYTES,
     VECTOR_BYTES,
@@ -28,7 +29,6 @@ from e2p_ray.engine.vectors import (
     load,
     load_float,
     multiply,
-    product_tile,
     silu,
     store_float,
 )
