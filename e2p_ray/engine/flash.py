@@ -48,9 +48,8 @@ TASK_LANES = TASK_BLOCKS * BLOCK_LANES
 _KEYS = 128  # a block of keys, 32 KB for heads of 64, whose scores of 48 queries stay in the first-level cache
 
 _WIDTHS = (3, 2, 1)
-_scores = product_tile(TILE_ROWS, _WIDTHS, accumulate=False)
-_score_alone = product_tile(1, _WIDTHS, accumulate=False)
-_values = product_tile(TILE_ROWS, _WIDTHS, accumulate=True)
+_product = product_tile(TILE_ROWS, _WIDTHS)
+_product_of_one = product_tile(1, _WIDTHS)
 
 
 class SharedCall(NamedTuple):
@@ -113,11 +112,11 @@ def _score(
         if next_keys:
             later = tile - _KEYS // TILE_ROWS // 2
             ahead = (next_keys + tile * depth * LINE_BYTES) if later < 0 else (next_values + later * depth * LINE_BYTES)
-        _scores(halves, num_vectors, some, key_row, 4, queries, scores + at * row, depth, ahead)
+        _product(halves, num_vectors, 0, some, key_row, 4, queries, scores + at * row, depth, ahead)
         at += TILE_ROWS
     while at < num_keys:
         some = keys + at * key_row
-        _score_alone(halves, num_vectors, some, key_row, 4, queries, scores + at * row, depth, some)
+        _product_of_one(halves, num_vectors, 0, some, key_row, 4, queries, scores + at * row, depth, some)
         at += 1
 
 
@@ -131,7 +130,7 @@ def _add_values(
     """
     row, depth = num_vectors * VECTOR_BYTES, (num_keys + 1) // 2 if halves else num_keys
     for at in range(0, dim, TILE_ROWS):
-        _values(halves, num_vectors, values + 4 * at, 4, value_row, weights, outputs + at * row, depth, values)
+        _product(halves, num_vectors, 1, values + 4 * at, 4, value_row, weights, outputs + at * row, depth, values)
 
 
 @loop

@@ -47,8 +47,7 @@ _DEPTH = 2048  # of a panel's words at once, 524 KB: more would not stay in the 
 
 _SILU, _TIMES, _PLUS, _GATED = map(int, (Behind.SILU, Behind.TIMES, Behind.PLUS, Behind.GATED))
 
-_first, _next = (product_tile(_TILE_ROWS, (_PANEL_VECTORS,), accumulate=begun) for begun in (False, True))
-_first_few, _next_few = (product_tile(_FEW_ROWS, (_PANEL_VECTORS,), accumulate=begun) for begun in (False, True))
+_product, _product_of_few = (product_tile(num_rows, (_PANEL_VECTORS,)) for num_rows in (_TILE_ROWS, _FEW_ROWS))
 
 
 class ProductCall(NamedTuple):
@@ -94,7 +93,7 @@ def _multiply(
     ahead, end = next_panel, next_panel + (num_words * _PANEL_BYTES if next_panel else 0)
     for first_word in range(0, num_words, _DEPTH):
         depth = min(num_words - first_word, _DEPTH)
-        some = panel + first_word * _PANEL_BYTES
+        some, adds = panel + first_word * _PANEL_BYTES, int(first_word > 0)
         for row in range(0, num_rows, _TILE_ROWS):
             a, a_row, c = states + row * state_row + 4 * first_word, state_row, found + row * _PANEL_BYTES
             if row + _TILE_ROWS > num_rows:
@@ -105,14 +104,9 @@ def _multiply(
             elif ahead < end:
                 fetched, ahead = ahead, ahead + depth * LINE_BYTES
             if row + _FEW_ROWS >= num_rows:
-                if first_word == 0:
-                    _first_few(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth, fetched)
-                else:
-                    _next_few(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth, fetched)
-            elif first_word == 0:
-                _first(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth, fetched)
+                _product_of_few(is_half, _PANEL_VECTORS, adds, a, a_row, 4, some, c, depth, fetched)
             else:
-                _next(is_half, _PANEL_VECTORS, a, a_row, 4, some, c, depth, fetched)
+                _product(is_half, _PANEL_VECTORS, adds, a, a_row, 4, some, c, depth, fetched)
 
 
 @loop

@@ -17,20 +17,21 @@ from e2p_ray.engine.vectors import LINE_BYTES, VECTOR_BYTES
 TILE_ROWS = 8  # with three vectors of lanes 24 of 32 registers
 
 
-def product_tile(num_rows: int, widths: tuple[int, ...], *, accumulate: bool) -> Any:
-    """C (num_rows, lanes) = A (num_rows, depth) B (depth, lanes), or added to what C holds; kept in registers.
+def product_tile(num_rows: int, widths: tuple[int, ...]) -> Any:
+    """C (num_rows, lanes) = A (num_rows, depth) B (depth, lanes), and what C holds where it `adds`; kept in registers.
 
     By addresses and distances in bytes: A's rows and columns lie anyhow, rows of B and of C side by side, num_vectors
     wide, one of `widths`. `halves`, for CPUs that have it: a number of A and of B is two of bfloat16 side by side, and
     what they give is the sum of two products. With every row of B one more line from `ahead` on is fetched.
     """
-    signature = types.void(*[types.int64] * 9)
+    signature = types.void(*[types.int64] * 10)
 
     @intrinsic
     def tile(
         typing: Any,
         halves: Any,
         num_vectors: Any,
+        adds: Any,
         a: Any,
         a_row: Any,
         a_column: Any,
@@ -40,17 +41,18 @@ def product_tile(num_rows: int, widths: tuple[int, ...], *, accumulate: bool) ->
         ahead: Any,
     ) -> Any:
         def build(context: Any, builder: Any, _: Any, given: Any) -> Any:
-            halves, width, *operands = given
+            halves, width, adds, *operands = given
+            adds = builder.icmp_signed("!=", adds, llvm.integer(0))
             for num_vectors in widths:
                 with builder.if_then(builder.icmp_signed("==", width, llvm.integer(num_vectors))):
                     if not llvm.has_half_products():
-                        _tile(builder, num_rows, num_vectors, accumulate, llvm.fma, operands)
+                        _tile(builder, num_rows, num_vectors, adds, llvm.fma, operands)
                         continue
                     with builder.if_else(builder.icmp_signed("!=", halves, llvm.integer(0))) as (as_halves, as_floats):
                         with as_halves:
-                            _tile(builder, num_rows, num_vectors, accumulate, llvm.pair_products, operands)
+                            _tile(builder, num_rows, num_vectors, adds, llvm.pair_products, operands)
                         with as_floats:
-                            _tile(builder, num_rows, num_vectors, accumulate, llvm.fma, operands)
+                            _tile(builder, num_rows, num_vectors, adds, llvm.fma, operands)
             return context.get_dummy_value()
 
         return signature, build
@@ -58,7 +60,7 @@ def product_tile(num_rows: int, widths: tuple[int, ...], *, accumulate: bool) ->
     return tile
 
 
-def _tile(builder: Any, num_rows: int, num_vectors: int, accumulate: bool, multiplied: Any, operands: Any) -> None:
+def _tile(builder: Any, num_rows: int, num_vectors: int, adds: Any, multiplied: Any, operands: Any) -> None:
     a, a_row, a_column, b, c, depth, ahead = operands
     width, vectors = num_vectors * VECTOR_BYTES, range(num_vectors)
     rows = [llvm.times(builder, a_row, row) for row in range(num_rows)]
@@ -66,7 +68,7 @@ def _tile(builder: Any, num_rows: int, num_vectors: int, accumulate: bool, multi
         [builder.add(c, llvm.integer(row * width + VECTOR_BYTES * at)) for at in vectors] for row in range(num_rows)
     ]
     zero = llvm.constant(0.0)
-    begun = [[llvm.load(builder, cell, llvm.VECTOR) if accumulate else zero for cell in row] for row in cells]
+    begun = [[builder.select(adds, llvm.load(builder, cell, llvm.VECTOR), zero) for cell in row] for row in cells]
     before, loop = builder.block, builder.append_basic_block("product")
     after = builder.append_basic_block("product_done")
     builder.branch(loop)
