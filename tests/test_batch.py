@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
 
+import e2p_ray.batch
 from e2p_ray.batch import BatchProgress, ShardOutcome, run_batch
 from e2p_ray.batch.pace import Pace
 from e2p_ray.batch.session import check_resources
@@ -174,6 +176,28 @@ def rows_by_key(job: Opened, shard_id: str) -> dict[tuple[str, ...], tuple[Any, 
     names = table.column_names
     rows = table.to_pylist()
     return {(r["user_id"], r["content_id"], r["task"]): tuple(str(r[name]) for name in names) for r in rows}
+
+
+def test_a_committed_shard_counts_though_its_worker_died_before_it_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = opened(tmp_path)
+    real, lost = e2p_ray.batch._pool_outcomes, list[str]()
+
+    def losing(*arguments: Any) -> Iterator[ShardOutcome]:
+        outcomes = real(*arguments)
+        lost.append(next(outcomes).shard_id)
+        yield from outcomes
+
+    monkeypatch.setattr("e2p_ray.batch._pool_outcomes", losing)
+    told: list[BatchProgress] = []
+    summary = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine, on_progress=told.append)
+    assert len(lost) == 1
+    assert (summary.num_attempts, summary.num_done, summary.left) == (1, len(job.run.shard_ids), ())
+    assert [progress.num_done for progress in told] == list(range(len(job.run.shard_ids) + 1))
+    said = [marker["num_requests"] for marker in read_markers(job.storage, job.run) if marker["shard_id"] not in lost]
+    assert len(said) == len(job.run.shard_ids) - 1
+    assert summary.num_requests == sum(said)
 
 
 def test_a_poisonous_request_is_found_and_the_rest_of_its_shard_is_committed(tmp_path: Path, tries: Path) -> None:

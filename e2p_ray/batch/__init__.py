@@ -66,7 +66,7 @@ def run_batch(
     ends their workers, or the RunError that a worker met when no shard can be generated at all. Either way, what is
     committed stays, and calling again resumes.
     """
-    pending = pending_shards(storage, run)
+    pending = at_first = pending_shards(storage, run)
     if pending and max_seconds is None:  # else an update's own order says what is left when the time is over
         pending = largest_first(storage, run.plan_uri, pending)
     tally = Tally(len(run.shard_ids), len(run.shard_ids) - len(pending), on_progress)
@@ -83,6 +83,11 @@ def run_batch(
             return replica_outcomes(through_serve, (config, storage, run), pieces, left_s)
         return _pool_outcomes(config, (config, storage, run, engine_factory, left_s), tally, pieces)
 
+    def still_pending() -> list[str]:
+        left = pending_shards(storage, run)
+        tally.found_committed(set(at_first).difference(left))
+        return left
+
     def one_pass(pieces: Sequence[Mapping[str, Any]]) -> None:
         _one_pass(pieces, outcomes, tally, limit, notes)
 
@@ -92,7 +97,7 @@ def run_batch(
             while pending and tally.attempt < config.workers.max_shard_attempts:
                 tally.next_attempt()
                 one_pass([{"shard_id": shard_id, "first": None, "end": None} for shard_id in pending])
-                pending = pending_shards(storage, run)
+                pending = still_pending()
                 if tally.num_late:
                     break
             # A pass that Ray Data gave up on says nothing of single shards: no worker started, or none got on.
@@ -100,7 +105,7 @@ def run_batch(
             if pending and not tally.num_late and not tally.pass_failure and through_serve is None:
                 search = PoisonSearch(storage, run, config.workers.max_poison_requests, tally, one_pass)
                 search.among(pending)
-                pending = pending_shards(storage, run)
+                pending = still_pending()
     notes.forget_all_but(pending)
     if pending and not (tally.num_late and tally.done):
         raise IncompleteRunError(_what_is_left(run, pending, tally))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 
 import pyarrow as pa
@@ -45,7 +45,7 @@ class BatchProgress:
 
     num_shards: int
     num_done: int
-    num_done_here: int  # by this call; the next three are of these
+    num_done_here: int  # by this call, as its workers said; the next three are of these
     num_requests: int
     num_output_tokens: int
     num_failures: int  # failed tries; a shard may be done in a later one
@@ -89,6 +89,7 @@ class Tally:
         self.num_shards, self.num_done_before = num_shards, num_done_before
         self.attempt = 0
         self.done: dict[str, ShardOutcome] = {}
+        self.num_unsaid = 0
         self.num_late = 0
         self.failures: list[ShardOutcome] = []
         self.pass_failure = ""
@@ -115,6 +116,15 @@ class Tally:
             self.done[outcome.shard_id] = outcome
         self._report()
 
+    def found_committed(self, shard_ids: Collection[str]) -> None:
+        """What storage says is done, by this call: a worker may have died before it could say so.
+
+        Such a shard counts as done; its requests and tokens are in no total.
+        """
+        self.num_unsaid = len(set(shard_ids) - self.done.keys())
+        if self.num_unsaid:
+            self._report()
+
     def _report(self) -> None:
         if self._on_progress is not None:
             self._on_progress(self.progress())
@@ -131,7 +141,7 @@ class Tally:
         finished = max((outcome.finished_at_s for outcome in self.done.values()), default=0.0)
         return BatchProgress(
             num_shards=self.num_shards,
-            num_done=self.num_done_before + len(self.done),
+            num_done=self.num_done_before + len(self.done) + self.num_unsaid,
             num_done_here=len(self.done),
             num_requests=self._total("num_requests"),
             num_output_tokens=self._total("num_output_tokens"),
@@ -145,7 +155,7 @@ class Tally:
         return BatchSummary(
             num_shards=self.num_shards,
             num_done_before=self.num_done_before,
-            num_done=len(self.done),
+            num_done=len(self.done) + self.num_unsaid,
             num_requests=self._total("num_requests"),
             num_dead_letters=self.num_dead_letters,
             num_prompt_tokens=self._total("num_prompt_tokens"),
