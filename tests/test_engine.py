@@ -274,6 +274,7 @@ class TestTrouble:
                     logits[at, 17] = bad
             return plain(self, wave, slots, written, num_written, logits)
 
+        tiny_models.choose_by_logits(monkeypatch)
         monkeypatch.setattr(Decoder, "_pick", poisoned)
         found = run(engine_of(LLAMA), groups)
         assert found[poison].error_code is ErrorCode.NON_FINITE_LOGITS

@@ -60,6 +60,7 @@ def run_traced(engine: Engine, groups: list[Group], monkeypatch: pytest.MonkeyPa
         return completion(self, wave, slot, reason)
 
     with monkeypatch.context() as patch:
+        tiny_models.choose_by_logits(patch)
         patch.setattr(Decoder, "_pick", spy)
         patch.setattr(Decoder, "_completion", done)
         list(engine.generate(groups))

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from e2p_ray.config import EngineConfig, PromptTemplate, SamplingConfig, TaskConfig
+from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.manifest import Layout, ProjectorManifest
 from e2p_ray.engine.model import BaseModel
@@ -173,8 +174,14 @@ def engine_of(
     )
 
 
+def choose_by_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token is chosen from logits that a test can see or change; else greedy rows' stay within compiled loops."""
+    monkeypatch.setattr(Decoder, "_likeliest", lambda *_: None)
+
+
 def write_letters_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model writes bytes; one that writes letters only has texts that can be read back as its tokens."""
+    choose_by_logits(monkeypatch)
     plain = BaseModel.logits
     letters = torch.full((VOCAB_SIZE,), -1e4)
     letters[[*byte_tokenizer().encode(" abcdefghijklmnopqrstuvwxyz", add_special_tokens=False), EOS]] = 0.0

@@ -1,4 +1,4 @@
-"""Compiled loops one after the other without Python in between: all layers of a pass in one call.
+"""Compiled loops one after the other without Python in between: all layers of a pass in one call, or its choices.
 
 A table of int64: first how many calls there are and where threads wait for each other, then for every call what its
 loop is given (`torch_threads.run`), the counter of its tasks, and which loop it is.
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from e2p_ray.engine.flash import attend_shared
+from e2p_ray.engine.likeliest import find_likeliest
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.own_keys import attend_own
 from e2p_ray.engine.products import multiply_panels
@@ -22,7 +23,15 @@ _Table = npt.NDArray[np.int64]
 MAX_NUMBERS = 32  # that a loop is given, the number of tasks and the counter's address first
 COUNTER, KIND, ROW_NUMBERS = MAX_NUMBERS, MAX_NUMBERS + 1, MAX_NUMBERS + 2
 
-KINDS = {normalise_rows: 0, multiply_panels: 1, turn_heads: 2, attend_shared: 3, attend_own: 4, round_rows: 5}
+KINDS = {
+    normalise_rows: 0,
+    multiply_panels: 1,
+    turn_heads: 2,
+    attend_shared: 3,
+    attend_own: 4,
+    round_rows: 5,
+    find_likeliest: 6,
+}
 
 
 @loop
@@ -41,7 +50,9 @@ def run_calls(table: _Table) -> None:
             attend_shared(p)
         elif kind == 4:
             attend_own(p)
-        else:
+        elif kind == 5:
             round_rows(p)
+        else:
+            find_likeliest(p)
         if barrier:
             call_address(barrier)

@@ -22,13 +22,14 @@ from e2p_ray.engine.admission import Admission, Bounds
 from e2p_ray.engine.contract import EngineStats, Listener
 from e2p_ray.engine.drafts import Drafts, RowDraft, TokenIds, chance_needed
 from e2p_ray.engine.ending import cut_where_they_end
+from e2p_ray.engine.greedy import Likeliest
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.overhead import measure_overhead_tokens
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.row import Row, rows_at_hand
 from e2p_ray.engine.rows_step import RowsStep
-from e2p_ray.engine.sampling import Chosen, choose
+from e2p_ray.engine.sampling import Chosen, choose, choose_likeliest
 from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.engine.stopping import Stopping
 from e2p_ray.engine.wave import Wave
@@ -268,7 +269,15 @@ class Decoder:
         """
         tokens, logprobs = np.full(at.shape, -1, np.int64), np.zeros(at.shape, np.float32)
         row, column = np.nonzero(asked)
+
+        def put(r: _Ints, c: _Ints, chosen: Chosen) -> None:
+            tokens[r, c] = np.where(chosen.finite, chosen.tokens, -1)
+            logprobs[r, c] = chosen.logprobs
+
         size = min(self.bounds.max_rows, _MAX_CPU_LOGITS) if hidden.device.type == "cpu" else self.bounds.max_rows
+        if (likeliest := self._likeliest(wave, rows, hidden, at[row, column], size)) is not None:
+            put(row, column, choose_likeliest(likeliest))
+            return tokens, logprobs
         for part in range(0, len(row), size):
             r, c = row[part : part + size], column[part : part + size]
             places = torch.from_numpy(at[r, c]).to(hidden.device)
@@ -276,9 +285,16 @@ class Decoder:
             slots = rows[r]
             written = _continued(wave, slots, guesses[r], asked.shape[1])
             chosen = self._pick(wave, slots, written, wave.num_written[slots] + c, logits)
-            tokens[r, c] = np.where(chosen.finite, chosen.tokens, -1)
-            logprobs[r, c] = chosen.logprobs
+            put(r, c, chosen)
         return tokens, logprobs
+
+    def _likeliest(self, wave: Wave, rows: _Ints, hidden: Tensor, places: _Ints, max_rows: int) -> Likeliest | None:
+        """The likeliest tokens behind these packed places, where that is all their rows ask for and loops find them."""
+        greedy = self._base.greedy
+        if greedy is None or not wave.sampling.take(rows).is_greedy:
+            return None
+        states = hidden if len(places) == len(hidden) else hidden[torch.from_numpy(places)]
+        return greedy(states, max_rows) if greedy.takes(states) else None
 
     def _pick(self, wave: Wave, slots: _Ints, written: _Ints, num_written: _Ints, logits: Tensor) -> Chosen:
         """One token behind each of these rows' first num_written (n,) tokens."""

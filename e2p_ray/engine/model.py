@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from e2p_ray.engine.attention import ATTENTION_NAME, Step, step_attention
 from e2p_ray.engine.compiled import prepare
 from e2p_ray.engine.fused import FusedDecoder, fits
+from e2p_ray.engine.greedy import GreedyHead
 from e2p_ray.engine.packed import can_pack, pack
 from e2p_ray.engine.shared_prefix import SuffixSlots
 from e2p_ray.engine.supported import refuse_unsupported
@@ -90,6 +91,7 @@ class BaseModel:
         head = model.get_output_embeddings()
         assert isinstance(head, nn.Module), "a causal language model has output embeddings"
         self._head = head
+        self.greedy: GreedyHead | None = None  # once packed, for rows that take the likeliest token
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
         self.overhead_tokens: int | None = None  # of a pass, once somebody has measured it
 
@@ -125,6 +127,7 @@ class BaseModel:
             head = self.model.get_output_embeddings()
             assert isinstance(head, nn.Module)
             self._head = head
+            self.greedy = GreedyHead.of(head) if self._logit_cap is None else None
 
     @property
     def own_dtype(self) -> torch.dtype:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from e2p_ray.config import SamplingConfig
 from e2p_ray.engine.compiled import DTYPES, has_loops
+from e2p_ray.engine.greedy import Likeliest
 from e2p_ray.schema import RequestKey
 
 _UInt32 = npt.NDArray[np.uint64]  # 32-bit words kept in 64 bits, so that products do not overflow
@@ -79,6 +79,12 @@ class RowSampling:
             np.array([stream for _, stream in rows], np.uint64),
         )
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every row takes its likeliest token."""
+        free = (self.temperature <= 0) & (self.repetition_penalty <= 1) & (self.no_repeat_ngram_tokens <= 0)
+        return bool(free.all())
+
     def take(self, rows: npt.NDArray[np.int64]) -> RowSampling:
         return RowSampling(
             self.temperature[rows],
@@ -118,8 +124,7 @@ def choose(
     (n,) count. A row whose logits hold NaN or +Inf, or nothing above -Inf, is reported as not finite and its token
     means nothing.
     """
-    likeliest = _likeliest(logits)
-    tokens = likeliest.tokens
+    tokens, tops, sums = _likeliest(logits)
     controlled = np.flatnonzero((sampling.repetition_penalty > 1) | (sampling.no_repeat_ngram_tokens > 0))
     adjusted = logits
     if len(controlled):
@@ -134,44 +139,34 @@ def choose(
     # By how much less likely the chosen one is; what is not asked for of 512 rows is 0.4 % of a bf16 run.
     less: Tensor | float = 0.0
     if len(controlled) or len(sampled):
-        less = logits.gather(1, tokens[:, None]).squeeze(1).float() - likeliest.logits
-    sums = likeliest.sums
+        less = logits.gather(1, tokens[:, None]).squeeze(1).float() - tops
     if sums is None:
         # In place: a log-softmax writes what is read of it at one token only (128 rows of 8,192 with their product and
         # the rest of this, on a CPU: 9.8 for 11.0 ms in fp32, 3.8 for 5.6 in bf16).
-        sums = logits.float().sub_(likeliest.logits[:, None]).exp_().sum(dim=-1)
+        sums = logits.float().sub_(tops[:, None]).exp_().sum(dim=-1)
+    return _chosen(tokens, less, sums)
+
+
+def choose_likeliest(likeliest: Likeliest) -> Chosen:
+    """What `choose` makes of rows that take their likeliest tokens."""
+    return _chosen(likeliest.tokens, 0.0, likeliest.sums)
+
+
+def _chosen(tokens: Tensor, less: Tensor | float, sums: Tensor) -> Chosen:
     logprobs = less - sums.log()
     return Chosen(tokens.cpu().numpy(), logprobs.cpu().numpy(), torch.isfinite(sums).cpu().numpy())
 
 
-class _Likeliest(NamedTuple):
-    """The likeliest tokens (n,), their logits (n,), and the sums (n,) over the vocabulary of exp(logit - that)."""
-
-    tokens: Tensor
-    logits: Tensor
-    sums: Tensor | None  # where they cost nothing beside the others
-
-
-def _likeliest(logits: Tensor) -> _Likeliest:
-    """Of every row; the first one of equals."""
+def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of every row what `Likeliest` has, on a CPU by the compiled loop; without it the sums are not there yet."""
     if logits.device.type != "cpu" or logits.dtype not in DTYPES or not logits.is_contiguous() or not has_loops():
         tokens = _argmax(logits)
-        return _Likeliest(tokens, logits.gather(1, tokens[:, None]).squeeze(1).float(), None)
-    from e2p_ray.engine import likeliest, torch_threads
+        return tokens, logits.gather(1, tokens[:, None]).squeeze(1).float(), None
+    from e2p_ray.engine import torch_threads
 
-    num_rows, width = logits.shape
-    tokens, tops, sums = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows), torch.empty(num_rows)
-    call = likeliest.LikeliestCall(
-        numbers=logits.data_ptr(),
-        num_rows=num_rows,
-        width=width,
-        tokens=tokens.data_ptr(),
-        tops=tops.data_ptr(),
-        sums=sums.data_ptr(),
-        is_half=int(logits.dtype is torch.bfloat16),
-    )
-    torch_threads.run(likeliest.find_likeliest, -(-num_rows // likeliest.TASK_ROWS), call)
-    return _Likeliest(tokens, tops, sums)
+    found = Likeliest.empty(len(logits))
+    torch_threads.run(*found.call(logits))
+    return found.tokens, found.logits, found.sums
 
 
 def _argmax(logits: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from numba import carray, cfunc, types
 
-from e2p_ray.engine.calls import COUNTER, MAX_NUMBERS, ROW_NUMBERS, run_calls
+from e2p_ray.engine.calls import COUNTER, KIND, KINDS, MAX_NUMBERS, ROW_NUMBERS, run_calls
 
 _Ints = npt.NDArray[np.int64]
 # A loop, the number of its tasks, and what it is given besides.
@@ -33,6 +33,15 @@ def run(loop: Callable[[_Ints], None], num_tasks: int, numbers: tuple[int, ...])
         loop(given)
     else:
         team.begin(_entry(loop).address, given.ctypes.data, num_threads, 0)
+
+
+def run_all(calls: Sequence[Call]) -> None:
+    """These calls in their order, without Python in between; each begins when the one before is done."""
+    table = np.zeros((1 + len(calls), ROW_NUMBERS), np.int64)
+    for row, (loop, num_tasks, numbers) in zip(table[1:], calls, strict=True):
+        row[0], row[KIND] = num_tasks, KINDS[loop]
+        row[2 : 2 + len(numbers)] = numbers
+    run_table(table)
 
 
 def run_table(table: npt.NDArray[np.int64]) -> None:

@@ -22,7 +22,7 @@ from tests.chaos.conservation import Key, assert_conserved
 from tests.chaos.real_job import batch_here, write_real_job
 from tests.s3 import IS_LONG
 from tests.test_jobs import expected_keys
-from tests.tiny_models import write_letters_only
+from tests.tiny_models import choose_by_logits, write_letters_only
 
 Rows = dict[Key, tuple[object, ...]]
 
@@ -131,6 +131,7 @@ def test_nothing_is_published_from_logits_that_are_not_finite(
                 logits[at, 17] = float("nan")
         return plain(self, wave, slots, written, num_written, logits)
 
+    choose_by_logits(monkeypatch)
     monkeypatch.setattr(Decoder, "_pick", poisoned)
     config = write_real_job(tmp_path)
     report = generate_run(config)
@@ -142,6 +143,7 @@ def test_nothing_is_published_from_logits_that_are_not_finite(
 def test_control_the_check_sees_another_text(
     undisturbed: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    choose_by_logits(monkeypatch)
     plain = BaseModel.logits
     monkeypatch.setattr(BaseModel, "logits", lambda self, hidden: plain(self, hidden).roll(1, dims=1))
     config = write_real_job(tmp_path)
