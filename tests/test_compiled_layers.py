@@ -81,7 +81,7 @@ def test_one_call_is_the_same_as_many(name: str, dtype: torch.dtype, monkeypatch
     one_by_one = run(engine)
     assert by_table == one_by_one
     layers = [*compiled._layers]
-    fused._compiled = CompiledLayers([layers[0], *layers[:0:-1]], compiled._window)
+    fused._compiled = CompiledLayers([layers[0], *layers[:0:-1]], compiled._norm, compiled._window)
     assert run(engine) != one_by_one, "the control must fail"
 
 
@@ -114,7 +114,7 @@ def test_layers_that_the_loops_do_not_know_are_left_to_others() -> None:
     _, compiled = engine_of("llama", torch.float32)
     layer = compiled._layers[1]
     layer.mlp._is_one = False
-    assert CompiledLayers.of(compiled._layers, None) is None
+    assert CompiledLayers.of(compiled._layers, compiled._norm, None) is None
 
 
 def test_few_rows_go_to_plain_weights_where_they_are_kept() -> None:

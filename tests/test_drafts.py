@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from e2p_ray.engine import decode
-from e2p_ray.engine.drafts import Agreement, Drafts, Experience, chance_needed, num_ahead
+from e2p_ray.engine.drafts import Agreement, Drafts, Experience, RowDraft, Told, chance_needed, num_ahead
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.overhead import rounded_overhead
 from e2p_ray.engine.row import Row
@@ -120,6 +120,41 @@ def test_users_who_are_alike_draft_for_each_other_in_a_first_run() -> None:
     assert same(run(engine, groups), run(plain, groups))
     assert engine.stats.num_accepted_tokens > 0.6 * engine.stats.num_draft_tokens > 0
     assert engine.stats.num_steps < 0.7 * plain.stats.num_steps
+
+
+def test_rows_without_a_guess_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is told before the first row is done; then all that still write are shown what they have written."""
+    shown, plain = list[int](), RowDraft.follow
+
+    def watched(self: RowDraft, tokens: Sequence[int]) -> None:
+        shown.append(len(tokens))
+        plain(self, tokens)
+
+    monkeypatch.setattr(RowDraft, "follow", watched)
+    groups = groups_of(2, 10)
+    expected = run(engine_of(GREEDY, drafts=False), groups)
+    engine = engine_of(GREEDY)
+    assert same(run(engine, groups), expected)
+    lengths = [completion.num_output_tokens for completion in expected.values()]
+    assert len(set(lengths)) > 1, "the control: some are done earlier"
+    assert shown[:20] == [1] * 20, "the first step"
+    assert shown[20] == min(lengths), "all since"
+    assert len(shown) < sum(lengths)
+
+
+def test_a_text_told_meanwhile_becomes_a_guess_of_rows_that_began_like_it() -> None:
+    told = Told()
+    like_it, unlike_it = (RowDraft([], [], told, Agreement(), Agreement()) for _ in range(2))
+    for draft, begun in ((like_it, [5, 6]), (unlike_it, [5, 7])):
+        draft.follow(begun)
+        assert draft.is_idle
+    told.add((5, 6, 7, 8, 9), None)
+    assert not like_it.is_idle
+    for draft in (like_it, unlike_it):
+        draft.follow([7])
+    assert like_it.ahead(0.0, 10) == (8, 9)
+    assert unlike_it.ahead(0.0, 10) == ()
+    assert unlike_it.is_idle
 
 
 def test_drafts_that_never_hold_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""All layers of a pass over a wave's rows in one call of the compiled loops.
+"""All layers of a pass over a wave's rows, and the norm behind them, in one call of the compiled loops.
 
 What Python takes to make a layer's ten calls one by one is 0.9 ms, because the loops leave nothing of it in the caches:
 4 % of 512 rows in fp32, 8 % in bf16, half of what four rows take (2026-11-23, a Zen 5 core, layers of 512).
@@ -17,7 +17,7 @@ from e2p_ray.engine.packed import FEW_ROWS
 from e2p_ray.engine.rows_step import RowsStep
 
 if TYPE_CHECKING:
-    from e2p_ray.engine.fused import FusedLayer
+    from e2p_ray.engine.fused import FusedLayer, Norm
 
 _Table = npt.NDArray[np.int64]
 
@@ -25,11 +25,11 @@ _Table = npt.NDArray[np.int64]
 class CompiledLayers:
     """A table of calls, made of the first layer's: every other layer's are the same but for its weights and slots."""
 
-    def __init__(self, layers: Sequence[FusedLayer], window: int | None) -> None:
+    def __init__(self, layers: Sequence[FusedLayer], norm: Norm, window: int | None) -> None:
         from e2p_ray.engine.products import ProductCall
         from e2p_ray.engine.row_norms import NormCall
 
-        self._layers, self._window = layers, window
+        self._layers, self._norm, self._window = layers, norm, window
         self._keeps_plain = layers[0].qkv.plain is not None
         norms = [[layer.before_attention, layer.before_mlp] for layer in layers]
         products = [[layer.qkv, layer.output, layer.mlp.gate, layer.mlp.down] for layer in layers]
@@ -43,9 +43,10 @@ class CompiledLayers:
         }
 
     @classmethod
-    def of(cls, layers: Sequence[FusedLayer], window: int | None) -> CompiledLayers | None:
-        """None where a layer has something that the loops do not know. `window`: the shortest of the layers'."""
-        return cls(layers, window) if all(layer.has_calls for layer in layers) else None
+    def of(cls, layers: Sequence[FusedLayer], norm: Norm, window: int | None) -> CompiledLayers | None:
+        """None where they have something that the loops do not know. `window`: the shortest of the layers'."""
+        has_calls = norm.has_loop and all(layer.has_calls for layer in layers)
+        return cls(layers, norm, window) if has_calls else None
 
     def takes(self, states: Tensor, step: RowsStep) -> bool:
         """Whether this pass is for the loops: no key is out of a window's reach, and no plain weight is faster."""
@@ -53,25 +54,26 @@ class CompiledLayers:
             return False
         return step.is_within(self._window)
 
-    def __call__(self, states: Tensor, turns: Tensor, step: RowsStep) -> Tensor:
-        """Packed tokens (T, d_model) and their rotations (T, 1, head_dim / 2) to the states behind the last layer."""
-        from e2p_ray.engine.calls import KIND, KINDS, ROW_NUMBERS
+    def __call__(self, states: Tensor, turns: Tensor, step: RowsStep, normed: Tensor) -> None:
+        """Packed tokens (T, d_model) and their rotations (T, 1, head_dim / 2) to the last layer's normed states."""
+        from e2p_ray.engine.calls import ROW_NUMBERS
         from e2p_ray.engine.flash import SharedCall
         from e2p_ray.engine.own_keys import OwnCall
         from e2p_ray.engine.products import ProductCall
         from e2p_ray.engine.row_norms import NormCall
-        from e2p_ray.engine.torch_threads import run_table
+        from e2p_ray.engine.torch_threads import put_calls, run_table
         from e2p_ray.engine.turns import TurnCall
 
         first, states = self._layers[0], states.contiguous()
         calls, out = first.calls(states, turns, step), first.output_of(states)
         num_layers = len(self._layers)
-        table = np.zeros((1 + num_layers * len(calls), ROW_NUMBERS), np.int64)
-        by_layer = table[1:].reshape(num_layers, len(calls), ROW_NUMBERS)
+        table = np.zeros((1 + num_layers * len(calls) + 1, ROW_NUMBERS), np.int64)
+        by_layer = table[1:-1].reshape(num_layers, len(calls), ROW_NUMBERS)
+        put_calls(by_layer[0], calls)
+        by_layer[1:] = by_layer[0]
+        put_calls(table[-1:], [self._norm.call(out, normed)])
         places: dict[type, list[int]] = {}
-        for at, (loop, num_tasks, numbers) in enumerate(calls):
-            by_layer[:, at, 0], by_layer[:, at, KIND] = num_tasks, KINDS[loop]
-            by_layer[:, at, 2 : 2 + len(numbers)] = numbers
+        for at, (_, _, numbers) in enumerate(calls):
             places.setdefault(type(numbers), []).append(at)
 
         def put(kind: Any, field: str, values: _Table) -> None:
@@ -93,7 +95,6 @@ class CompiledLayers:
         by_layer[1:, places[NormCall][0], 2 + NormCall._fields.index("states")] = out.data_ptr()
         by_layer[1:, places[ProductCall][1], 2 + ProductCall._fields.index("others")] = out.data_ptr()
         run_table(table)
-        return out
 
 
 def _table(rows: Any) -> _Table:

@@ -250,15 +250,24 @@ class Decoder:
         right = np.cumprod((chosen == guesses) & asked, axis=1).sum(axis=1)
         wave.write(rows, right + 1, chosen, logprobs)
         wave.num_own[rows] += right + 1
-        if self._drafts is not None:
-            for draft, tokens, num_right in zip(wave.drafts[first:], chosen.tolist(), right.tolist(), strict=True):
-                if draft is not None:
-                    draft.follow(tokens[: num_right + 1])
+        self._follow(wave, first)
         self.stats = replace(
             self.stats,
             num_draft_tokens=self.stats.num_draft_tokens + int(num_guessed.sum()),
             num_accepted_tokens=self.stats.num_accepted_tokens + int(right.sum()),
         )
+
+    def _follow(self, wave: Wave, first: int) -> None:
+        """Show the drafts of rows from slot `first` on what these have written, unless none of all has use for it."""
+        if self._drafts is None or wave.num_told_when_idle == self._drafts.num_told:
+            return
+        are_idle = first == 0
+        counts = wave.num_written[first : len(wave)].tolist()
+        for draft, written, count in zip(wave.drafts[first:], wave.written[first : len(wave)], counts, strict=True):
+            if draft is not None:
+                draft.follow(written[len(draft.written) : count].tolist())
+                are_idle = are_idle and draft.is_idle
+        wave.num_told_when_idle = self._drafts.num_told if are_idle else None
 
     def _choose(
         self, wave: Wave, rows: _Ints, hidden: Tensor, at: _Ints, asked: npt.NDArray[np.bool_], guesses: _Ints
@@ -316,6 +325,8 @@ class Decoder:
         reasons = cut_where_they_end(wave, self._stopping)
         finished = sorted(reasons)
         completions = [self._completion(wave, slot, reasons[slot]) for slot in finished]
+        num_output_tokens = sum(completion.num_output_tokens for completion in completions)
+        self.stats = replace(self.stats, num_output_tokens=self.stats.num_output_tokens + num_output_tokens)
         self._leave(wave, finished)
         return completions
 
@@ -356,7 +367,6 @@ class Decoder:
             return self._error(row, ErrorCode.NON_FINITE_LOGITS)
         if self._drafts is not None:
             self._drafts.tell(row, tuple(tokens.tolist()))
-        self.stats = replace(self.stats, num_output_tokens=self.stats.num_output_tokens + len(tokens))
         return Completion(
             key=row.key,
             text=self._stopping.text(tokens, row.sampling),

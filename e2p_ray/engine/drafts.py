@@ -134,10 +134,15 @@ class RowDraft:
         at = len(self.written)
         return self.guess[at : at + min(num_ahead(self._agreement, self.streak, needed), room)]
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no guess, nor anything that could become one before another text of the content is told."""
+        return self.guess is None and not (self._given or self._guesses or self._told_seen < len(self._told.texts))
+
     def follow(self, tokens: Sequence[int]) -> None:
-        """What the row really wrote: judge the guess by it, and find another when it was wrong."""
-        if self.guess is None and not (self._given or self._guesses or self._told_seen < len(self._told.texts)):
-            self.written += tokens  # as in most steps of most rows: there is none
+        """What the row really wrote since: judge the guess by it, and find another when it was wrong."""
+        if self.is_idle:
+            self.written += tokens
             return
         for token in tokens:
             at = len(self.written)
@@ -198,6 +203,7 @@ class Drafts:
         self._end = () if end_token is None else (end_token,)
         self._experience = experience
         self._told: OrderedDict[tuple[TokenIds, TokenIds], Told] = OrderedDict()
+        self.num_told = 0  # texts, so that one may know that there is no new one
 
     def saved_share(self, num_rows: int, *, others_wait: bool) -> float:
         """What part of a pass's overhead a row saves that is done early.
@@ -215,6 +221,7 @@ class Drafts:
     def tell(self, row: Row, tokens: TokenIds) -> None:
         """A row is done: what it wrote is a guess for those that come."""
         self._told_of(row).add(tokens, row.user_embedding)
+        self.num_told += 1
         first = str(self._tokenizer.convert_ids_to_tokens(tokens[0]))
         seen = self._experience.num_after_blank + (1 if first.startswith(_BLANKS) else -1)
         self._experience.num_after_blank = max(-_MAX_SEEN, min(seen, _MAX_SEEN))

@@ -31,21 +31,22 @@ def _ended(wave: Wave, stopping: Stopping, slots: _Ints, num_tokens: _Ints) -> l
     """Which of these rows end with their first num_tokens (n,) tokens. Text is looked at only where it could matter."""
     last = wave.written[slots, num_tokens - 1]
     wave.num_chars[slots] += stopping.max_chars_of(last)
-    look = (last < 0) | stopping.is_end(last) | (num_tokens >= wave.max_new[slots])
-    look |= wave.num_chars[slots] >= wave.max_chars[slots]
-    look |= stopping.may_stop(wave.stops[slots], last)
+    by_text = (wave.num_chars[slots] >= wave.max_chars[slots]) | stopping.may_stop(wave.stops[slots], last)
+    look = np.flatnonzero(by_text | (last < 0) | stopping.is_end(last) | (num_tokens >= wave.max_new[slots]))
     found = []
-    for slot, count in zip(slots[look].tolist(), num_tokens[look].tolist(), strict=True):
-        reason = _reason(wave, stopping, slot, wave.written[slot, :count])
+    for slot, count, may_by_text in zip(
+        slots[look].tolist(), num_tokens[look].tolist(), by_text[look].tolist(), strict=True
+    ):
+        reason = _reason(wave, stopping, slot, wave.written[slot, :count], may_by_text)
         if reason is not None:
             found.append((slot, reason))
     return found
 
 
-def _reason(wave: Wave, stopping: Stopping, slot: int, tokens: _Ints) -> FinishReason | None:
+def _reason(wave: Wave, stopping: Stopping, slot: int, tokens: _Ints, may_by_text: bool) -> FinishReason | None:
     if tokens[-1] < 0:
         return FinishReason.ERROR
-    reason = stopping.reason(tokens, wave.rows[slot].sampling)
+    reason = stopping.reason(tokens, wave.rows[slot].sampling) if may_by_text else None
     if reason is None and stopping.is_end(tokens[-1:])[0]:
         reason = FinishReason.END_TOKEN
     if reason is None and len(tokens) >= wave.max_new[slot]:

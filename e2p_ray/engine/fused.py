@@ -55,7 +55,7 @@ class FusedDecoder(nn.Module):
         has_plain = all(layer.qkv.plain is not None for layer in layers)
         shortest = min((layer.shape.window for layer in layers if layer.shape.window is not None), default=None)
         self._few_rows = FewRows(layers, self._norm, shortest) if has_plain else None
-        self._compiled = CompiledLayers.of(layers, shortest)
+        self._compiled = CompiledLayers.of(layers, self._norm, shortest)
 
     @property
     def is_compiled(self) -> bool:
@@ -67,12 +67,13 @@ class FusedDecoder(nn.Module):
         states, turns = embeds.flatten(0, 1), self._rotations(position_ids)
         if self._few_rows is not None and isinstance(step, RowsStep) and self._few_rows.takes(step):
             return self._few_rows(states, turns, step).view(embeds.shape)
+        normed = self._workspace.tensor("after all", *states.shape, dtype=states.dtype)
         if self._compiled is not None and isinstance(step, RowsStep) and self._compiled.takes(states, step):
-            states = self._compiled(states, turns, step)
+            self._compiled(states, turns, step, normed)
         else:
             for layer in self._layers:
                 states = layer(states, turns, step, embeds.shape[0])
-        normed: Tensor = self._norm(states, self._workspace.tensor("after all", *states.shape, dtype=states.dtype))
+            normed = self._norm(states, normed)
         return normed.view(embeds.shape)
 
 

@@ -38,10 +38,15 @@ def run(loop: Callable[[_Ints], None], num_tasks: int, numbers: tuple[int, ...])
 def run_all(calls: Sequence[Call]) -> None:
     """These calls in their order, without Python in between; each begins when the one before is done."""
     table = np.zeros((1 + len(calls), ROW_NUMBERS), np.int64)
-    for row, (loop, num_tasks, numbers) in zip(table[1:], calls, strict=True):
+    put_calls(table[1:], calls)
+    run_table(table)
+
+
+def put_calls(rows: npt.NDArray[np.int64], calls: Sequence[Call]) -> None:
+    """Calls to as many rows (num_calls, ROW_NUMBERS) of a table, which hold zeros."""
+    for row, (loop, num_tasks, numbers) in zip(rows, calls, strict=True):
         row[0], row[KIND] = num_tasks, KINDS[loop]
         row[2 : 2 + len(numbers)] = numbers
-    run_table(table)
 
 
 def run_table(table: npt.NDArray[np.int64]) -> None:

@@ -27,6 +27,7 @@ class Wave:
         self.slots = slots
         self.rows: list[Row] = []
         self.drafts: list[RowDraft | None] = []
+        self.num_told_when_idle: int | None = None  # texts that had been told when none of the drafts had a guess
         self.written = np.zeros((size, max_new_tokens), np.int64)
         self.num_written = np.zeros(size, np.int64)
         self.num_own = np.zeros(size, np.int64)  # tokens in the slots
@@ -74,6 +75,7 @@ class Wave:
         span = slice(len(self.rows), len(self.rows) + len(rows))
         self.rows += rows
         self.drafts += drafts
+        self.num_told_when_idle = None
         self._prefixes += prefixes
         self._visible += visible
         self._readers = None
