@@ -16,6 +16,7 @@ from e2p_ray.config import TaskConfig
 from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.prompt import LeftPart
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.shared_prefix import SuffixSlots
 from e2p_ray.engine.wave import Wave
@@ -433,3 +434,20 @@ class TestSecondTask:
             len(engine.layout.segments(item.content, item.task).left) for item in self.groups("headline", "teaser")
         ]
         assert engine.stats.num_prefix_tokens == sum(lefts)
+
+
+def test_a_left_part_is_found_by_its_ids_and_hashed_once() -> None:
+    num_hashed = 0
+
+    class Counted(int):
+        def __hash__(self) -> int:
+            nonlocal num_hashed
+            num_hashed += 1
+            return super().__hash__()
+
+    left, plain = LeftPart([Counted(3), 4]), (Counted(3), 4)
+    found: dict[tuple[int, ...], str] = {left: "prefix"}
+    assert found[3, 4] == found[left] == "prefix"
+    assert num_hashed == 1
+    assert {plain: "prefix"}[plain] == "prefix"
+    assert num_hashed == 3, "the control: a tuple is hashed each time"

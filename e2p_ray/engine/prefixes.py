@@ -59,7 +59,10 @@ class PrefixStore:
 
         num_stems: how many tokens of each other left parts may begin with as well.
         """
-        stems = {left: left[:num] for left, num in zip(lefts, num_stems or [0] * len(lefts), strict=True) if left}
+        stems: dict[TokenIds, TokenIds] = {}
+        for left, num in zip(lefts, num_stems or [0] * len(lefts), strict=True):
+            if left and left not in stems:
+                stems[left] = left[:num]
         found = {left: self._kept[left] for left in stems if left in self._kept}
         missing = [left for left in stems if left not in found]
         whole, begun = self._split(missing, stems)

@@ -26,6 +26,23 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+class LeftPart(tuple[int, ...]):
+    """Token ids whose hash is reckoned once.
+
+    All rows of a content are looked up by one such object, some ten times each: 2.1 us a time for 512 plain ids, 10 ms
+    of a run of 512 rows (2026-11-23).
+    """
+
+    _hash: int
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            self._hash = super().__hash__()
+            return self._hash
+
+
 @dataclass(frozen=True, slots=True)
 class Segments:
     """Token ids around the soft token: [left] SOFT [right]. The left part is the shared prefix."""
@@ -109,7 +126,7 @@ class PromptLayout:
             body = self._cut(body, room)
         if self._layout == "soft_first":
             return Segments((), (*head, *body, *before, *after), truncated)
-        return Segments((*head, *body, *before), tuple(after), truncated, len(head) + len(body))
+        return Segments(LeftPart((*head, *body, *before)), tuple(after), truncated, len(head) + len(body))
 
     def _encode(self, text: str) -> list[int]:
         """Our own template text: special tokens written in it are meant."""

@@ -153,7 +153,7 @@ def choose_likeliest(likeliest: Likeliest) -> Chosen:
 
 
 def _chosen(tokens: Tensor, less: npt.NDArray[np.float32] | np.float32, sums: Tensor) -> Chosen:
-    found = sums.cpu().numpy()  # a few numbers, for which torch takes four times as long
+    found = sums.cpu().numpy()  # torch's logarithm and finiteness of so few numbers: 0.1 ms more of a step's 48
     return Chosen(tokens.cpu().numpy(), less - np.log(found), np.isfinite(found))
 
 
