@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from e2p_ray.engine.model import BaseModel
-from e2p_ray.engine.prefixes import PREFILL_TOKENS, PrefixStore
+from e2p_ray.engine.prefixes import PrefixStore, prefill_tokens
 from e2p_ray.engine.row import Row
 from e2p_ray.engine.shared_prefix import SuffixSlots
 from e2p_ray.engine.wave import Wave
@@ -115,11 +115,11 @@ class Admission:
         tokens: a sixtieth of what a token costs (d_model 512).
         """
         longest = max(row.num_suffix_tokens(self._num_soft) for row in rows)
-        return (num_running + len(rows)) * longest <= PREFILL_TOKENS
+        return (num_running + len(rows)) * longest <= prefill_tokens(self._base.device)
 
     def parts(self, rows: Sequence[Row]) -> Iterator[slice]:
         """Rows whose own tokens are prefilled together: as many as a prefill batch holds."""
-        limit = max(PREFILL_TOKENS, self.bounds.max_rows)
+        limit = max(prefill_tokens(self._base.device), self.bounds.max_rows)
         start, longest = 0, 0
         for end, row in enumerate(rows):
             num_tokens = row.num_suffix_tokens(self._num_soft)

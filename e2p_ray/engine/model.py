@@ -6,6 +6,7 @@ import hashlib
 import json
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,11 +16,15 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from e2p_ray.engine.attention import ATTENTION_NAME, Step, step_attention
 from e2p_ray.engine.compiled import prepare
 from e2p_ray.engine.fused import FusedDecoder, fits
+from e2p_ray.engine.gpu.available import has_kernels
 from e2p_ray.engine.greedy import GreedyHead
 from e2p_ray.engine.packed import can_pack, pack
 from e2p_ray.engine.shared_prefix import SuffixSlots
 from e2p_ray.engine.supported import refuse_unsupported
 from e2p_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from e2p_ray.engine.gpu.layers import GpuDecoder
 
 
 def pick_device(device: str, *, num_gpus: float = 0) -> torch.device:
@@ -87,7 +92,7 @@ class BaseModel:
         self.vocab_size: int = config.vocab_size
         self.max_positions: int = config.max_position_embeddings
         self._decoder = model.base_model
-        self.fused: FusedDecoder | None = None  # once packed, in place of the model's own layers
+        self.fused: FusedDecoder | GpuDecoder | None = None  # once packed, in place of the model's own layers
         head = model.get_output_embeddings()
         assert isinstance(head, nn.Module), "a causal language model has output embeddings"
         self._head = head
@@ -118,6 +123,8 @@ class BaseModel:
 
         keep_plain: a second copy of weights in fp32, with which a pass over few rows is faster.
         """
+        if has_kernels(self.device):
+            self._pack_for_gpu()
         if self.device.type == "cpu":
             prepare()
         if can_pack(self.dtype, self.device):
@@ -129,13 +136,19 @@ class BaseModel:
             self._head = head
             self.greedy = GreedyHead.of(head) if self._logit_cap is None else None
 
+    def _pack_for_gpu(self) -> None:
+        from e2p_ray.engine.gpu.layers import GpuDecoder, fits_gpu
+
+        if fits_gpu(self.model):
+            self.fused = GpuDecoder(self.model)
+
     @property
     def own_dtype(self) -> torch.dtype:
         """That of the rows' own keys and values, the model's own but on a CPU without loops for all of a layer.
 
         Torch's many small products are twice as fast in float32 (256 rows of 2 queries and 17 keys: 0.8 and 1.9 ms).
         """
-        if self.device.type == "cpu" and (self.fused is None or not self.fused.is_compiled):
+        if self.device.type == "cpu" and not (isinstance(self.fused, FusedDecoder) and self.fused.is_compiled):
             return torch.float32
         return self.dtype
 

@@ -19,10 +19,17 @@ TokenIds = tuple[int, ...]
 
 # Matrix products stop gaining from more rows at about 256 on a CPU core (measured: 109 GFLOP/s at 64 rows, 144 at 256,
 # 142 at 1,024), and activations grow with them.
-PREFILL_TOKENS = 2048
+_CPU_PREFILL_TOKENS = 2048
+# On a GPU as many as keep all of it busy, as far as activations go (16,384 x 28,672 of an 8 B model: 0.9 GB).
+_GPU_PREFILL_TOKENS = 16_384
 # Contents of one prefill batch may differ in length by this much: padding is wasted work.
 MAX_PADDING = 1.15
 _MAX_CONTINUED = 128  # left parts of one pass that go on from a stem: cues are a few tokens each
+
+
+def prefill_tokens(device: torch.device) -> int:
+    """The most tokens that one pass of prefills takes, if it is not a single content's."""
+    return _CPU_PREFILL_TOKENS if device.type == "cpu" else _GPU_PREFILL_TOKENS
 
 
 class PrefixStore:
@@ -66,7 +73,7 @@ class PrefixStore:
         found = {left: self._kept[left] for left in stems if left in self._kept}
         missing = [left for left in stems if left not in found]
         whole, begun = self._split(missing, stems)
-        for batch in _batches(sorted(whole, key=len)):
+        for batch in _batches(sorted(whole, key=len), prefill_tokens(self._base.device)):
             found.update(zip(batch, self._prefill(batch), strict=True))
         sources = {left: found.get(source) or self._kept[source] for left, source in begun.items()}
         for start in range(0, len(sources), _MAX_CONTINUED):
@@ -163,11 +170,11 @@ def _joined(source: Prefix, num_stem: int, slots: SuffixSlots, slot: int, count:
     return Prefix(keys, values, num_stem + count)
 
 
-def _batches(lefts: Sequence[TokenIds]) -> Iterator[list[TokenIds]]:
+def _batches(lefts: Sequence[TokenIds], max_tokens: int) -> Iterator[list[TokenIds]]:
     """Left parts sorted by length, cut where a batch grows too large or its padding too wide."""
     batch: list[TokenIds] = []
     for left in lefts:
-        if batch and (len(left) > MAX_PADDING * len(batch[0]) or (len(batch) + 1) * len(left) > PREFILL_TOKENS):
+        if batch and (len(left) > MAX_PADDING * len(batch[0]) or (len(batch) + 1) * len(left) > max_tokens):
             yield batch
             batch = []
         batch.append(left)

@@ -18,7 +18,7 @@ _FEW_READERS = 8
 _MAX_RUN = 16
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Readers:
     """Which rows read which prefix.
 

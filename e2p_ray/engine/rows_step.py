@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,15 +33,13 @@ class RowsStep:
     def __init__(self, slots: SuffixSlots, first_slot: int, lengths: _Ints, counts: _Ints, readers: Readers) -> None:
         device = slots.keys[0].device
         self.tokens = tokens = PackedTokens.of(first_slot, lengths, counts)
-        self.slots, self._readers = slots, readers
+        self.slots, self.readers = slots, readers
         self._span = slice(first_slot, first_slot + len(counts))
         positions = readers.prefix_lengths[tokens.row] + tokens.at
         self.last_position = int(positions.max())
         self.is_single = int(counts.max()) == 1
         self._all_at_one_place = self.is_single and int(lengths.min()) == int(lengths.max())
         self.position_ids = torch.from_numpy(positions).to(device)[None]  # (1, T)
-        self._slot_row = torch.from_numpy(tokens.row + first_slot).to(device)
-        self._slot_at = torch.from_numpy(tokens.at).to(device)
         self._single: list[tuple[int, tuple[Prefix, int] | None]] | None = None
         self._places: _Ints | None = None
         self._compiled: CompiledRows | None = None
@@ -52,8 +51,15 @@ class RowsStep:
             if self._all_at_one_place:
                 slots[self._span, :, self.tokens.num_own - 1] = given
             else:
-                slots[self._slot_row, :, self._slot_at] = given.to(slots.dtype)
+                row, at = self._slot_places
+                slots[row, :, at] = given.to(slots.dtype)
         return keys, values
+
+    @cached_property
+    def _slot_places(self) -> tuple[Tensor, Tensor]:
+        """Slots of the tokens (T,), and places there."""
+        device, tokens = self.slots.keys[0].device, self.tokens
+        return torch.from_numpy(tokens.row + tokens.first_slot).to(device), torch.from_numpy(tokens.at).to(device)
 
     def room(self, layer: int) -> Room:
         """Where the tokens' keys and values belong, in place of `update`."""
@@ -70,7 +76,7 @@ class RowsStep:
         With the new ones (n, Hkv, D) among them; for a pass `is_single` on a CPU.
         """
         if self._single is None:
-            self._single = [*zip(self.tokens.lengths.tolist(), self._readers.by_row(), strict=True)]
+            self._single = [*zip(self.tokens.lengths.tolist(), self.readers.by_row(), strict=True)]
         own_keys, own_values = (slots[layer][self._span].numpy() for slots in (self.slots.keys, self.slots.values))
         for row, (at, reading) in enumerate(self._single):
             own_keys[row, :, at], own_values[row, :, at] = keys[row], values[row]
@@ -88,7 +94,7 @@ class RowsStep:
     def compiled(self, num_heads: int, num_kv_heads: int) -> CompiledRows:
         """This pass's attention by the compiled loops."""
         if self._compiled is None:
-            self._compiled = CompiledRows(self.slots, self.tokens, self._readers, num_heads, num_kv_heads)
+            self._compiled = CompiledRows(self.slots, self.tokens, self.readers, num_heads, num_kv_heads)
         return self._compiled
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
@@ -98,11 +104,11 @@ class RowsStep:
         _, num_heads, num_tokens, head_dim = queries.shape
         by_token = queries[0].transpose(0, 1)  # (T, H, D)
         num_kv_heads = keys.shape[1]
-        prefixes = self._readers.prefixes
+        prefixes = self.readers.prefixes
         if can_attend(shape, queries, prefixes[0].keys[layer] if prefixes else self.slots.keys[layer]):
             return self.compiled(num_heads, num_kv_heads).attend(layer, by_token, shape.scale).transpose(0, 1)[None]
         if self._by_torch is None:
-            self._by_torch = RowsAttention(self.slots, self.tokens, self._readers, self.position_ids[0])
+            self._by_torch = RowsAttention(self.slots, self.tokens, self.readers, self.position_ids[0])
         grouped = by_token.view(num_tokens, num_kv_heads, -1, head_dim)
         output = self._by_torch.attend(layer, grouped, shape)
         return output.reshape(num_tokens, num_heads, head_dim).transpose(0, 1)[None]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from e2p_ray.config import SamplingConfig
 from e2p_ray.engine.compiled import DTYPES, has_loops
+from e2p_ray.engine.gpu.available import has_kernels
 from e2p_ray.engine.greedy import Likeliest
 from e2p_ray.schema import RequestKey
 
@@ -158,7 +159,12 @@ def _chosen(tokens: Tensor, less: npt.NDArray[np.float32] | np.float32, sums: Te
 
 
 def _likeliest(logits: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of every row what `Likeliest` has, on a CPU by the compiled loop; without it the sums are not there yet."""
+    """Of every row what `Likeliest` has, by the compiled loop or kernel; without one the sums are not there yet."""
+    if logits.is_contiguous() and has_kernels(logits.device):
+        from e2p_ray.engine.gpu.likeliest import likeliest_of
+
+        found = likeliest_of(logits)
+        return found.tokens, found.logits, found.sums
     if logits.device.type != "cpu" or logits.dtype not in DTYPES or not logits.is_contiguous() or not has_loops():
         tokens = _argmax(logits)
         return tokens, logits.gather(1, tokens[:, None]).squeeze(1).float(), None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from e2p_ray.engine.attention import Room, Shape, attention
 from e2p_ray.engine.compiled_attention import CompiledPrefill, addresses_of, can_attend
@@ -83,6 +83,14 @@ class PrefillStep:
             self._places = (row * keys.stride(0) + at * keys.stride(2)) * keys.element_size()
         return Room(keys, values, self._places)
 
+    def make(
+        self, size: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Room for keys and values (n, Hkv, q, D) of all layers, in place of `update`."""
+        for made in (self._keys, self._values):
+            made += [torch.empty(size, dtype=dtype, device=device) for _ in range(self._num_layers)]
+        return self._keys, self._values
+
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, shape: Shape) -> Tensor:
         if layer == self._num_layers - 1:
             raise PrefillDoneError
@@ -93,6 +101,11 @@ class PrefillStep:
             if self._compiled is None:
                 self._compiled = CompiledPrefill(self.lengths, queries, keys)
             return self._compiled.attend(queries, keys, values, shape.scale)
+        if queries.device.type == "cuda" and shape.window is None and shape.cap is None:
+            # The library's kernel: nobody asks for a log-sum-exp, and no score is written to memory.
+            return nn.functional.scaled_dot_product_attention(
+                queries.to(keys.dtype), keys, values, is_causal=True, scale=shape.scale, enable_gqa=True
+            )
         visible = None
         if shape.window is not None:
             at = torch.arange(length, device=queries.device)
