@@ -72,14 +72,17 @@ def _best_rate(work: Callable[[], object], amount: float, clock: Clock, num_call
     return best
 
 
-def print_results(bench: str, results: Sequence[Mapping[str, Any]], *, num_threads: int | None = None) -> None:
+def print_results(
+    bench: str, results: Sequence[Mapping[str, Any]], *, num_threads: int | None = None, gpu: str | None = None
+) -> None:
     """The results as a table, then as the last line one JSON object."""
     columns = list(dict.fromkeys(name for result in results for name in result))
     rows = [[_cell(result.get(name)) for name in columns] for result in results]
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True)]
     for row in (columns, *rows):
         print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
-    print(json.dumps({"bench": bench, "hardware": hardware(num_threads), "results": list(results)}, ensure_ascii=False))
+    where = hardware(num_threads) if gpu is None else f"{gpu}; {hardware(num_threads)}"
+    print(json.dumps({"bench": bench, "hardware": where, "results": list(results)}, ensure_ascii=False))
 
 
 def _cell(value: Any) -> str:

@@ -124,11 +124,11 @@ def generate_rows(
     model: Any, projector: Projector, pairs: Sequence[Pair], lefts: Sequence[Sequence[int]]
 ) -> list[list[int]]:
     """One batch of HF generate, padded on the left; every row is cut where it should have ended."""
-    embed = model.get_input_embeddings()
+    embed, device = model.get_input_embeddings(), model.device
     longest = max(map(len, lefts))
-    ids = torch.tensor([[PAD] * (longest - len(left)) + list(left) for left in lefts])
-    mask = torch.tensor([[0] * (longest - len(left)) + [1] * (len(left) + 1) for left in lefts])
-    embeds = torch.cat([embed(ids), soft_tokens(pairs, projector)[:, None].to(model.dtype)], dim=1)
+    ids = torch.tensor([[PAD] * (longest - len(left)) + list(left) for left in lefts], device=device)
+    mask = torch.tensor([[0] * (longest - len(left)) + [1] * (len(left) + 1) for left in lefts], device=device)
+    embeds = torch.cat([embed(ids), soft_tokens(pairs, projector)[:, None].to(device, model.dtype)], dim=1)
     output = model.generate(
         inputs_embeds=embeds,
         attention_mask=mask,

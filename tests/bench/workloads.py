@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -85,7 +86,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Widths of a Llama; its vocabulary is VOCAB_SIZE, whatever the size."""
+    """Widths of a Llama; its vocabulary is VOCAB_SIZE, whatever the size, but where a bench says otherwise."""
 
     hidden_size: int
     intermediate_size: int
@@ -102,10 +103,10 @@ MODEL_SIZES = {
 }
 
 
-def llama(size: ModelSize, initializer_range: float = 0.02) -> LlamaConfig:
+def llama(size: ModelSize, initializer_range: float = 0.02, vocab_size: int = VOCAB_SIZE) -> LlamaConfig:
     return LlamaConfig(
         **asdict(size),
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         initializer_range=initializer_range,
@@ -119,17 +120,18 @@ def llama_30m(initializer_range: float = 0.02) -> LlamaConfig:
     return llama(MODEL_SIZES["30m"], initializer_range)
 
 
-def wide_tokenizer() -> PreTrainedTokenizerFast:
+@functools.cache
+def wide_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """One token a byte, and a word of its own for every other id of the model: equal texts mean equal tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {char: at for at, char in enumerate(alphabet)}
     specials = {"<|bos|>": BOS, "<|eos|>": EOS, "<|pad|>": PAD}
-    words = {f"[{at}]": at for at in range(len(vocab) + len(specials), VOCAB_SIZE)}
+    words = {f"[{at}]": at for at in range(len(vocab) + len(specials), vocab_size)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab | specials | words, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(specials))
-    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    assert tokenizer.get_vocab_size() == vocab_size
     assert tokenizer.token_to_id("<|eos|>") == EOS
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>"
@@ -186,11 +188,17 @@ def tasks_of(case: Case) -> dict[str, TaskConfig]:
 
 
 def make_engine(
-    base: BaseModel, case: Case, max_rows: int, projector: Projector | None = None, store: PrefixStore | None = None
+    base: BaseModel,
+    case: Case,
+    max_rows: int,
+    projector: Projector | None = None,
+    store: PrefixStore | None = None,
+    max_bytes: int | None = None,
 ) -> Engine:
     """An engine for the case's tasks; without a projector, one with random weights."""
     projector = projector or random_projector(base.d_model, output_rms=base.token_embedding_rms)
-    return Engine(base, projector, wide_tokenizer(), tasks_of(case), EngineConfig(max_rows=max_rows), store=store)
+    config = EngineConfig(max_rows=max_rows, max_bytes=max_bytes or EngineConfig().max_bytes)
+    return Engine(base, projector, wide_tokenizer(base.vocab_size), tasks_of(case), config, store=store)
 
 
 def left_ids(pair: Pair, tokenizer: PreTrainedTokenizerFast) -> list[int]:
