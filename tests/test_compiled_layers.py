@@ -13,6 +13,7 @@ from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Conf
 from e2p_ray.engine.compiled import has_loops
 from e2p_ray.engine.compiled_layers import CompiledLayers
 from e2p_ray.engine.engine import Engine
+from e2p_ray.engine.fused import FusedDecoder
 from e2p_ray.schema import Completion
 from tests import tiny_models
 from tests.test_engine_architectures import TOLERANCE, largest_difference, run_traced
@@ -46,7 +47,7 @@ def engine_of(name: str, dtype: torch.dtype) -> tuple[Engine, CompiledLayers]:
     engine = tiny_models.engine_of(CONFIGS[name], max_rows=40, model=model, drafts=False)
     base = engine._decoder._base
     base.pack()
-    assert base.fused is not None
+    assert isinstance(base.fused, FusedDecoder)
     if dtype is torch.bfloat16 and base.fused._compiled is None:
         pytest.skip("needs a CPU with products of bfloat16 and without AMX")
     assert base.fused._compiled is not None

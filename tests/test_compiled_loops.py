@@ -358,7 +358,7 @@ def test_the_likeliest_token_and_its_probability(
         logits[row, [row * width // num_rows, -1]] = logits[row].max() + 1
     tokens = np.zeros((num_rows, 1), np.int64)
     sampling = RowSampling.of([(SamplingConfig(), 0)] * num_rows)
-    chosen = choose(logits.clone(), sampling, tokens, np.zeros(num_rows, np.int64))
+    chosen = choose(logits.clone(), sampling, tokens, np.zeros(num_rows, np.int64)).fetched()
     expected = logits.double().log_softmax(-1).amax(-1)
     assert chosen.finite.all()
     assert chosen.tokens.tolist() == logits.float().numpy().argmax(axis=1).tolist()
@@ -375,7 +375,7 @@ def test_a_row_whose_logits_are_not_finite_is_told_from_others(wrong: float, pla
     logits[7, place] = wrong
     logits[9] = -torch.inf
     sampling = RowSampling.of([(SamplingConfig(), 0)] * 20)
-    chosen = choose(logits, sampling, np.zeros((20, 1), np.int64), np.zeros(20, np.int64))
+    chosen = choose(logits, sampling, np.zeros((20, 1), np.int64), np.zeros(20, np.int64)).fetched()
     assert np.flatnonzero(~chosen.finite).tolist() == [7, 9]
 
 

@@ -19,7 +19,7 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prompt import LeftPart
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.shared_prefix import SuffixSlots
-from e2p_ray.engine.wave import Wave
+from e2p_ray.engine.wave import Ended, Wave
 from e2p_ray.errors import ConfigError
 from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, Request, RequestKey
 from tests import tiny_models
@@ -209,9 +209,9 @@ class TestEndings:
         trace: dict[RequestKey, list[int]] = {}
         plain = Decoder._completion
 
-        def spy(self: Decoder, active: Any, slot: int, reason: FinishReason) -> Completion:
-            trace[active.rows[slot].key] = active.tokens(slot).tolist()
-            return plain(self, active, slot, reason)
+        def spy(self: Decoder, ended: Ended) -> Completion:
+            trace[ended.row.key] = ended.tokens.tolist()
+            return plain(self, ended)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Decoder, "_completion", spy)
@@ -228,7 +228,7 @@ class TestTrouble:
         plain = BaseModel.hidden
 
         def limited(self: BaseModel, inputs_embeds: Any, position_ids: Any, step: Any) -> Any:
-            if isinstance(step, RowsStep) and inputs_embeds.shape[1] > 20:
+            if isinstance(step, RowsStep) and inputs_embeds.shape[1] > 9:
                 raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
             return plain(self, inputs_embeds, position_ids, step)
 

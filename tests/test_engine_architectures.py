@@ -20,6 +20,7 @@ from e2p_ray.engine.manifest import Layout
 from e2p_ray.engine.packed import PackedLinear
 from e2p_ray.engine.rows_attention import RowsAttention
 from e2p_ray.engine.rows_step import RowsStep
+from e2p_ray.engine.wave import Ended
 from e2p_ray.errors import UnsupportedModelError
 from e2p_ray.schema import Content, Group, RequestKey
 from tests import tiny_models
@@ -55,9 +56,9 @@ def run_traced(engine: Engine, groups: list[Group], monkeypatch: pytest.MonkeyPa
             trace.logits[wave.rows[slot].key, int(step)] = logits[at].clone()
         return pick(self, wave, slots, written, num_written, logits)
 
-    def done(self: Decoder, wave: Any, slot: int, reason: Any) -> Any:
-        trace.tokens[wave.rows[slot].key] = wave.tokens(slot).tolist()
-        return completion(self, wave, slot, reason)
+    def done(self: Decoder, ended: Ended) -> Any:
+        trace.tokens[ended.row.key] = ended.tokens.tolist()
+        return completion(self, ended)
 
     with monkeypatch.context() as patch:
         tiny_models.choose_by_logits(patch)

@@ -44,7 +44,7 @@ def rows(sampling: SamplingConfig, num: int) -> RowSampling:
 
 def choices(logits: torch.Tensor, sampling: SamplingConfig, num: int = 20000) -> np.ndarray:
     nothing = np.zeros((num, 1), np.int64)
-    return choose(logits.repeat(num, 1), rows(sampling, num), nothing, np.zeros(num, np.int64)).tokens
+    return choose(logits.repeat(num, 1), rows(sampling, num), nothing, np.zeros(num, np.int64)).fetched().tokens
 
 
 def test_sampling_follows_the_tempered_distribution() -> None:
@@ -69,7 +69,7 @@ def test_greedy_rows_beside_sampled_rows_stay_greedy() -> None:
     sampled, greedy = SamplingConfig(temperature=1.5), SamplingConfig()
     mixed = RowSampling.of([(greedy if n % 2 else sampled, n) for n in range(6)])
     zeros = np.zeros((6, 1), np.int64)
-    chosen = choose(logits.clone(), mixed, zeros, np.zeros(6, np.int64))
+    chosen = choose(logits.clone(), mixed, zeros, np.zeros(6, np.int64)).fetched()
     assert (chosen.tokens[1::2] == logits.argmax(-1).numpy()[1::2]).all()
     expected = torch.log_softmax(logits, -1)[range(6), chosen.tokens].numpy()
     assert np.allclose(chosen.logprobs, expected, atol=1e-5)
@@ -80,8 +80,8 @@ def test_repetition_penalty_equals_its_definition() -> None:
     sampling = SamplingConfig(repetition_penalty=2.0)
     written = np.array([[1, 2]])
     # 2.0 / 2 = 1.0 ties with token 0, which comes first; -1 * 2 = -2
-    assert choose(logits.clone(), rows(sampling, 1), written, np.array([2])).tokens[0] == 0
-    assert choose(logits.clone(), rows(sampling, 1), written, np.array([0])).tokens[0] == 1
+    assert choose(logits.clone(), rows(sampling, 1), written, np.array([2])).fetched().tokens[0] == 0
+    assert choose(logits.clone(), rows(sampling, 1), written, np.array([0])).fetched().tokens[0] == 1
 
 
 def test_rows_without_finite_logits_are_reported() -> None:
@@ -89,7 +89,7 @@ def test_rows_without_finite_logits_are_reported() -> None:
     logits[1, 3], logits[2, 0], logits[3] = float("nan"), float("inf"), float("-inf")
     logits[4, :7] = float("-inf")
     for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
-        chosen = choose(logits.clone(), rows(sampling, 5), np.zeros((5, 1), np.int64), np.zeros(5, np.int64))
+        chosen = choose(logits.clone(), rows(sampling, 5), np.zeros((5, 1), np.int64), np.zeros(5, np.int64)).fetched()
         assert chosen.finite.tolist() == [True, False, False, False, True]
         assert chosen.tokens[4] == 7
 
@@ -116,7 +116,11 @@ def test_a_large_vocabulary_is_cut_as_defined(top_k: int, top_p: float) -> None:
     generator = torch.Generator().manual_seed(1)
     logits = (torch.randn(200, 3000, generator=generator) * 2).bfloat16().float()
     sampling = SamplingConfig(temperature=1.1, top_k=top_k, top_p=top_p)
-    chosen = choose(logits.clone(), rows(sampling, 200), np.zeros((200, 1), np.int64), np.zeros(200, np.int64)).tokens
+    chosen = (
+        choose(logits.clone(), rows(sampling, 200), np.zeros((200, 1), np.int64), np.zeros(200, np.int64))
+        .fetched()
+        .tokens
+    )
     draws = uniforms(rows(sampling, 200).streams, np.zeros(200, np.int64))
     expected = [plain_cut(logits[n].numpy(), 1.1, top_k, top_p, draws[n]) for n in range(200)]
     assert chosen.tolist() == expected
@@ -126,7 +130,7 @@ def test_a_large_vocabulary_is_cut_as_defined(top_k: int, top_p: float) -> None:
             rows(sampling, 200).take(np.array([n])),
             np.zeros((1, 1), np.int64),
             np.zeros(1, np.int64),
-        )
+        ).fetched()
         for n in range(0, 200, 20)
     ]
     assert [int(item.tokens[0]) for item in one_by_one] == expected[::20]

@@ -14,11 +14,19 @@ from e2p_ray.engine.wave import Wave
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How large a wave may get."""
+    """How large a wave may get, or all of them together."""
 
     max_rows: int
     max_bytes: int
     max_prefill_tokens: int | None = None  # of prefixes computed between two steps; one prefix always is
+
+    def shared(self, num_waves: int) -> Bounds:
+        """Those of each of so many waves."""
+        return replace(self, max_rows=max(self.max_rows // num_waves, 1), max_bytes=self.max_bytes // num_waves)
+
+    def times(self, num_waves: int) -> Bounds:
+        """Those of so many waves together."""
+        return replace(self, max_rows=self.max_rows * num_waves, max_bytes=self.max_bytes * num_waves)
 
 
 # How much longer than needed the rows of slots may be that are used again: a row is counted with all its places.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +24,19 @@ from e2p_ray.engine.contract import EngineStats, Listener
 from e2p_ray.engine.drafts import Drafts, RowDraft, TokenIds, chance_needed
 from e2p_ray.engine.ending import cut_where_they_end
 from e2p_ray.engine.greedy import Likeliest
+from e2p_ray.engine.launched import Launched
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.overhead import measure_overhead_tokens
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.row import Row, rows_at_hand
 from e2p_ray.engine.rows_step import RowsStep
-from e2p_ray.engine.sampling import Chosen, choose, choose_likeliest
+from e2p_ray.engine.sampling import Choice, choose, choose_likeliest
+from e2p_ray.engine.sent import sent
 from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.engine.stopping import Stopping
-from e2p_ray.engine.wave import Wave
+from e2p_ray.engine.wave import Ended, Wave
+from e2p_ray.engine.waves import Waves, looks_later, num_waves
 from e2p_ray.schema import Completion, ErrorCode, FinishReason, RequestKey
 
 _Ints = npt.NDArray[np.int64]
@@ -64,11 +68,12 @@ class Decoder:
         self._new_drafts = new_drafts
         self._drafts: Drafts | None = None
         self._num_soft = projector.manifest.num_soft_tokens
-        self._admission = Admission(base, self._num_soft, bounds)
         self.stats = EngineStats()
         self.store = store or PrefixStore(base, bounds.max_bytes // 2)
         self._pending: deque[Row] = deque()
-        self._wave: Wave | None = None
+        self._num_waves, self._looks_later = num_waves(base.device, bounds.max_rows), looks_later(base.device)
+        self._waves = Waves(self._num_waves)
+        self._admission = Admission(base, self._num_soft, bounds.shared(self._num_waves))
         self._tried_alone: Row | None = None
 
     def with_bounds(self, bounds: Bounds) -> Decoder:
@@ -77,18 +82,18 @@ class Decoder:
 
     @property
     def bounds(self) -> Bounds:
-        """How large a wave may get: what was given, or less once memory has run out."""
-        return self._admission.bounds
+        """How large all waves together may get: what was given, or less once memory has run out."""
+        return self._admission.bounds.times(self._num_waves)
 
     def run(self, rows: Iterable[Row | Completion | None]) -> Iterator[Completion]:
         """Decode every row; completions are handed on. None: no row waits now, more may come while others are decoded.
 
         Out of memory halves the wave, down to one row, which then becomes an error. The listener may decode other rows
-        between two steps: these have a wave of their own, and this one goes on then.
+        between two steps: these have waves of their own, and these ones go on then.
         """
         source = iter(rows)
-        outer = self._pending, self._wave, self._drafts
-        self._pending, self._wave = deque(), None
+        outer = self._pending, self._waves, self._drafts
+        self._pending, self._waves = deque(), Waves(self._num_waves)
         self._drafts = None if self._new_drafts is None else self._new_drafts()
         try:
             while (refused := self._fill(source)) or self._has_rows():
@@ -98,20 +103,22 @@ class Decoder:
                     yield from self._drop(self.listener.cancelled())
                 if not self._has_rows():
                     continue
+                ended: list[Ended] = []
+                given_up: list[Completion] = []
                 try:
-                    finished = self._advance()
+                    self._advance(ended)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    finished = self._shrink()
+                    given_up = self._shrink()
                 if self.listener is not None:
                     self._tell(self.listener)
-                yield from finished
+                yield from [*map(self._completion, ended), *given_up]
         finally:
-            self._pending, self._wave, self._drafts = outer
+            self._pending, self._waves, self._drafts = outer
 
     def _has_rows(self) -> bool:
-        return bool(self._pending) or self._wave is not None
+        return bool(self._pending) or any(True for _ in self._waves)
 
     def _fill(self, source: Iterator[Row | Completion | None]) -> list[Completion]:
         """Keep a wave's worth of rows waiting; completions among them are returned."""
@@ -119,22 +126,38 @@ class Decoder:
         self._pending += rows
         return completions
 
-    def _advance(self) -> list[Completion]:
-        num_rows = 0 if self._wave is None else len(self._wave)
+    def _advance(self, ended: list[Ended]) -> None:
+        """One wave's turn; rows that are done are added to `ended`, which holds whatever goes wrong afterwards.
+
+        On a GPU the next pass is launched before anybody reads the texts that the last one ended: it runs while they
+        are made, checked and written.
+        """
+        self._waves.turn(len(self._pending), self._admission.bounds.max_rows)
+        if self._looks_later:
+            ended += self._retire(self._waves.current)
+            self._go_on()
+        else:
+            self._go_on()
+            ended += self._retire(self._waves.current)
+
+    def _go_on(self) -> None:
+        """Rows that wait come in, or those that run get their next tokens."""
+        wave, max_rows = self._waves.current, self._admission.bounds.max_rows
+        num_rows = 0 if wave is None else len(wave)
         # Where more wait than there is room for, in batches: a pass and a prefill for each that leaves would cost more.
-        all_fit = num_rows + len(self._pending) <= self.bounds.max_rows
-        if not (self._pending and (all_fit or num_rows <= self.bounds.max_rows // 2) and self._admit()):
-            assert self._wave is not None, "there are rows, and one alone may always come in"
-            self._pass(self._wave, 0)
-        return self._retire()
+        room = self._waves.share(len(self._pending), max_rows)
+        all_fit = num_rows + len(self._pending) <= room
+        if not (self._pending and (all_fit or num_rows <= room // 2) and self._admit(room)) and wave is not None:
+            self._pass(wave, 0)
 
     def _shrink(self) -> list[Completion]:
         """Put the wave's rows back and go on with half as many; a row that does not fit twice, alone, is given up.
 
         The first time, guesses or what was kept of other rows may have been in its way.
         """
-        rows = [*(self._wave.rows if self._wave is not None else []), *self._pending]
-        self._wave = self._drafts = None  # guesses make passes larger
+        rows = [*(row for wave in self._waves for row in wave.rows), *self._pending]
+        self._num_waves, self._drafts = 1, None  # guesses make passes larger
+        self._waves = Waves(self._num_waves)
         self.store.trim(0)
         self._pending = deque(rows)
         if self._admission.halve(len(rows)):
@@ -147,14 +170,16 @@ class Decoder:
     # -- rows come in ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _admit(self) -> bool:
-        """Take as many waiting rows as fit, prefill what they need, choose their first tokens."""
-        rows = self._admission.fitting(self._pending, self._wave, self.store)
+    def _admit(self, room: int) -> bool:
+        """Take as many waiting rows as fit into a wave of `room`, prefill what they need, choose their first tokens."""
+        wave = self._waves.current
+        free = room - (0 if wave is None else len(wave))
+        rows = self._admission.fitting(islice(self._pending, free), wave, self.store)
         if not rows:
             return False
-        if self._wave is None:
+        if wave is None:
             self.stats = replace(self.stats, num_waves=self.stats.num_waves + 1)
-        wave = self._wave = self._admission.wave_for(rows, len(self._pending), self._wave)
+        wave = self._waves.current = self._admission.wave_for(rows, len(self._pending), wave)
         computed = self.store.num_computed_tokens
         prefixes = self.store.get([row.segments.left for row in rows], [row.segments.num_stem for row in rows])
         self._count(prefix=self.store.num_computed_tokens - computed)
@@ -199,7 +224,7 @@ class Decoder:
             num_truncated=self.stats.num_truncated + num_truncated,
             num_steps=self.stats.num_steps + (begun > first),
         )
-        self._write(wave, first, hidden, step, ahead)
+        wave.launched.append(self._choose(wave, first, hidden, step, ahead))
 
     def _embeds(
         self, last_tokens: _Ints, new: list[Row], num_own: _Ints, ahead: Sequence[TokenIds], step: RowsStep
@@ -216,14 +241,14 @@ class Decoder:
         for at, tokens in enumerate(ahead):
             if tokens:
                 ids[at, num_own[at] : num_own[at] + len(tokens)] = tokens
-        embeds = base.embed(torch.from_numpy(ids[packed.row, packed.offset]).to(base.device))
+        embeds = base.embed(sent(ids[packed.row, packed.offset], base.device))
         given = [row.user_embedding for row in new if row.user_embedding is not None]
         if given:
             soft = packed.offset < num_soft[packed.row]
-            projected = self._projector(torch.from_numpy(np.stack(given)).to(base.device)).to(base.dtype)
+            projected = self._projector(sent(np.stack(given), base.device)).to(base.dtype)
             user = np.cumsum(num_soft > 0) - 1  # a row's place among those with a user embedding
-            places = torch.from_numpy(np.flatnonzero(soft)).to(base.device)
-            chosen = torch.from_numpy(user[packed.row[soft]] * self._num_soft + packed.offset[soft]).to(base.device)
+            places = sent(np.flatnonzero(soft), base.device)
+            chosen = sent(user[packed.row[soft]] * self._num_soft + packed.offset[soft], base.device)
             embeds = embeds.index_copy(0, places, projected.flatten(0, 1)[chosen])
         return embeds
 
@@ -236,66 +261,54 @@ class Decoder:
         spaces = room.tolist()
         return [() if d is None else d.ahead(needed, space) for d, space in zip(drafts, spaces, strict=True)]
 
-    def _write(self, wave: Wave, first: int, hidden: Tensor, step: RowsStep, ahead: Sequence[TokenIds]) -> None:
-        """Choose a token behind each row's last and behind each guess, and keep those before the first wrong guess."""
-        rows = np.arange(first, first + len(ahead))
+    def _choose(self, wave: Wave, first: int, hidden: Tensor, step: RowsStep, ahead: Sequence[TokenIds]) -> Launched:
+        """Choose a token behind each row's last and behind each guess, some at a time: logits are wide."""
         num_guessed = np.array([len(tokens) for tokens in ahead])
-        width = int(num_guessed.max()) + 1
-        guesses = np.full((len(rows), width), -1, np.int64)
-        for at in np.flatnonzero(num_guessed).tolist():
-            guesses[at, : num_guessed[at]] = ahead[at]
-        asked = np.arange(width) <= num_guessed[:, None]  # (n, width)
-        at = (step.tokens.end - num_guessed)[:, None] + np.arange(width)
-        chosen, logprobs = self._choose(wave, rows, hidden, at, asked, guesses)
-        right = np.cumprod((chosen == guesses) & asked, axis=1).sum(axis=1)
-        wave.write(rows, right + 1, chosen, logprobs)
-        wave.num_own[rows] += right + 1
-        self._follow(wave, first)
+        guesses = np.full((len(ahead), int(num_guessed.max()) + 1), -1, np.int64)
+        for row in np.flatnonzero(num_guessed).tolist():
+            guesses[row, : num_guessed[row]] = ahead[row]
+        launched = Launched(np.arange(first, first + len(ahead)), guesses, num_guessed)
+        rows, columns = np.nonzero(launched.asked)
+        places = (step.tokens.end - num_guessed)[rows] + columns
+        size = min(self.bounds.max_rows, _MAX_CPU_LOGITS) if hidden.device.type == "cpu" else self.bounds.max_rows
+        if (likeliest := self._likeliest(wave, launched.slots, hidden, places, size)) is not None:
+            launched.choices.append((rows, columns, choose_likeliest(likeliest)))
+            return launched
+        for part in range(0, len(rows), size):
+            r, c = rows[part : part + size], columns[part : part + size]
+            some = sent(places[part : part + size], hidden.device)
+            logits = self._base.logits(hidden[some])
+            slots = launched.slots[r]
+            written = _continued(wave, slots, guesses[r], guesses.shape[1])
+            choice = self._pick(wave, slots, written, wave.num_written[slots] + c, logits)
+            launched.choices.append((r, c, choice))
+        return launched
+
+    def _look_at(self, wave: Wave, launched: Launched) -> None:
+        """Keep what a pass chose, up to the first wrong guess of each row."""
+        chosen, logprobs = launched.chosen()
+        slots, guesses = launched.slots, launched.guesses
+        right = np.cumprod((chosen == guesses) & launched.asked, axis=1).sum(axis=1)
+        wave.write(slots, right + 1, chosen, logprobs)
+        wave.num_own[slots] += right + 1
+        self._follow(wave, int(slots[0]), int(slots[-1]) + 1)
         self.stats = replace(
             self.stats,
-            num_draft_tokens=self.stats.num_draft_tokens + int(num_guessed.sum()),
+            num_draft_tokens=self.stats.num_draft_tokens + int(launched.num_guessed.sum()),
             num_accepted_tokens=self.stats.num_accepted_tokens + int(right.sum()),
         )
 
-    def _follow(self, wave: Wave, first: int) -> None:
-        """Show the drafts of rows from slot `first` on what these have written, unless none of all has use for it."""
+    def _follow(self, wave: Wave, first: int, end: int) -> None:
+        """Show the drafts of rows in these slots what they have written, unless none of all has use for it."""
         if self._drafts is None or wave.num_told_when_idle == self._drafts.num_told:
             return
-        are_idle = first == 0
-        counts = wave.num_written[first : len(wave)].tolist()
-        for draft, written, count in zip(wave.drafts[first:], wave.written[first : len(wave)], counts, strict=True):
+        are_idle = end - first == len(wave)
+        counts = wave.num_written[first:end].tolist()
+        for draft, written, count in zip(wave.drafts[first:end], wave.written[first:end], counts, strict=True):
             if draft is not None:
                 draft.follow(written[len(draft.written) : count].tolist())
                 are_idle = are_idle and draft.is_idle
         wave.num_told_when_idle = self._drafts.num_told if are_idle else None
-
-    def _choose(
-        self, wave: Wave, rows: _Ints, hidden: Tensor, at: _Ints, asked: npt.NDArray[np.bool_], guesses: _Ints
-    ) -> tuple[_Ints, npt.NDArray[np.float32]]:
-        """Tokens and log-probabilities (n, width) behind the packed places `at`, where asked; -1 without finite logits.
-
-        Some places at a time: logits are as wide as the vocabulary.
-        """
-        tokens, logprobs = np.full(at.shape, -1, np.int64), np.zeros(at.shape, np.float32)
-        row, column = np.nonzero(asked)
-
-        def put(r: _Ints, c: _Ints, chosen: Chosen) -> None:
-            tokens[r, c] = np.where(chosen.finite, chosen.tokens, -1)
-            logprobs[r, c] = chosen.logprobs
-
-        size = min(self.bounds.max_rows, _MAX_CPU_LOGITS) if hidden.device.type == "cpu" else self.bounds.max_rows
-        if (likeliest := self._likeliest(wave, rows, hidden, at[row, column], size)) is not None:
-            put(row, column, choose_likeliest(likeliest))
-            return tokens, logprobs
-        for part in range(0, len(row), size):
-            r, c = row[part : part + size], column[part : part + size]
-            places = torch.from_numpy(at[r, c]).to(hidden.device)
-            logits = self._base.logits(hidden[places])
-            slots = rows[r]
-            written = _continued(wave, slots, guesses[r], asked.shape[1])
-            chosen = self._pick(wave, slots, written, wave.num_written[slots] + c, logits)
-            put(r, c, chosen)
-        return tokens, logprobs
 
     def _likeliest(self, wave: Wave, rows: _Ints, hidden: Tensor, places: _Ints, max_rows: int) -> Likeliest | None:
         """The likeliest tokens behind these packed places, where that is all their rows ask for and loops find them."""
@@ -305,7 +318,7 @@ class Decoder:
         states = hidden if len(places) == len(hidden) else hidden[torch.from_numpy(places)]
         return greedy(states, max_rows) if greedy.takes(states) else None
 
-    def _pick(self, wave: Wave, slots: _Ints, written: _Ints, num_written: _Ints, logits: Tensor) -> Chosen:
+    def _pick(self, wave: Wave, slots: _Ints, written: _Ints, num_written: _Ints, logits: Tensor) -> Choice:
         """One token behind each of these rows' first num_written (n,) tokens."""
         return choose(logits, wave.sampling.take(slots), written, num_written)
 
@@ -318,17 +331,19 @@ class Decoder:
     # -- rows go out -------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _retire(self) -> list[Completion]:
-        """Take the rows that are done out of the wave."""
-        wave = self._wave
-        assert wave is not None
+    def _retire(self, wave: Wave | None) -> list[Ended]:
+        """Look at what a wave's passes chose, and take the rows that are done out of it."""
+        if wave is None or not wave.launched:
+            return []
+        for launched in wave.launched:
+            self._look_at(wave, launched)
+        wave.launched.clear()
         reasons = cut_where_they_end(wave, self._stopping)
-        finished = sorted(reasons)
-        completions = [self._completion(wave, slot, reasons[slot]) for slot in finished]
-        num_output_tokens = sum(completion.num_output_tokens for completion in completions)
+        ended = [wave.ended(slot, reason) for slot, reason in sorted(reasons.items())]
+        num_output_tokens = sum(len(one.tokens) for one in ended if one.reason is not FinishReason.ERROR)
         self.stats = replace(self.stats, num_output_tokens=self.stats.num_output_tokens + num_output_tokens)
-        self._leave(wave, finished)
-        return completions
+        self._leave(wave, sorted(reasons))
+        return ended
 
     def _leave(self, wave: Wave, slots: Sequence[int]) -> None:
         """Take these rows out of the wave, which ends with its last one."""
@@ -336,44 +351,45 @@ class Decoder:
             wave.remove(slots)
         if not len(wave):
             self._admission.ended(wave)
-            self._wave = None
+            self._waves.end(wave)
 
     @torch.inference_mode()
     def _drop(self, keys: Set[RequestKey]) -> list[Completion]:
         """Take rows out that nobody waits for."""
         if not keys:
             return []
+        # What is on its way is looked at first: it says which rows it belongs to by their slots.
+        ended = [one for wave in [*self._waves] for one in self._retire(wave)]
         dropped = [row for row in self._pending if row.key in keys]
         self._pending = deque(row for row in self._pending if row.key not in keys)
-        if self._wave is not None:
-            slots = [slot for slot, row in enumerate(self._wave.rows) if row.key in keys]
-            dropped += [self._wave.rows[slot] for slot in slots]
-            self._leave(self._wave, slots)
-        return [self._error(row, ErrorCode.CANCELLED) for row in dropped]
+        for wave in [*self._waves]:
+            slots = [slot for slot, row in enumerate(wave.rows) if row.key in keys]
+            dropped += [wave.rows[slot] for slot in slots]
+            self._leave(wave, slots)
+        cancelled = [self._error(row, ErrorCode.CANCELLED) for row in dropped]
+        return [*map(self._completion, ended), *cancelled]
 
     def _tell(self, listener: Listener) -> None:
         """What the streamed rows have written so far."""
-        wave, keys = self._wave, listener.streamed()
-        if wave is None or not keys:
-            return
-        for slot, row in enumerate(wave.rows):
-            if row.key in keys:
-                listener.on_text(row.key, self._stopping.text(wave.tokens(slot), row.sampling))
+        keys = listener.streamed()
+        for wave in self._waves if keys else ():
+            for slot, row in enumerate(wave.rows):
+                if row.key in keys:
+                    listener.on_text(row.key, self._stopping.text(wave.tokens(slot), row.sampling))
 
-    def _completion(self, wave: Wave, slot: int, reason: FinishReason) -> Completion:
-        row, tokens = wave.rows[slot], wave.tokens(slot)
-        if reason is FinishReason.ERROR:
-            wave.slots.clear(slot)
+    def _completion(self, ended: Ended) -> Completion:
+        row, tokens = ended.row, ended.tokens
+        if ended.reason is FinishReason.ERROR:
             return self._error(row, ErrorCode.NON_FINITE_LOGITS)
         if self._drafts is not None:
             self._drafts.tell(row, tuple(tokens.tolist()))
         return Completion(
             key=row.key,
             text=self._stopping.text(tokens, row.sampling),
-            finish_reason=reason,
+            finish_reason=ended.reason,
             num_prompt_tokens=self._num_prompt_tokens(row),
             num_output_tokens=len(tokens),
-            mean_logprob=float(wave.logprobs[slot, : len(tokens)].mean(dtype=np.float64)),
+            mean_logprob=ended.mean_logprob,
             truncated=row.segments.truncated,
         )
 

@@ -13,7 +13,7 @@ from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.shared_prefix import SuffixSlots
 
-_MANY = 64
+_MANY, _MANY_OF_GPU = 64, 1024  # beyond what the reading of the weights hides: 64 tokens take a GPU as long as one
 _NUM_REPEATS = 3
 _MAX_POWER = 10
 
@@ -21,9 +21,10 @@ _MAX_POWER = 10
 @torch.inference_mode()
 def measure_overhead_tokens(base: BaseModel) -> int:
     """In tokens, as a power of two, so that one machine's measurements agree: passes of one row and of many."""
-    slots = base.slots(_MANY, 1)
-    one, many = _seconds(base, slots, 1), _seconds(base, slots, _MANY)
-    return rounded_overhead(one, many, _MANY)
+    num_many = _MANY if base.device.type == "cpu" else _MANY_OF_GPU
+    slots = base.slots(num_many, 1)
+    one, many = _seconds(base, slots, 1), _seconds(base, slots, num_many)
+    return rounded_overhead(one, many, num_many)
 
 
 def rounded_overhead(seconds_of_one: float, seconds_of_many: float, num_many: int) -> int:

@@ -159,7 +159,10 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this build and machine have the operators for it."""
     ops = torch.ops.mkldnn
     found = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
-    return device.type == "cpu" and dtype in _DTYPES and bool(torch.backends.mkldnn.enabled) and found
+    if device.type != "cpu" or dtype not in _DTYPES or not torch.backends.mkldnn.enabled or not found:
+        return False
+    # Without AVX-512 or AVX-NE-CONVERT oneDNN refuses a weight in bfloat16 (seen on a Zen 3).
+    return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def activation_of(module: nn.Module | None) -> Activation | None:

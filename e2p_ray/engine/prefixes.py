@@ -13,6 +13,7 @@ from torch import Tensor
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.rows_step import RowsStep
+from e2p_ray.engine.sent import sent
 from e2p_ray.engine.shared_prefix import PrefillDoneError, PrefillStep, Prefix, SuffixSlots
 
 TokenIds = tuple[int, ...]
@@ -133,7 +134,7 @@ class PrefixStore:
             ids = np.zeros((len(asked), longest), np.int64)
             for place, at in enumerate(asked):
                 ids[place, : counts[at]] = rests[at]
-            embeds = base.embed(torch.from_numpy(ids[step.tokens.row, step.tokens.offset]).to(base.device))
+            embeds = base.embed(sent(ids[step.tokens.row, step.tokens.offset], base.device))
             base.hidden(embeds[None], step.position_ids, step)
             self.num_computed_tokens += int(counts.sum())
         slot_of = np.cumsum(counts > 0) - 1
@@ -145,13 +146,13 @@ class PrefixStore:
     @torch.no_grad()
     def _prefill(self, batch: list[TokenIds]) -> list[Prefix]:
         lengths = [len(left) for left in batch]
-        ids = torch.zeros(len(batch), max(lengths), dtype=torch.long)
+        ids = np.zeros((len(batch), max(lengths)), np.int64)
         for at, left in enumerate(batch):
-            ids[at, : len(left)] = torch.tensor(left)
+            ids[at, : len(left)] = left
         step = PrefillStep(lengths, self._base.num_layers)
         positions = torch.arange(max(lengths), device=self._base.device).expand(len(batch), -1)
         with contextlib.suppress(PrefillDoneError):
-            self._base.hidden(self._base.embed(ids.to(self._base.device)), positions, step)
+            self._base.hidden(self._base.embed(sent(ids, self._base.device)), positions, step)
         self.num_computed_tokens += sum(lengths)
         return step.prefixes()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from e2p_ray.engine.attention import Shape, attention, joined_attention, merge
 from e2p_ray.engine.packed_tokens import PackedTokens
 from e2p_ray.engine.readers import Readers
+from e2p_ray.engine.sent import sent
 from e2p_ray.engine.shared_prefix import SuffixSlots
 
 # From so many new tokens a row on, torch's CPU kernel beats two products (256 rows of 16: 5.2 ms against 6.8 ms).
@@ -38,7 +39,7 @@ class RowsAttention:
         self._in_order = bool((order == np.arange(len(order))).all())
 
         def on_device(array: np.ndarray[tuple[int, ...], np.dtype[np.int64]]) -> Tensor:
-            return torch.from_numpy(array).to(device)
+            return sent(array, device)
 
         self._place = on_device((tokens.end + 1 - counts)[:, None] + across)
         self._in_grid = on_device(tokens.row * width + tokens.offset)
@@ -129,7 +130,7 @@ class RowsAttention:
         if min(visible) == longest:
             return None
         behind = np.arange(longest) >= np.array(visible)[:, None]
-        return torch.from_numpy(np.where(behind, -np.inf, 0.0).astype(np.float32)).to(self._positions.device)
+        return sent(np.where(behind, -np.inf, 0.0).astype(np.float32), self._positions.device)
 
     def _read(self, layer: int, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values (c, Hkv, longest, D) of a run of prefixes."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from e2p_ray.engine.attention import Room, Shape
@@ -18,6 +17,7 @@ from e2p_ray.engine.compiled_rows import CompiledRows
 from e2p_ray.engine.packed_tokens import PackedTokens
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.rows_attention import RowsAttention
+from e2p_ray.engine.sent import sent
 from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
 
 _Ints = npt.NDArray[np.int64]
@@ -39,7 +39,7 @@ class RowsStep:
         self.last_position = int(positions.max())
         self.is_single = int(counts.max()) == 1
         self._all_at_one_place = self.is_single and int(lengths.min()) == int(lengths.max())
-        self.position_ids = torch.from_numpy(positions).to(device)[None]  # (1, T)
+        self.position_ids = sent(positions, device)[None]  # (1, T)
         self._single: list[tuple[int, tuple[Prefix, int] | None]] | None = None
         self._places: _Ints | None = None
         self._compiled: CompiledRows | None = None
@@ -59,7 +59,7 @@ class RowsStep:
     def _slot_places(self) -> tuple[Tensor, Tensor]:
         """Slots of the tokens (T,), and places there."""
         device, tokens = self.slots.keys[0].device, self.tokens
-        return torch.from_numpy(tokens.row + tokens.first_slot).to(device), torch.from_numpy(tokens.at).to(device)
+        return sent(tokens.row + tokens.first_slot, device), sent(tokens.at, device)
 
     def room(self, layer: int) -> Room:
         """Where the tokens' keys and values belong, in place of `update`."""

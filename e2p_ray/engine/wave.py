@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from e2p_ray.engine.drafts import RowDraft
+from e2p_ray.engine.launched import Launched
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.row import Row
 from e2p_ray.engine.sampling import RowSampling
+from e2p_ray.engine.sent import sent
 from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
+from e2p_ray.schema import FinishReason
 
 _Ints = npt.NDArray[np.int64]
 _Number = TypeVar("_Number", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ended:
+    """A row that is done, with all that it has written."""
+
+    row: Row
+    tokens: _Ints
+    mean_logprob: float
+    reason: FinishReason
 
 
 class Wave:
@@ -38,6 +51,7 @@ class Wave:
         self.logprobs = np.zeros((size, max_new_tokens), np.float32)
         self.num_fresh = np.zeros(size, np.int64)  # tokens that the last pass wrote
         self.sampling = RowSampling.of([])
+        self.launched: list[Launched] = []  # passes whose tokens nobody has looked at
         self._prefixes: list[Prefix | None] = []
         self._visible: list[int] = []
         self._readers: Readers | None = None
@@ -111,6 +125,13 @@ class Wave:
         self.num_written[slots] += counts
         self.num_fresh[slots] = counts
 
+    def ended(self, slot: int, reason: FinishReason) -> Ended:
+        """A row that is about to be taken out. What went wrong in its slot must not reach the next row there."""
+        if reason is FinishReason.ERROR:
+            self.slots.clear(slot)
+        mean_logprob = float(self.logprobs[slot, : self.num_written[slot]].mean(dtype=np.float64))
+        return Ended(self.rows[slot], self.tokens(slot).copy(), mean_logprob, reason)
+
     def cut(self, slot: int, num_tokens: int) -> None:
         """Forget what a row wrote beyond so many tokens."""
         self.num_written[slot] = num_tokens
@@ -124,7 +145,7 @@ class Wave:
         if targets:
             device = self.slots.keys[0].device
             num_tokens = int(self.num_own[sources].max())
-            self.slots.move(torch.tensor(sources, device=device), torch.tensor(targets, device=device), num_tokens)
+            self.slots.move(sent(np.array(sources), device), sent(np.array(targets), device), num_tokens)
         for array in (self.written, self.logprobs, self.num_written, self.num_own, self.num_fresh, self.num_chars,
                       self.max_new, self.max_chars, self.stops):  # fmt: skip
             array[targets] = array[sources]

@@ -175,7 +175,8 @@ def main() -> None:
     options = parser.parse_args()
     config = llama(MODEL_SIZES[options.model], vocab_size=VOCAB_SIZE)
     peak = matmul_peak_flops()
-    print(f"{torch.cuda.get_device_name()}: {peak / 1e12:.0f} TFLOP/s in products of {PEAK_WIDTH}, torch {torch.__version__}")
+    name = torch.cuda.get_device_name()
+    print(f"{name}: {peak / 1e12:.0f} TFLOP/s in products of {PEAK_WIDTH}, torch {torch.__version__}")
     plain = None if options.no_hf else model_of(config)
     packed = BaseModel(model_of(config))
     packed.pack()
@@ -186,7 +187,7 @@ def main() -> None:
     for case in CASES:
         if not options.only or case.name in options.only:
             results += measure(case, config, plain, systems, options, peak)
-    print_results("gpu", results, gpu=torch.cuda.get_device_name())
+    print_results("gpu", results, gpu=name)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def attend_prefixes(
     outputs,  # the same in float32, and with `lses` (T, NUM_HEADS) written for tokens that read a prefix only
     lses,
     order,  # tokens, those of one prefix together
-    tile_prefixes,  # of every tile of queries: its prefix, or -1, its first place in `order`, and how many from there on
+    tile_prefixes,  # of every tile of queries: its prefix or -1, its first place in `order`, how many from there on
     tile_firsts,
     tile_counts,
     lengths,  # of prefixes

@@ -7,7 +7,7 @@ in tables at fixed places, so that a pass of another wave is the same graph; pas
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import ref
 
 import torch
@@ -43,7 +43,7 @@ class Graphs:
     def __init__(self, run: Run, make_rows: MakeRows, tables: PassTables) -> None:
         self._run, self._make_rows, self._tables = run, make_rows, tables
         self._passes: dict[tuple[int, int], _Pass] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # torch's handle of a pool of memory
         self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, states: Tensor, step: RowsStep) -> Tensor | None:
@@ -76,7 +76,7 @@ class Graphs:
         """
         device = one.states.device
         if self._pool is None or self._stream is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
         with torch.cuda.stream(self._stream):

@@ -19,6 +19,7 @@ from e2p_ray.engine.gpu.graphs import Graphs
 from e2p_ray.engine.gpu.row_kernels import gate_rows, normalise_rows, turn_heads
 from e2p_ray.engine.gpu.tables import PassTables, PrefixTable, SlotTable, TokenTable, slot_numbers
 from e2p_ray.engine.rows_step import RowsStep
+from e2p_ray.engine.sent import sent
 from e2p_ray.engine.shared_prefix import PrefillStep
 
 # Same modules under the same names; each is compared with transformers in tests/test_gpu_layers.py.
@@ -94,7 +95,7 @@ class GpuDecoder(nn.Module):
         first = self._layers[0]
         size = (num_rows, first.num_kv_heads, num_tokens, first.head_dim)
         keys, values = step.make(size, states.dtype, states.device)
-        slots = SlotTable(torch.from_numpy(slot_numbers(keys, values)).to(states.device))
+        slots = SlotTable(sent(slot_numbers(keys, values), states.device))
         row = torch.arange(num_rows * num_tokens, dtype=torch.int32, device=states.device)
         places, slot_of = row % num_tokens, row // num_tokens
         states = states.clone()
@@ -124,7 +125,10 @@ class GpuLayer:
         self._before_attention, self._before_mlp = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self._qkv = _Product.of(attention.q_proj, attention.k_proj, attention.v_proj)
         self.output = _Product.of(attention.o_proj)
-        self._gate_up, self._down = _Product.of(layer.mlp.gate_proj, layer.mlp.up_proj), _Product.of(layer.mlp.down_proj)
+        self._gate_up, self._down = (
+            _Product.of(layer.mlp.gate_proj, layer.mlp.up_proj),
+            _Product.of(layer.mlp.down_proj),
+        )
         self._query_norm = _Norm(attention.q_norm) if hasattr(attention, "q_norm") else None
         self._key_norm = _Norm(attention.k_norm) if hasattr(attention, "k_norm") else None
         self.num_heads = attention.q_proj.out_features // self.head_dim
