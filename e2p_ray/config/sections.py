@@ -150,13 +150,25 @@ class PlanConfig(Section):
     num_partitions: int | None = Field(None, ge=1, description="shuffle partitions; null: by size")
 
 
+USUAL_ROWS, USUAL_BYTES = 512, 2 << 30
+
+
 class EngineConfig(Section):
     """Bounds of the token loop."""
 
     kind: Literal["native", "vllm"] = Field("native", description="vllm: for models on several GPUs; extra [vllm]")
     tensor_parallel: int = Field(1, ge=1, description="GPUs that share one model; vllm only")
-    max_rows: int = Field(512, ge=1, description="rows decoded together; 256-512 on CPU, 1,000-4,000 on a large GPU")
-    max_bytes: int = Field(2 << 30, ge=1 << 20, description="keys, values and activations above the model")
+    max_rows: int | None = Field(
+        None,
+        ge=1,
+        description="rows decoded together; null: 512, on a GPU 4,096, but 512 where texts are written online",
+    )
+    max_bytes: int | None = Field(
+        None,
+        ge=1 << 20,
+        description="keys, values and activations above the model; null: 2 GiB, on a GPU four fifths of what the model "
+        "leaves free",
+    )
     num_threads: int | None = Field(None, ge=1, description="CPU threads of one engine; null: the actor's num_cpus")
     drafts: bool = Field(True, description="verify guessed texts where that saves time; texts are the same either way")
     keep_plain: bool | None = Field(
@@ -164,6 +176,16 @@ class EngineConfig(Section):
         description="keep fp32 weights on a CPU twice, packed and plain: passes over up to 4 rows take 0.8 of the "
         "time; null: where texts are written online",
     )
+
+    @property
+    def usual_rows(self) -> int:
+        """Rows decoded together where nobody asks what they are decoded on."""
+        return self.max_rows or USUAL_ROWS
+
+    @property
+    def usual_bytes(self) -> int:
+        """The same of bytes."""
+        return self.max_bytes or USUAL_BYTES
 
 
 class WorkersConfig(Section):

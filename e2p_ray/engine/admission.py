@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
+from e2p_ray.config import EngineConfig
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore, prefill_tokens
 from e2p_ray.engine.row import Row
@@ -27,6 +30,19 @@ class Bounds:
     def times(self, num_waves: int) -> Bounds:
         """Those of so many waves together."""
         return replace(self, max_rows=self.max_rows * num_waves, max_bytes=self.max_bytes * num_waves)
+
+
+# Paper arithmetic for an 8 B model on an H200 has its best waves at 1,024 to 4,096 rows; there two take turns.
+_GPU_ROWS = 4096
+_GPU_SHARE = 0.8  # of the memory that is free once the model is loaded: the rest is for what is not counted
+
+
+def bounds_on(device: torch.device, config: EngineConfig) -> Bounds:
+    """What the configuration says, and for what it does not say, what this device likes."""
+    if device.type != "cuda":
+        return Bounds(config.usual_rows, config.usual_bytes)
+    max_bytes = config.max_bytes or int(_GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+    return Bounds(config.max_rows or _GPU_ROWS, max_bytes)
 
 
 # How much longer than needed the rows of slots may be that are used again: a row is counted with all its places.

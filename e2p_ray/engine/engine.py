@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from e2p_ray.config import EngineConfig, JobConfig, TaskConfig
-from e2p_ray.engine.admission import Bounds
+from e2p_ray.engine.admission import Bounds, bounds_on
 from e2p_ray.engine.contract import EngineStats, Listener
 from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.drafts import Drafts, Experience
@@ -56,12 +56,13 @@ class Engine(PromptedEngine):
         ends = _end_tokens(base, tokenizer)
         stopping = Stopping(tokenizer, base.vocab_size, ends, samplings)
         projector = projector.to(base.device)
+        bounds = bounds_on(base.device, config)
         new_drafts = functools.partial(Drafts, tokenizer, ends[0] if ends else None, Experience())
         self._decoder = Decoder(
             base,
             projector,
             stopping,
-            Bounds(config.max_rows, config.max_bytes),
+            bounds,
             new_drafts if config.drafts else None,
             store,
         )
@@ -72,7 +73,7 @@ class Engine(PromptedEngine):
             self.layout,
             end_token=ends[0] if ends else None,
             store=self._decoder.store,
-            max_rows=min(config.max_rows, MAX_SCORED_ROWS),
+            max_rows=min(bounds.max_rows, MAX_SCORED_ROWS),
         )
 
     @property

@@ -85,9 +85,9 @@ def start_vllm(folder: Path, dtype: str, config: EngineConfig, max_positions: in
         enable_prefix_caching=True,
         tensor_parallel_size=config.tensor_parallel,
         distributed_executor_backend="mp" if config.tensor_parallel > 1 else None,
-        max_num_seqs=config.max_rows,
+        max_num_seqs=config.usual_rows,
         max_model_len=max_positions,
-        kv_cache_memory_bytes=config.max_bytes,
+        kv_cache_memory_bytes=config.usual_bytes,
         enforce_eager=eager,
         disable_log_stats=True,
     )

@@ -254,6 +254,6 @@ def load_vllm_engine(config: JobConfig, storage: Storage) -> VllmEngine:
         projector,
         load_tokenizer(folder.path),
         config.tasks,
-        max_rows=config.engine.max_rows,
+        max_rows=config.engine.usual_rows,
         retry_temperature=config.checks.retry_temperature,
     )

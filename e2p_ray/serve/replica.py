@@ -77,7 +77,7 @@ class Replica:
 def application(config: ServeConfig, *, engine_factory: EngineFactory | None = None) -> Application:
     """The application for `serve.run`, which restarts replicas; see `app.serve_file` for what swaps without."""
     replica, workers = config.replica, config.workers
-    most = replica.max_waiting + config.engine.max_rows
+    most = replica.max_waiting + config.engine.usual_rows
     options: dict[str, Any] = {
         "name": DEPLOYMENT_NAME,
         "user_config": {"projector_uri": config.projector.uri},

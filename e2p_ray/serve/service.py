@@ -89,7 +89,7 @@ class Service:
         self._log = log or ReplicaLog()
         self.tables = Tables(config, storage, self._log)
         self.loop = ModelLoop(
-            max_rows=config.engine.max_rows,
+            max_rows=config.engine.usual_rows,
             max_waiting=config.replica.max_waiting,
         )
         self._variants: OrderedDict[tuple[LoadedGenerator, str, str], LoadedGenerator] = OrderedDict()
@@ -260,10 +260,11 @@ class Service:
 
 
 def _for_few_rows(config: ServeConfig) -> ServeConfig:
-    """The configuration of an engine that often writes for one or two users only."""
-    if config.engine.keep_plain is not None:
-        return config
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"keep_plain": True})})
+    """The configuration of an engine that often writes for one or two users only, and for no more than have a place."""
+    engine = config.engine
+    keep_plain = True if engine.keep_plain is None else engine.keep_plain
+    online = engine.model_copy(update={"keep_plain": keep_plain, "max_rows": engine.usual_rows})
+    return config.model_copy(update={"engine": online})
 
 
 def require_native(config: ServeConfig) -> None:

@@ -228,7 +228,7 @@ def load_e2p_ray(setting: Setting) -> Prepare:
             groups.append(group)
             num_left -= len(group.requests)
     rows = {pair.request.key: row for row, pair in enumerate(setting.pairs)}
-    store = PrefixStore(base, EngineConfig().max_bytes // 2)
+    store = PrefixStore(base, EngineConfig().usual_bytes // 2)
     engine = make_engine(base, setting.case, setting.max_rows, projector, store)
 
     def prepare() -> Callable[[], dict[str, Any]]:

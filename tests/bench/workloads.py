@@ -197,7 +197,7 @@ def make_engine(
 ) -> Engine:
     """An engine for the case's tasks; without a projector, one with random weights."""
     projector = projector or random_projector(base.d_model, output_rms=base.token_embedding_rms)
-    config = EngineConfig(max_rows=max_rows, max_bytes=max_bytes or EngineConfig().max_bytes)
+    config = EngineConfig(max_rows=max_rows, max_bytes=max_bytes)
     return Engine(base, projector, wide_tokenizer(base.vocab_size), tasks_of(case), config, store=store)
 
 
