@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton comes with the extra dev")
 
 from e2p_ray.engine.gpu.attend import GpuRows
 from e2p_ray.engine.gpu.likeliest import likeliest_of
-from e2p_ray.engine.gpu.tables import PassTables
+from e2p_ray.engine.gpu.tables import PassTables, aligned
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
@@ -122,3 +122,26 @@ def test_likeliest(width: int, dtype: torch.dtype) -> None:
     assert not torch.isfinite(sums[3:]).any()
     wanted = logits[:3].double().logsumexp(-1).cpu()
     assert difference(found.logits[:3].double().cpu() + sums[:3].log(), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_a_pass_never_has_more_tiles_than_there_is_room_for(group: int) -> None:
+    rng = np.random.default_rng(group)
+    tables, fullest = PassTables(1, group, DEVICE), 0.0
+    slots = SuffixSlots(1, 600, 1, 4, 4, dtype=torch.float32, device=DEVICE)
+    for _ in range(150):
+        num_rows, num_prefixes = int(rng.integers(1, 513)), int(2 ** rng.uniform(0, 9.1))
+        keys = torch.zeros(1, 1, 3, 4, device=DEVICE)
+        prefixes = [Prefix((keys,), (keys,), 3) for _ in range(num_prefixes)]
+        read = [prefixes[at] if at < num_prefixes else None for at in rng.integers(0, num_prefixes + 2, num_rows)]
+        readers = Readers.of(read, [0 if prefix is None else 3 for prefix in read])
+        step = RowsStep(slots, 0, np.zeros(num_rows, np.int64), np.ones(num_rows, np.int64), readers)
+        tile, size = tables.tile(step), num_rows + int(rng.integers(0, 60))
+        room = tables.max_tiles(size, tile)
+        numbers = tables.token_numbers(step, size, room)  # asserts that they fit
+        num_used = tables.tokens(step).num_tiles
+        fullest = max(fullest, num_used / room)
+        counts = numbers.numpy()[4 * aligned(size) :].reshape(3, -1)[2]
+        assert counts[:num_used].sum() == sum(prefix is not None for prefix in read), "every reader is in a tile"
+        assert (counts[:num_used] * group <= tile).all()
+    assert fullest > 0.9, "control: there is not much more room than that"

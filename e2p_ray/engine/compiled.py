@@ -16,9 +16,9 @@ def has_loops() -> bool:
     """Whether numba is installed and this CPU has the registers; nothing is imported before somebody asks."""
     if importlib.util.find_spec("numba") is None:
         return False
-    from e2p_ray.engine.llvm import has_wide_registers
+    from e2p_ray.engine.llvm import has_vectors
 
-    return has_wide_registers()
+    return has_vectors()
 
 
 def prepare() -> None:

@@ -21,6 +21,13 @@ def has_wide_registers() -> bool:
 
 
 @cache
+def has_vectors() -> bool:
+    """Whether it has vectors at least half as wide that it multiplies and adds at once."""
+    features = binding.get_host_cpu_features()
+    return has_wide_registers() or bool(features.get("avx2", False) and features.get("fma", False))
+
+
+@cache
 def has_half_products() -> bool:
     """Whether it multiplies vectors of bfloat16, and has no unit for tiles of them, with which libraries are faster."""
     return has_half_conversion() and not binding.get_host_cpu_features().get("amx-bf16", False)

@@ -121,8 +121,13 @@ class PassTables:
         return next((tile for tile in TILES if num_queries <= tile), TILES[-1])
 
     def max_tiles(self, num_tokens: int, tile: int) -> int:
-        """The most tiles that a pass of so many tokens has: two begun ones for each that is full, one a token."""
-        num_full = -(-num_tokens // max(tile // self._group, 1))
+        """The most tiles that a pass of up to so many tokens has: the full ones, and one for each prefix's rest.
+
+        Such a tile is taken where prefixes have more than half of it in the mean; the smallest one wherever that is.
+        """
+        if tile == TILES[0]:
+            return num_tokens
+        num_full = -(-num_tokens // (tile // self._group))
         num_prefixes = -(-2 * num_tokens * self._group // tile)
         return min(num_full + num_prefixes, num_tokens)
 
