@@ -179,7 +179,7 @@ class Decoder:
             return False
         if wave is None:
             self.stats = replace(self.stats, num_waves=self.stats.num_waves + 1)
-        wave = self._waves.current = self._admission.wave_for(rows, len(self._pending), wave)
+        wave = self._waves.current = self._admission.wave_for(rows, min(len(self._pending), room), wave)
         computed = self.store.num_computed_tokens
         prefixes = self.store.get([row.segments.left for row in rows], [row.segments.num_stem for row in rows])
         self._count(prefix=self.store.num_computed_tokens - computed)
