@@ -26,7 +26,7 @@ from e2p_ray.engine.shared_prefix import PrefillStep, Prefix, SuffixSlots
 
 TOLERANCE = 5e-6  # sums of up to 700 terms in float32
 HALF_TOLERANCE = 0.02  # of weights rounded to 8 bits, where values are about 1
-needs_loops = pytest.mark.skipif(not has_loops(), reason="the compiled loops need AVX-512")
+needs_loops = pytest.mark.skipif(not has_loops(), reason="the compiled loops need AVX2")
 _Ints = npt.NDArray[np.int64]
 
 

@@ -36,7 +36,7 @@ def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         for module in (compiled_attention, fused, panels, sampling):
             monkeypatch.setattr(module, "has_loops", lambda: False)
     elif not has_loops():
-        pytest.skip("the compiled loops need AVX-512")
+        pytest.skip("the compiled loops need AVX2")
 
 
 @dataclass

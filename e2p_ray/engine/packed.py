@@ -1,6 +1,6 @@
 """Linear layers in the layout that this CPU's matrix products like best, and gated MLPs without passes in between.
 
-With AVX-512 in float32, and in bfloat16 on a CPU that multiplies its vectors but has no AMX, products are loops of our
+With AVX2 in float32, and in bfloat16 on a CPU that multiplies its vectors but has no AMX, products are loops of our
 own (see `products`), otherwise oneDNN's. It repacks a weight on
 every call unless it is given a packed one (measured on an AVX-512 core, 512 x 1536: 1.8 times the speed at 8 rows, 1.3
 at 32, 1.03 at 256 in fp32; 2.0, 1.8 and 1.3 in bf16 with AMX). Fusing activation and gate into the products saves two

@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from e2p_ray.engine.packed import can_pack
+
 
 def hardware(num_threads: int | None = None) -> str:
     """The processor, its cores, the memory and the threads used, in words."""
@@ -48,11 +50,10 @@ def matmul_peak_flops(
     oneDNN's 235. `clock`: on a busy machine and one thread, the process's own time (time.process_time) says more.
     """
     left, weight = torch.randn(num_rows, width).to(dtype), torch.randn(4 * width, width).to(dtype)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    ways: tuple[Callable[[], object], ...] = (
-        lambda: left @ weight.T,
-        lambda: torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], ""),
-    )
+    ways: list[Callable[[], object]] = [lambda: left @ weight.T]
+    if can_pack(dtype, left.device):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], ""))
     return max(_best_rate(way, 2.0 * num_rows * width * 4 * width, clock) for way in ways)
 
 
