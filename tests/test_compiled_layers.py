@@ -81,6 +81,7 @@ def test_one_call_is_the_same_as_many(name: str, dtype: torch.dtype, monkeypatch
     by_table = run(engine)
     assert any(taken)
     assert all(taken) or name == "mistral", "a window's reach is left to torch"
+    assert isinstance(fused, FusedDecoder)
     fused._compiled = None
     one_by_one = run(engine)
     assert by_table == one_by_one
@@ -126,7 +127,7 @@ def test_few_rows_go_to_plain_weights_where_they_are_kept() -> None:
     engine = tiny_models.engine_of(CONFIGS["llama"], model=model)
     base = engine._decoder._base
     base.pack(keep_plain=True)
-    assert base.fused is not None
+    assert isinstance(base.fused, FusedDecoder)
     compiled: Any = base.fused._compiled
     step: Any = SimpleNamespace(is_within=lambda window: window is None)
     assert not compiled.takes(torch.zeros(4, 96), step)

@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen3Config
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 pytest.importorskip("triton", reason="Triton comes with the extra dev")
 
+from e2p_ray.engine import decode, waves
+from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.gpu.layers import GpuDecoder, fits_gpu
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.rows_step import RowsStep
+from e2p_ray.schema import Content
 from tests import tiny_models
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,3 +86,41 @@ def test_rows_behind_prefixes(name: str) -> None:
             assert differs < TOLERANCE, (at, counts)
     stranger = difference(plain, base, found[4], lefts[0], own[0], 1)
     assert stranger > 100 * TOLERANCE, "the control must fail: another row's own tokens"
+
+
+def engine_of(*, by_kernels: bool) -> Engine:
+    """An engine on the CPU; by_kernels: with a GPU's layers."""
+    config = Qwen3Config(**tiny_models.common(head_dim=16, num_hidden_layers=2))
+    model = tiny_models.random_model(config)
+    shake(model)
+    tasks = {"headline": tiny_models.task(max_new_tokens=3), "sampled": tiny_models.task(cue_after=" so", **SAMPLED)}
+    engine = tiny_models.engine_of(config, model=model.to(DEVICE), tasks=tasks, max_rows=4)
+    if by_kernels:
+        base = engine._decoder._base
+        base.fused = GpuDecoder(base.model)
+    return engine
+
+
+SAMPLED: dict[str, Any] = {"max_new_tokens": 3, "temperature": 0.8, "seed": 3}
+
+
+def test_a_whole_engine_in_a_gpu_s_order_with_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge, river = Content("c0", "", "A bridge.", "en"), Content("c1", "", "橋", "ja")
+    groups = [tiny_models.group(bridge, range(3), without=[1])]
+    groups += [tiny_models.group(river, range(3, 5), task_name="sampled")]
+    expected = {item.key: item for item in engine_of(by_kernels=False).generate(groups)}
+    texts = {key: item.text + " and" for key, item in expected.items()}
+    scores = {item.key: item for item in engine_of(by_kernels=False).score(groups, texts)}
+
+    monkeypatch.setattr(waves, "LEAST_ROWS", 2)
+    monkeypatch.setattr(decode, "num_waves", lambda device, max_rows: 2)
+    monkeypatch.setattr(decode, "looks_later", lambda device: True)
+    engine = engine_of(by_kernels=True)
+    found = {item.key: item for item in engine.generate(groups)}
+    assert {key: item.text for key, item in found.items()} == {key: item.text for key, item in expected.items()}
+    for key, item in found.items():
+        assert item.mean_logprob == pytest.approx(expected[key].mean_logprob, abs=1e-3)
+    for score in engine.score(groups, texts):
+        assert score.logprob == pytest.approx(scores[score.key].logprob, abs=1e-2)
+    others = [*scores.values()]
+    assert abs(others[0].logprob - others[-1].logprob) > 0.1, "control: scores differ"

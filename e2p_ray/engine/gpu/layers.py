@@ -39,11 +39,10 @@ def fits_gpu(model: PreTrainedModel) -> bool:
     return group <= _MAX_GROUP and all(layer.self_attn.head_dim % 2 == 0 for layer in decoder.layers)
 
 
-class GpuDecoder(nn.Module):
+class GpuDecoder:
     """The layers of a frozen model, packed; the model itself keeps its embeddings and head only."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
         decoder: Any = model.base_model
         config = model.config
         self._rotary = decoder.rotary_emb
@@ -59,7 +58,7 @@ class GpuDecoder(nn.Module):
         self._tables = PassTables(len(layers), first.num_heads // first.num_kv_heads, first.device)
         self._graphs = Graphs(self._run, self._rows, self._tables) if first.device.type == "cuda" else None
 
-    def forward(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:
+    def __call__(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:
         """(n, q, d_model) at position_ids (n, q) to the last layer's normed states; of rows good until the next pass.
 
         A prefill ends with the last layer's keys and values: nobody asks for what they lead to.
