@@ -97,9 +97,10 @@ def _reject(reason: Reason, detail: str) -> Verdict:
 def _check_form(text: str, plain: str, checks: ChecksConfig) -> Verdict | None:
     if not plain.strip():
         return _reject(Reason.EMPTY_TEXT, "nothing but blanks")
-    broken = next((char for char in text if _is_broken(char)), None)
-    if broken is not None:
-        return _reject(Reason.BROKEN_CHARACTERS, f"U+{ord(broken):04X}")
+    if not text.isprintable() or "\ufffd" in text:  # nothing else that is printable is broken
+        broken = next((char for char in text if _is_broken(char)), None)
+        if broken is not None:
+            return _reject(Reason.BROKEN_CHARACTERS, f"U+{ord(broken):04X}")
     folded = plain.casefold()
     denied = next((phrase for phrase in checks.deny if phrase and normalize(phrase).casefold() in folded), None)
     return None if denied is None else _reject(Reason.DENIED_PHRASE, denied)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 
 # Blocks by script, after NFKC. Marks such as the kana length mark count with their script.
 _SCRIPTS = {
@@ -76,6 +75,8 @@ def primary_subtag(tag: str) -> str:
 
 def count_scripts(text: str) -> Counter[str]:
     """Number of letters by script in an NFKC text; scripts that we do not know count as `other`."""
+    if text.isascii():
+        return +Counter(latin=sum(map(str.isalpha, text)))
     counts = Counter({name: len(pattern.findall(text)) for name, pattern in _PATTERNS.items()})
     num_letters = sum(1 for char in text if char.isalpha())
     # Some marks that belong to a script are no letters to Unicode, so the rest can be negative.
@@ -189,7 +190,10 @@ def _likely_periods(codes: npt.NDArray[np.uint32]) -> Iterator[tuple[int, int]]:
     if not len(periods):
         return
     padded = np.concatenate([codes, np.full(len(periods), _NO_CHARACTER)])
-    num_recurring = np.count_nonzero(sliding_window_view(padded, len(codes))[1:] == codes, axis=1)
+    # The text moved by each period; numpy's own view of that takes as long as the comparison.
+    size = padded.itemsize
+    moved: npt.NDArray[np.uint32] = np.ndarray((len(periods), len(codes)), np.uint32, padded, size, (size, size))
+    num_recurring = np.count_nonzero(moved == codes, axis=1)
     for at in np.flatnonzero(num_recurring >= _MIN_LENGTHS[: len(periods)]):
         yield int(periods[at]), int(_MIN_LENGTHS[at])
 
