@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="Triton comes with the extra dev")
 
 from e2p_ray.engine.gpu.attend import GpuRows
+from e2p_ray.engine.gpu.blocks import TILES, Blocks, blocks_of, tiles_of
 from e2p_ray.engine.gpu.likeliest import likeliest_of
 from e2p_ray.engine.gpu.tables import PassTables, aligned
 from e2p_ray.engine.readers import Readers
@@ -63,7 +65,7 @@ class World:
         self.step = RowsStep(self.slots, 1, np.array(own), np.array(new), Readers.of(read, visible))
         self.queries = random(int(sum(new)), num_heads, head_dim, seed=seed + 5, dtype=dtype)
         self.scale = head_dim**-0.5
-        tables = PassTables(1, num_heads // num_kv_heads, DEVICE)
+        tables = PassTables(1, num_heads // num_kv_heads, DEVICE, TILES)
         self.rows = GpuRows(
             tables.tokens(self.step), tables.prefixes(self.step), tables.slots(self.step),
             num_heads, num_kv_heads, head_dim, dtype,
@@ -127,7 +129,7 @@ def test_likeliest(width: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("group", [1, 4, 7])
 def test_a_pass_never_has_more_tiles_than_there_is_room_for(group: int) -> None:
     rng = np.random.default_rng(group)
-    tables, fullest = PassTables(1, group, DEVICE), 0.0
+    tables, fullest = PassTables(1, group, DEVICE, TILES), 0.0
     slots = SuffixSlots(1, 600, 1, 4, 4, dtype=torch.float32, device=DEVICE)
     for _ in range(150):
         num_rows, num_prefixes = int(rng.integers(1, 513)), int(2 ** rng.uniform(0, 9.1))
@@ -145,3 +147,26 @@ def test_a_pass_never_has_more_tiles_than_there_is_room_for(group: int) -> None:
         assert counts[:num_used].sum() == sum(prefix is not None for prefix in read), "every reader is in a tile"
         assert (counts[:num_used] * group <= tile).all()
     assert fullest > 0.9, "control: there is not much more room than that"
+
+
+H100, A100, L4 = 227 << 10, 163 << 10, 99 << 10
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "dtype", "dim", "tile", "blocks"),
+    [
+        (H100, torch.bfloat16, 128, 128, Blocks(64, 3)),
+        (A100, torch.bfloat16, 128, 128, Blocks(64, 3)),
+        (L4, torch.bfloat16, 128, 128, Blocks(64, 2)),
+        (L4, torch.bfloat16, 64, 128, Blocks(64, 3)),
+        (H100, torch.bfloat16, 256, 128, Blocks(64, 2)),
+        (L4, torch.bfloat16, 256, 128, Blocks(32, 1)),
+        (H100, torch.float32, 128, 128, Blocks(64, 1)),
+        (L4, torch.float32, 128, 64, Blocks(32, 1)),
+        (L4, torch.float32, 128, 128, None),
+    ],
+)
+def test_blocks_fit_into_shared_memory(max_bytes: int, dtype: torch.dtype, dim: int, tile: int, blocks: Any) -> None:
+    assert blocks_of(tile, dim, dtype, max_bytes) == blocks
+    assert (tile in tiles_of(dim, dtype, max_bytes)) == (blocks is not None)
+    assert tiles_of(dim, dtype, max_bytes)[:2] == (16, 32)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from e2p_ray.engine.gpu.attention_kernels import attend_own, attend_prefixes
+from e2p_ray.engine.gpu.blocks import blocks_of, shared_bytes
 from e2p_ray.engine.gpu.tables import PrefixTable, SlotTable, TokenTable
 
 _LOG2_E = math.log2(math.e)
-_BLOCK_KEYS = 64
 _BLOCK_OWN_KEYS = 32
 _LEAST_OF_DOT = 16  # rows of the smallest product of the matrix units
 
@@ -37,13 +37,17 @@ class GpuRows:
         self._num_heads, self._num_kv_heads, self._head_dim = num_heads, num_kv_heads, head_dim
         size = (tokens.num_tokens, num_heads, head_dim)
         self.queries, self.outputs = (torch.empty(size, dtype=dtype, device=device) for _ in range(2))
+        self._block_dim = block_dim_of(head_dim)
+        blocks = blocks_of(tokens.tile, self._block_dim, dtype, shared_bytes(device))
+        assert blocks is not None, "tiles are chosen so"
+        self._blocks = blocks
         self._before = torch.empty(size, dtype=torch.float32, device=device)
         self._lses = torch.empty(size[:2], dtype=torch.float32, device=device)
 
     def attend(self, layer: int, queries: Tensor, scale: float) -> Tensor:
         """(T, H, D) for queries (T, H, D), whose keys and values are in their slots; good until the next call."""
         group, tile = self._num_heads // self._num_kv_heads, self.tokens.tile
-        block_dim = max(next_power_of_2(self._head_dim), _LEAST_OF_DOT)
+        block_dim = self._block_dim
         # float32 as the sum of three products of the matrix units; bfloat16 has nothing to do with it.
         precision = "tf32x3" if queries.dtype is torch.float32 else "tf32"
         if self.tokens.num_tiles:
@@ -62,11 +66,11 @@ class GpuRows:
                 HEAD_DIM=self._head_dim,
                 BLOCK_DIM=block_dim,
                 BLOCK_QUERIES=tile,
-                BLOCK_KEYS=_BLOCK_KEYS,
+                BLOCK_KEYS=self._blocks.num_keys,
                 ALIGNMENT=math.gcd(self._head_dim, 16),
                 PRECISION=precision,
                 num_warps=8 if tile * block_dim > 64 * 128 else 4,
-                num_stages=3 if queries.dtype.itemsize == 2 else 1,
+                num_stages=self._blocks.num_stages,
             )
         attend_own[self.tokens.num_tokens, self._num_kv_heads](
             queries,
@@ -90,6 +94,11 @@ class GpuRows:
             num_stages=1,
         )
         return self.outputs
+
+
+def block_dim_of(head_dim: int) -> int:
+    """The block that a head of so many numbers takes."""
+    return max(next_power_of_2(head_dim), _LEAST_OF_DOT)
 
 
 def next_power_of_2(number: int) -> int:

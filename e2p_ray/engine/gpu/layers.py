@@ -14,7 +14,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from e2p_ray.engine.attention import Shape, Step
-from e2p_ray.engine.gpu.attend import GpuRows, next_power_of_2
+from e2p_ray.engine.gpu.attend import GpuRows, block_dim_of, next_power_of_2
+from e2p_ray.engine.gpu.blocks import shared_bytes, tiles_of
 from e2p_ray.engine.gpu.graphs import Graphs
 from e2p_ray.engine.gpu.row_kernels import gate_rows, normalise_rows, turn_heads
 from e2p_ray.engine.gpu.tables import PassTables, PrefixTable, SlotTable, TokenTable, slot_numbers
@@ -55,7 +56,8 @@ class GpuDecoder:
         self._layers: list[GpuLayer] = layers
         self._window = min((layer.shape.window for layer in layers if layer.shape.window is not None), default=None)
         first = layers[0]
-        self._tables = PassTables(len(layers), first.num_heads // first.num_kv_heads, first.device)
+        tiles = tiles_of(block_dim_of(first.head_dim), model.dtype, shared_bytes(first.device))
+        self._tables = PassTables(len(layers), first.num_heads // first.num_kv_heads, first.device, tiles)
         self._graphs = Graphs(self._run, self._rows, self._tables) if first.device.type == "cuda" else None
 
     def __call__(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from e2p_ray.engine.rows_step import RowsStep
     from e2p_ray.engine.shared_prefix import SuffixSlots
 
-# Queries of a tile: what the matrix units like, and fewer for contents with few readers.
-TILES = (16, 32, 64, 128)
 _ALIGNED = 4  # int32 in 16 bytes
 
 
@@ -107,10 +105,13 @@ def slot_numbers(keys: Sequence[Tensor], values: Sequence[Tensor]) -> npt.NDArra
 
 
 class PassTables:
-    """Makes the tables of passes; what has not changed since the last one is not sent again."""
+    """Makes the tables of passes; what has not changed since the last one is not sent again.
 
-    def __init__(self, num_layers: int, group: int, device: torch.device) -> None:
-        self.num_layers, self._group, self._device = num_layers, group, device
+    group: heads that share keys; tiles: the numbers of queries that one may have.
+    """
+
+    def __init__(self, num_layers: int, group: int, device: torch.device, tiles: tuple[int, ...]) -> None:
+        self.num_layers, self._group, self._device, self._tiles = num_layers, group, device, tiles
         # By weak references: what a wave has left is not kept for its addresses.
         self._prefixes: tuple[ref[Readers], PrefixTable] | None = None
         self._slots: tuple[ref[SuffixSlots], SlotTable] | None = None
@@ -118,14 +119,14 @@ class PassTables:
     def tile(self, step: RowsStep) -> int:
         """Queries of a tile for a pass, by how many its prefixes have in the mean."""
         num_queries = self._group * len(step.tokens.row) / max(len(step.readers.prefixes), 1)
-        return next((tile for tile in TILES if num_queries <= tile), TILES[-1])
+        return next((tile for tile in self._tiles if num_queries <= tile), self._tiles[-1])
 
     def max_tiles(self, num_tokens: int, tile: int) -> int:
         """The most tiles that a pass of up to so many tokens has: the full ones, and one for each prefix's rest.
 
         Such a tile is taken where prefixes have more than half of it in the mean; the smallest one wherever that is.
         """
-        if tile == TILES[0]:
+        if tile == self._tiles[0]:
             return num_tokens
         num_full = -(-num_tokens // (tile // self._group))
         num_prefixes = -(-2 * num_tokens * self._group // tile)
