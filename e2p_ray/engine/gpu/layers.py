@@ -26,6 +26,7 @@ from e2p_ray.engine.shared_prefix import PrefillStep
 # Same modules under the same names; each is compared with transformers in tests/test_gpu_layers.py.
 _MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _MAX_GROUP = 16  # heads that share keys
+_HEAD_BYTES = 16  # what the kernels read at once: a head begins where such a piece does
 _BLOCK_GATE = 1024
 _BLOCK_HEADS = 16
 
@@ -37,7 +38,8 @@ def fits_gpu(model: PreTrainedModel) -> bool:
         return False
     group = config.num_attention_heads // config.num_key_value_heads
     decoder: Any = model.base_model
-    return group <= _MAX_GROUP and all(layer.self_attn.head_dim % 2 == 0 for layer in decoder.layers)
+    head_bytes = [layer.self_attn.head_dim * model.dtype.itemsize for layer in decoder.layers]
+    return group <= _MAX_GROUP and all(num % _HEAD_BYTES == 0 for num in head_bytes)
 
 
 class GpuDecoder:
