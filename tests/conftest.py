@@ -12,6 +12,10 @@ os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+# Before anything imports Triton, whose own functions are made for one or the other: without a GPU its interpreter runs
+# the GPU's kernels. (Set later it failed whenever a file before had imported transformers' way to it.)
+if not os.path.exists("/proc/driver/nvidia"):
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import logging
 from collections.abc import Iterator
