@@ -147,7 +147,10 @@ class Decoder:
         # Where more wait than there is room for, in batches: a pass and a prefill for each that leaves would cost more.
         room = self._waves.share(len(self._pending), max_rows)
         all_fit = num_rows + len(self._pending) <= room
-        if not (self._pending and (all_fit or num_rows <= room // 2) and self._admit(room)) and wave is not None:
+        if self._pending and (all_fit or num_rows <= room // 2) and self._admit(room):
+            return
+        assert wave is not None or not self._pending, "there are rows, and one alone may always come in"
+        if wave is not None:
             self._pass(wave, 0)
 
     def _shrink(self) -> list[Completion]:
