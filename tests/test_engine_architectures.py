@@ -123,22 +123,12 @@ def test_logits_equal_plain_forward(
     assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"
 
 
-@torch.no_grad()
-def shake(model: Any) -> None:
-    """Give norms and biases, which begin as ones and zeros, numbers that matter."""
-    torch.manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
-        assert parameter.ndim in (1, 2), name
-
-
 def packed_engine(
     name: str, layout: Layout, cue_after: str, dtype: torch.dtype, *, keep_plain: bool = False
 ) -> tuple[Any, Engine]:
     """A model, and an engine with the same weights, packed; in passes over few rows where it has the plain ones too."""
     model, twin = (tiny_models.random_model(ARCHITECTURES[name]) for _ in range(2))
-    shake(model)
+    tiny_models.shake(model)
     twin.load_state_dict(model.state_dict())
     engine = tiny_models.engine_of(
         ARCHITECTURES[name],

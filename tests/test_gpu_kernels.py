@@ -140,10 +140,10 @@ def test_a_pass_never_has_more_tiles_than_there_is_room_for(group: int) -> None:
         step = RowsStep(slots, 0, np.zeros(num_rows, np.int64), np.ones(num_rows, np.int64), readers)
         tile, size = tables.tile(step), num_rows + int(rng.integers(0, 60))
         room = tables.max_tiles(size, tile)
-        numbers = tables.token_numbers(step, size, room)  # asserts that they fit
-        num_used = tables.tokens(step).num_tiles
+        numbers, num_used = tables.token_numbers(step, size, room)  # asserts that they fit
+        assert num_used == tables.tokens(step).num_tiles
         fullest = max(fullest, num_used / room)
-        counts = numbers.numpy()[4 * aligned(size) :].reshape(3, -1)[2]
+        counts = numbers[4 * aligned(size) :].reshape(3, -1)[2]
         assert counts[:num_used].sum() == sum(prefix is not None for prefix in read), "every reader is in a tile"
         assert (counts[:num_used] * group <= tile).all()
     assert fullest > 0.9, "control: there is not much more room than that"

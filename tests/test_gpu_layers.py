@@ -29,21 +29,12 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 1e-4
 
 
-@torch.no_grad()
-def shake(model: Any) -> None:
-    """Give norms and biases, which begin as ones and zeros, numbers that matter."""
-    torch.manual_seed(5)
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
-
-
 def base_of(name: str) -> tuple[Any, BaseModel]:
     """A model, and the same one with its layers as a GPU runs them."""
     config = tiny_models.configs()[name]
     plain, twin = (tiny_models.random_model(config) for _ in range(2))
-    shake(plain)
-    shake(twin)
+    tiny_models.shake(plain)
+    tiny_models.shake(twin)
     base = BaseModel(twin.to(DEVICE))
     assert fits_gpu(base.model)
     base.fused = GpuDecoder(base.model)
@@ -92,7 +83,7 @@ def engine_of(*, by_kernels: bool) -> Engine:
     """An engine on the CPU; by_kernels: with a GPU's layers."""
     config = Qwen3Config(**tiny_models.common(head_dim=16, num_hidden_layers=2))
     model = tiny_models.random_model(config)
-    shake(model)
+    tiny_models.shake(model)
     tasks = {"headline": tiny_models.task(max_new_tokens=3), "sampled": tiny_models.task(cue_after=" so", **SAMPLED)}
     engine = tiny_models.engine_of(config, model=model.to(DEVICE), tasks=tasks, max_rows=4)
     if by_kernels:

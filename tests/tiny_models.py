@@ -121,6 +121,16 @@ def random_model(config: PreTrainedConfig, *, attention: str = "eager", seed: in
     return model.eval()
 
 
+@torch.no_grad()
+def shake(model: Any) -> None:
+    """Give norms and biases, which begin as ones and zeros, numbers that matter."""
+    torch.manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.add_(torch.empty_like(parameter).uniform_(-0.5, 0.5))
+        assert parameter.ndim in (1, 2), name
+
+
 def random_projector(
     d_model: int, *, layout: Layout = "content_first", num_soft_tokens: int = 1, output_rms: float = 0.5, seed: int = 1
 ) -> Projector:

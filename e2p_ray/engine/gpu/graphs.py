@@ -22,7 +22,9 @@ from e2p_ray.engine.gpu.tables import (
     aligned,
     num_prefix_numbers,
     num_slot_numbers,
+    slot_numbers,
 )
+from e2p_ray.engine.sent import send
 
 if TYPE_CHECKING:
     from e2p_ray.engine.readers import Readers
@@ -113,15 +115,10 @@ class _Pass:
     def take(self, states: Tensor, step: RowsStep) -> None:
         """The next pass's input and tables; what has not changed since the last one is not sent again."""
         self.states[: len(states)].copy_(states)
-        send(self._tables.token_numbers(step, self.tokens.num_tokens, self._max_tiles), self.tokens.numbers)
+        send(self._tables.token_numbers(step, self.tokens.num_tokens, self._max_tiles)[0], self.tokens.numbers)
         if self._readers is None or self._readers() is not step.readers:
             send(self._tables.prefix_numbers(step, self.prefixes.num_prefixes), self.prefixes.numbers)
             self._readers = ref(step.readers)
         if self._slots is None or self._slots() is not step.slots:
-            send(self._tables.slot_numbers(step), self.slots.numbers)
+            send(slot_numbers(step.slots.keys, step.slots.values), self.slots.numbers)
             self._slots = ref(step.slots)
-
-
-def send(numbers: Tensor, target: Tensor) -> None:
-    """Copy from pinned memory when the device gets there: nobody waits for it."""
-    target.copy_(numbers, non_blocking=True)

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from e2p_ray.engine.sent import sent
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -134,34 +136,40 @@ class PassTables:
 
     def tokens(self, step: RowsStep) -> TokenTable:
         """Of a pass, with as many tokens and tiles as it has."""
-        num_tokens, tile = len(step.tokens.row), self.tile(step)
-        num_tiles = int(_tiles_of_prefixes(step, tile // self._group)[1].sum())
-        numbers = self.token_numbers(step, num_tokens, num_tiles)
-        return TokenTable(self._sent(numbers), num_tokens, num_tiles, tile)
+        num_tokens = len(step.tokens.row)
+        numbers, num_tiles = self.token_numbers(step, num_tokens)
+        return TokenTable(sent(numbers, self._device), num_tokens, num_tiles, self.tile(step))
 
     def prefixes(self, step: RowsStep) -> PrefixTable:
         if self._prefixes is None or self._prefixes[0]() is not step.readers:
             num = aligned(max(len(step.readers.prefixes), 1))
-            self._prefixes = ref(step.readers), PrefixTable(self._sent(self.prefix_numbers(step, num)), num)
+            self._prefixes = ref(step.readers), PrefixTable(sent(self.prefix_numbers(step, num), self._device), num)
         return self._prefixes[1]
 
     def slots(self, step: RowsStep) -> SlotTable:
         if self._slots is None or self._slots[0]() is not step.slots:
-            self._slots = ref(step.slots), SlotTable(self._sent(self.slot_numbers(step)))
+            numbers = slot_numbers(step.slots.keys, step.slots.values)
+            self._slots = ref(step.slots), SlotTable(sent(numbers, self._device))
         return self._slots[1]
 
-    def token_numbers(self, step: RowsStep, num_tokens: int, num_tiles: int) -> Tensor:
-        """Those of a TokenTable with so many of both: tokens that the pass does not have are in no slot."""
+    def token_numbers(
+        self, step: RowsStep, num_tokens: int, num_tiles: int | None = None
+    ) -> tuple[npt.NDArray[np.int32], int]:
+        """Those of a TokenTable with so many of both, and how many tiles the pass has, which is the default.
+
+        Tokens that it does not have are in no slot.
+        """
         tokens, each = step.tokens, self.tile(step) // self._group
         assert each, f"{self._group} heads that share keys do not fit into a tile"
-        (bounds, num_of_prefix), order = _tiles_of_prefixes(step, each), tokens.by_prefix(step.readers)[0]
-        end = 4 * aligned(num_tokens)
-        found, numbers = self._staged(end + 3 * aligned(num_tiles), np.int32)
-        numbers.fill(-1)
-        by_token, by_tile = numbers[:end].reshape(4, -1), numbers[end:].reshape(3, -1)
+        order, bounds = tokens.by_prefix(step.readers)
+        num_of_prefix = -(-np.diff(bounds) // each)
         num_real, num_used = len(order), int(num_of_prefix.sum())
+        room = num_used if num_tiles is None else num_tiles
         assert num_real <= num_tokens, "the pass fits"
-        assert num_used <= num_tiles, "its tiles fit"
+        assert num_used <= room, "its tiles fit"
+        end = 4 * aligned(num_tokens)
+        found = np.full(end + 3 * aligned(room), -1, np.int32)
+        by_token, by_tile = found[:end].reshape(4, -1), found[end:].reshape(3, -1)
         by_token[0, :num_real] = tokens.row + tokens.first_slot
         by_token[1, :num_real] = tokens.at
         by_token[2, :num_real] = step.readers.prefix_lengths[tokens.row] + tokens.at
@@ -171,36 +179,15 @@ class PassTables:
         by_tile[0, :num_used] = prefix
         by_tile[1, :num_used] = bounds[prefix] + before
         by_tile[2, :num_used] = np.minimum(np.diff(bounds)[prefix] - before, each)
-        return found
+        return found, num_used
 
-    def prefix_numbers(self, step: RowsStep, num_prefixes: int) -> Tensor:
+    def prefix_numbers(self, step: RowsStep, num_prefixes: int) -> npt.NDArray[np.int64]:
         """Those of a PrefixTable with room for so many."""
-        found, numbers = self._staged(num_prefix_numbers(self.num_layers, num_prefixes), np.int64)
+        found = np.zeros(num_prefix_numbers(self.num_layers, num_prefixes), np.int64)
         prefixes = step.readers.prefixes
-        numbers[: len(prefixes)] = step.readers.visible
-        numbers[num_prefixes : num_prefixes + len(prefixes)] = [prefix.keys[0].stride(1) for prefix in prefixes]
-        addresses = numbers[2 * num_prefixes :].reshape(self.num_layers, num_prefixes, 2)
+        found[: len(prefixes)] = step.readers.visible
+        found[num_prefixes : num_prefixes + len(prefixes)] = [prefix.keys[0].stride(1) for prefix in prefixes]
+        addresses = found[2 * num_prefixes :].reshape(self.num_layers, num_prefixes, 2)
         if prefixes:
             np.stack([prefix.addresses for prefix in prefixes], axis=1, out=addresses[:, : len(prefixes)])
         return found
-
-    def slot_numbers(self, step: RowsStep) -> Tensor:
-        """Those of a SlotTable."""
-        found, numbers = self._staged(num_slot_numbers(self.num_layers), np.int64)
-        numbers[:] = slot_numbers(step.slots.keys, step.slots.values)
-        return found
-
-    def _staged(self, num: int, dtype: type[np.int32] | type[np.int64]) -> tuple[Tensor, npt.NDArray[np.int64]]:
-        """Memory that the device copies from by itself, as a tensor and as an array."""
-        kind = torch.int32 if dtype is np.int32 else torch.int64
-        found = torch.empty(num, dtype=kind, pin_memory=self._device.type == "cuda")
-        return found, found.numpy()
-
-    def _sent(self, numbers: Tensor) -> Tensor:
-        return numbers.to(self._device, non_blocking=True)
-
-
-def _tiles_of_prefixes(step: RowsStep, each: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Where each prefix's tokens begin and end in their order (P + 1,), and how many tiles each has (P,)."""
-    bounds = step.tokens.by_prefix(step.readers)[1]
-    return bounds, -(-np.diff(bounds) // each)
