@@ -13,6 +13,41 @@ import triton.language as tl
 
 
 @triton.jit
+def _attend(
+    asked,  # (m, BLOCK_DIM) queries
+    keys,  # (num_keys, HEAD_DIM), and values
+    values,
+    num_keys,
+    top,  # (m,) the largest score so far, (m,) the sum of weights against it, (m, BLOCK_DIM) that of weighed values
+    total,
+    sums,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Take so many keys along, some at a time."""
+    dim = tl.arange(0, BLOCK_DIM)
+    in_head = dim < HEAD_DIM
+    for start in range(0, num_keys, BLOCK_KEYS):
+        at = start + tl.arange(0, BLOCK_KEYS)
+        there = (at < num_keys)[:, None] & in_head[None, :]
+        near = at[:, None] * HEAD_DIM + dim[None, :]
+        key = tl.load(keys + near, mask=there, other=0.0)
+        scores = tl.dot(asked, tl.trans(key), input_precision=PRECISION) * scale
+        scores = tl.where((at < num_keys)[None, :], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        fade = tl.exp2(top - new_top)
+        total = total * fade + tl.sum(weights, 1)
+        value = tl.load(values + near, mask=there, other=0.0)
+        sums = tl.dot(weights.to(asked.dtype), value, sums * fade[:, None], input_precision=PRECISION)
+        top = new_top
+    return top, total, sums
+
+
+@triton.jit
 def attend_prefixes(
     queries,  # (T, NUM_HEADS, HEAD_DIM)
     outputs,  # the same in float32, and with `lses` (T, NUM_HEADS) written for tokens that read a prefix only
@@ -59,20 +94,9 @@ def attend_prefixes(
     top = tl.full([BLOCK_QUERIES], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     sums = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], tl.float32)
-    for start in range(0, length, BLOCK_KEYS):
-        at = start + tl.arange(0, BLOCK_KEYS)
-        there = (at < length)[:, None] & in_head[None, :]
-        near = at[:, None] * HEAD_DIM + dim[None, :]
-        key = tl.load(keys + near, mask=there, other=0.0)
-        scores = tl.dot(asked, tl.trans(key), input_precision=PRECISION) * scale
-        scores = tl.where((at < length)[None, :], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(weights, 1)
-        value = tl.load(values + near, mask=there, other=0.0)
-        sums = tl.dot(weights.to(dtype), value, sums * fade[:, None], input_precision=PRECISION)
-        top = new_top
+    top, total, sums = _attend(
+        asked, keys, values, length, top, total, sums, scale, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, PRECISION
+    )
     tl.store(outputs + places, sums / total[:, None], mask=wanted)
     tl.store(lses + row, top + tl.log2(total), mask=asks)
 
@@ -121,18 +145,7 @@ def attend_own(
     top = tl.load(lses + row, mask=reads, other=-float("inf"))
     total = tl.where(reads, 1.0, 0.0)
     sums = tl.load(before + places, mask=reads[:, None] & in_head[None, :], other=0.0)
-    for start in range(0, place + 1, BLOCK_KEYS):
-        at = start + tl.arange(0, BLOCK_KEYS)
-        there = (at <= place)[:, None] & in_head[None, :]
-        near = at[:, None] * HEAD_DIM + dim[None, :]
-        key = tl.load(keys + near, mask=there, other=0.0)
-        scores = tl.dot(asked, tl.trans(key), input_precision=PRECISION) * scale
-        scores = tl.where((at <= place)[None, :], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_top[:, None])
-        fade = tl.exp2(top - new_top)
-        total = total * fade + tl.sum(weights, 1)
-        value = tl.load(values + near, mask=there, other=0.0)
-        sums = tl.dot(weights.to(dtype), value, sums * fade[:, None], input_precision=PRECISION)
-        top = new_top
+    top, total, sums = _attend(
+        asked, keys, values, place + 1, top, total, sums, scale, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, PRECISION
+    )
     tl.store(outputs + places, (sums / total[:, None]).to(dtype), mask=wanted)
