@@ -150,7 +150,7 @@ class PlanConfig(Section):
     num_partitions: int | None = Field(None, ge=1, description="shuffle partitions; null: by size")
 
 
-USUAL_ROWS, USUAL_BYTES = 512, 2 << 30
+_USUAL_ROWS, _USUAL_BYTES = 512, 2 << 30
 
 
 class EngineConfig(Section):
@@ -180,12 +180,12 @@ class EngineConfig(Section):
     @property
     def usual_rows(self) -> int:
         """Rows decoded together where nobody asks what they are decoded on."""
-        return self.max_rows or USUAL_ROWS
+        return self.max_rows or _USUAL_ROWS
 
     @property
     def usual_bytes(self) -> int:
         """The same of bytes."""
-        return self.max_bytes or USUAL_BYTES
+        return self.max_bytes or _USUAL_BYTES
 
 
 class WorkersConfig(Section):

@@ -21,7 +21,7 @@ from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.schema import RequestKey
-from tests.bench.harness import interleaved, print_results
+from tests.bench.harness import best_rate, interleaved, print_results
 from tests.bench.peers_torch import generate_rows
 from tests.bench.workloads import (
     MODEL_SIZES,
@@ -44,29 +44,27 @@ PEAK_WIDTH = 8192
 GPU = torch.device("cuda")
 
 
-def model_of(config: LlamaConfig, attention: str = "sdpa") -> Any:
+def model_of(config: LlamaConfig) -> Any:
     """The same weights each time, made on the GPU."""
     torch.manual_seed(0)
     with GPU:
         model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), attn_implementation=attention, dtype=torch.bfloat16
+            copy.deepcopy(config), attn_implementation="sdpa", dtype=torch.bfloat16
         )  # a model writes its attention into it
     model.generation_config.eos_token_id = EOS
     return model.eval()
 
 
+def clock() -> float:
+    """The time when the GPU has done all that it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def matmul_peak_flops() -> float:
-    """FLOP/s of a large product in bfloat16: best of several."""
+    """FLOP/s of a large product in bfloat16."""
     left, right = (torch.randn(PEAK_WIDTH, PEAK_WIDTH, device=GPU, dtype=torch.bfloat16) for _ in range(2))
-    found = 0.0
-    for _ in range(12):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(4):
-            left @ right
-        torch.cuda.synchronize()
-        found = max(found, 4 * 2 * PEAK_WIDTH**3 / (time.perf_counter() - start))
-    return found
+    return best_rate(lambda: left @ right, 2.0 * PEAK_WIDTH**3, clock, num_calls=4)
 
 
 def hf_of(model: Any, output_rms: float, case: Case) -> tuple[str, Callable[[], float]]:
@@ -77,11 +75,9 @@ def hf_of(model: Any, output_rms: float, case: Case) -> tuple[str, Callable[[], 
     def rate(size: int) -> float:
         rows = pairs[:size]
         lefts = [left_ids(pair, tokenizer) for pair in rows]
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         generate_rows(model, projector, rows, lefts)
-        torch.cuda.synchronize()
-        return len(rows) / (time.perf_counter() - start)
+        return len(rows) / (clock() - start)
 
     rate(HF_BATCHES[0])
     best = max(HF_BATCHES, key=rate)
@@ -103,13 +99,11 @@ class Ours:
     def __call__(self) -> float:
         """Rows/s of all rows."""
         self._store.trim(0)
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        start = time.perf_counter()
+        start = clock()
         self.texts = {completion.key: completion.text for completion in self._engine.generate(self._groups)}
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         self.peak_bytes = torch.cuda.max_memory_allocated() - before
         return len(self.texts) / seconds
 

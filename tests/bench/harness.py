@@ -54,16 +54,16 @@ def matmul_peak_flops(
     if can_pack(dtype, left.device):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight)
         ways.append(lambda: torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], ""))
-    return max(_best_rate(way, 2.0 * num_rows * width * 4 * width, clock) for way in ways)
+    return max(best_rate(way, 2.0 * num_rows * width * 4 * width, clock) for way in ways)
 
 
 def memory_bytes_per_s(num_bytes: int = 256 << 20, *, clock: Clock = time.perf_counter) -> float:
     """How fast this machine reads memory that no cache holds: best of several sums over one large array."""
     array = torch.ones(num_bytes // 4)
-    return _best_rate(array.sum, float(num_bytes), clock, num_calls=1)
+    return best_rate(array.sum, float(num_bytes), clock, num_calls=1)
 
 
-def _best_rate(work: Callable[[], object], amount: float, clock: Clock, num_calls: int = 10) -> float:
+def best_rate(work: Callable[[], object], amount: float, clock: Clock, num_calls: int = 10) -> float:
     best = 0.0
     for _ in range(8):
         start = clock()

@@ -7,6 +7,7 @@ as much again where float32 is multiplied as three products. An H100 has 227 KB,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Blocks:
     num_stages: int
 
 
+@cache
 def shared_bytes(device: torch.device) -> int:
     """Shared memory that one program may take."""
     if device.type != "cuda":
