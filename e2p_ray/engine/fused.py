@@ -52,7 +52,7 @@ class FusedDecoder(nn.Module):
             layers.append(FusedLayer(decoder.layers[number], window, self._workspace, keep_plain))
             decoder.layers[number] = nn.Identity()  # its weights are freed
         self._layers = nn.ModuleList(layers)
-        has_plain = all(layer.qkv.plain is not None for layer in layers)
+        has_plain = model.dtype is torch.float32 and all(layer.qkv.plain is not None for layer in layers)
         shortest = min((layer.shape.window for layer in layers if layer.shape.window is not None), default=None)
         self._few_rows = FewRows(layers, self._norm, shortest) if has_plain else None
         self._compiled = CompiledLayers.of(layers, self._norm, shortest)
@@ -111,7 +111,7 @@ class FusedLayer(nn.Module):
 
     def forward(self, states: Tensor, turns: Tensor, step: Step, num_rows: int) -> Tensor:
         """(n * q, d_model) to the same; `turns` (n * q, 1, head_dim / 2) are the rotations as complex numbers."""
-        room = self._room("normed", states)
+        room = self._room("normed", states, self.qkv.input_dtype)
         normed = self.before_attention(states, room)
         if isinstance(step, RowsStep | PrefillStep) and self._by_loop:
             product = self.qkv(normed, self._heads(states))
@@ -119,7 +119,7 @@ class FusedLayer(nn.Module):
         else:
             queries, keys, values = self._turned_apart(self.qkv(normed), turns, step, num_rows)
         attended = step.attend(self.number, queries, keys, values, self.shape)
-        attended = attended.transpose(1, 2).reshape(len(states), -1).to(states.dtype)
+        attended = attended.transpose(1, 2).reshape(len(states), -1).to(self.output.input_dtype)
         states = self.output.plus(attended, states, self._room("after attention", states))
         return self.mlp.plus(self.before_mlp(states, room), states, self._workspace)
 
@@ -141,13 +141,14 @@ class FusedLayer(nn.Module):
         """
         from e2p_ray.engine.row_norms import TASK_ROWS, RoundCall, round_rows
 
-        normed, between = self._room("normed", states), self._room("after attention", states)
+        normed = self._room("normed", states, self.qkv.input_dtype)
+        between = self._room("after attention", states)
         heads = self._heads(states)
         queries, attention = self._queries(len(states)), step.compiled(self.num_heads, self.num_kv_heads)
         attended = attention.outputs.flatten(1)
         rounding: list[Call] = []
-        if states.dtype is torch.bfloat16:
-            wide, attended = attended, self._workspace.tensor("attended", *attended.shape, dtype=states.dtype)
+        if self.output.input_dtype is torch.bfloat16:
+            wide, attended = attended, self._workspace.tensor("attended", *attended.shape, dtype=torch.bfloat16)
             call = RoundCall(wide.data_ptr(), len(wide), wide.shape[1], attended.data_ptr())
             rounding = [(round_rows, -(-len(wide) // TASK_ROWS), call)]
         qkv, output = self.qkv.panels, self.output.panels
@@ -164,8 +165,8 @@ class FusedLayer(nn.Module):
             *self.mlp.calls(normed, between, self._workspace),
         ]
 
-    def _room(self, name: str, states: Tensor) -> Tensor:
-        return self._workspace.tensor(name, *states.shape, dtype=states.dtype)
+    def _room(self, name: str, states: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self._workspace.tensor(name, *states.shape, dtype=dtype or states.dtype)
 
     def _turned_into(
         self, product: Tensor, turns: Tensor, step: RowsStep | PrefillStep, num_rows: int
@@ -236,7 +237,7 @@ class Norm(nn.Module):
         self.epsilons = np.array([self.epsilon], np.float32)
 
     def forward(self, states: Tensor, out: Tensor | None = None) -> Tensor:
-        """(..., d) to the same; `out` is memory of that size that it may take."""
+        """(..., d) to the same; `out` is memory of that size, of its dtype or float32, that it may take."""
         flat = states.reshape(-1, states.shape[-1])
         if flat.dtype == self.weight.dtype and self.has_loop:
             return self._by_loop(flat, out).view(states.shape)
@@ -274,6 +275,7 @@ class Norm(nn.Module):
             epsilon=self.epsilons.ctypes.data,
             outputs=out.data_ptr(),
             is_half=int(states.dtype is torch.bfloat16),
+            gives_half=int(out.dtype is torch.bfloat16),
         )
         return row_norms.normalise_rows, -(-len(states) // row_norms.TASK_ROWS), call
 

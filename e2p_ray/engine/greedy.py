@@ -77,6 +77,7 @@ class GreedyHead:
 
         found, num_rows = Likeliest.empty(len(hidden)), min(max_rows, len(hidden))
         logits = self._workspace.tensor("logits", num_rows, self._panels.num_outputs, dtype=hidden.dtype)
+        hidden = hidden.to(self._panels.input_dtype)
         calls: list[Call] = []
         for first in range(0, len(hidden), num_rows):
             some = hidden[first : first + num_rows]

@@ -28,9 +28,15 @@ def has_vectors() -> bool:
 
 
 @cache
+def has_half_tiles() -> bool:
+    """Whether it has a unit for tiles of bfloat16, with which libraries are faster than loops."""
+    return bool(binding.get_host_cpu_features().get("amx-bf16", False))
+
+
+@cache
 def has_half_products() -> bool:
-    """Whether it multiplies vectors of bfloat16, and has no unit for tiles of them, with which libraries are faster."""
-    return has_half_conversion() and not binding.get_host_cpu_features().get("amx-bf16", False)
+    """Whether it multiplies vectors of bfloat16, and has no unit for tiles of them."""
+    return has_half_conversion() and not has_half_tiles()
 
 
 @cache
@@ -131,6 +137,18 @@ def pair_products(builder: Any, one: Any, other: Any, added: Any) -> Any:
     kind = ir.FunctionType(VECTOR, [VECTOR, halves, halves])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
     return builder.call(function, [added, builder.bitcast(one, halves), builder.bitcast(other, halves)])
+
+
+def low_halves(builder: Any, words: Any) -> Any:
+    """The lower bfloat16 of every word, as float32."""
+    bits = builder.shl(builder.bitcast(words, INTS), constant(16, INTS))
+    return builder.bitcast(bits, VECTOR)
+
+
+def high_halves(builder: Any, words: Any) -> Any:
+    """The upper one."""
+    bits = builder.and_(builder.bitcast(words, INTS), constant(-1 << 16, INTS))
+    return builder.bitcast(bits, VECTOR)
 
 
 def transposed(builder: Any, rows: list[Any]) -> list[Any]:

@@ -1,11 +1,11 @@
 """Linear layers in the layout that this CPU's matrix products like best, and gated MLPs without passes in between.
 
-With AVX2 in float32, and in bfloat16 on a CPU that multiplies its vectors but has no AMX, products are loops of our
-own (see `products`), otherwise oneDNN's. It repacks a weight on
-every call unless it is given a packed one (measured on an AVX-512 core, 512 x 1536: 1.8 times the speed at 8 rows, 1.3
-at 32, 1.03 at 256 in fp32; 2.0, 1.8 and 1.3 in bf16 with AMX). Fusing activation and gate into the products saves two
-passes over the widest activations (1.0 to 1.25 times the speed of a whole MLP, most at 512 rows and more). torch has
-both operators under a private name: it is looked for, and nothing is lost without it.
+With AVX2 products are loops of our own (see `products`), but for bfloat16 with AMX; otherwise oneDNN's. It repacks a
+weight on every call unless it is given a packed one (measured on an AVX-512 core, 512 x 1536: 1.8 times the speed at 8
+rows, 1.3 at 32, 1.03 at 256 in fp32; 2.0, 1.8 and 1.3 in bf16 with AMX). Fusing activation and gate into the products
+saves two passes over the widest activations (1.0 to 1.25 times the speed of a whole MLP, most at 512 rows and more).
+torch has both operators under a private name: it is looked for, and nothing is lost without it. Weights that neither
+takes are multiplied as they are.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from e2p_ray.engine.compiled import has_loops
 from e2p_ray.engine.panels import Behind, Panels
 from e2p_ray.engine.workspace import Workspace
 
@@ -51,14 +52,21 @@ _ACTIVATIONS = {
 
 
 class PackedLinear(nn.Module):
-    """A frozen `nn.Linear` with its weight packed; without gradient. `keep_plain`: the plain one too, for few rows."""
+    """A frozen `nn.Linear` with its weight packed; without gradient. `keep_plain`: the plain one too, for few rows.
+
+    input_dtype: of the states that it takes as they are; others it converts.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, keep_plain: bool = False) -> None:
         super().__init__()
-        self.panels = Panels.of(weight)
-        self.packed = None if self.panels is not None else torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.panels, self.packed = Panels.of(weight), None
+        if self.panels is None and onednn_packs(weight.dtype):
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         self.bias = None if bias is None else bias.detach()
-        self.plain = weight.detach() if keep_plain and weight.dtype is torch.float32 else None
+        self._is_plain = self.panels is None and self.packed is None
+        is_kept = self._is_plain or (keep_plain and weight.dtype is torch.float32)
+        self.plain = weight.detach() if is_kept else None
+        self.input_dtype = self.panels.input_dtype if self.panels is not None else weight.dtype
 
     def forward(self, states: Tensor, out: Tensor | None = None) -> Tensor:
         """The product and the bias; `out`, here and below, is memory of the result's size that it may take."""
@@ -96,15 +104,15 @@ class PackedLinear(nn.Module):
         return output
 
     def _few(self, states: Tensor) -> Tensor | None:
-        """The product and the bias by the plain weight, where that is kept and faster."""
+        """The product and the bias by the plain weight, where that is all there is, or faster."""
         if not self.takes_plain(states):
             return None
         assert self.plain is not None
         return functional.linear(states, self.plain, self.bias)
 
     def takes_plain(self, states: Tensor) -> bool:
-        """Whether there are so few of them that the plain weight is faster, and it is kept."""
-        return self.plain is not None and states.numel() <= FEW_ROWS * states.shape[-1]
+        """Whether there is nothing else, or so few of them that the plain weight is faster, and it is kept."""
+        return self._is_plain or (self.plain is not None and states.numel() <= FEW_ROWS * states.shape[-1])
 
 
 class GatedMLP(nn.Module):
@@ -138,7 +146,7 @@ class GatedMLP(nn.Module):
         gate, up, down = self.gate.panels, self.up.panels, self.down.panels
         assert gate is not None
         assert down is not None
-        inner = workspace.tensor("inner", len(states), gate.num_outputs, dtype=states.dtype)
+        inner = workspace.tensor("inner", len(states), gate.num_outputs, dtype=down.input_dtype)
         out = workspace.tensor("after MLP", *other.shape, dtype=other.dtype)
         return [
             gate.call(states, None, Behind.GATED, inner, up=up),
@@ -149,17 +157,23 @@ class GatedMLP(nn.Module):
         gate, up = self.gate, self.up
         if self._is_one and not gate.takes_plain(states):
             assert gate.panels is not None
-            size = (*states.shape[:-1], gate.panels.num_outputs)
-            out = workspace.tensor("inner", *size, dtype=states.dtype) if workspace is not None else None
+            size, dtype = (*states.shape[:-1], gate.panels.num_outputs), self.down.input_dtype
+            kept = workspace.tensor("inner", *size, dtype=dtype) if workspace is not None else None
+            out = torch.empty(size, dtype=dtype) if kept is None else kept
             return gate.panels.product(states, None, Behind.GATED, up=up.panels, out=out)
         return up.times(states, gate.then(states, self._activation))
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this build and machine have the operators for it."""
+    """Whether this machine has loops or oneDNN for it."""
+    return device.type == "cpu" and dtype in _DTYPES and (has_loops() or onednn_packs(dtype))
+
+
+def onednn_packs(dtype: torch.dtype) -> bool:
+    """Whether this build of torch and this CPU have oneDNN's operators for it."""
     ops = torch.ops.mkldnn
     found = hasattr(ops, "_reorder_linear_weight") and hasattr(ops, "_linear_pointwise")
-    if device.type != "cpu" or dtype not in _DTYPES or not torch.backends.mkldnn.enabled or not found:
+    if dtype not in _DTYPES or not torch.backends.mkldnn.enabled or not found:
         return False
     # Without AVX-512 or AVX-NE-CONVERT oneDNN refuses a weight in bfloat16 (seen on a Zen 3).
     return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

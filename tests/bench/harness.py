@@ -8,13 +8,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from e2p_ray.engine.packed import can_pack
+from e2p_ray.engine.packed import onednn_packs
 
 
 def hardware(num_threads: int | None = None) -> str:
@@ -47,14 +48,18 @@ def matmul_peak_flops(
     """The machine's own matrix-product rate (FLOP/s) at this shape: best of several runs.
 
     Of torch's plain product and oneDNN's with a packed weight: on an AMD core MKL's, in fp32, reach 100 GF/s and
-    oneDNN's 235. `clock`: on a busy machine and one thread, the process's own time (time.process_time) says more.
+    oneDNN's 235; and of those in float32, which is what a CPU without products of bfloat16 is best at. `clock`: on a
+    busy machine and one thread, the process's own time (time.process_time) says more.
     """
-    left, weight = torch.randn(num_rows, width).to(dtype), torch.randn(4 * width, width).to(dtype)
-    ways: list[Callable[[], object]] = [lambda: left @ weight.T]
-    if can_pack(dtype, left.device):
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(left, packed, None, "none", [], ""))
-    return max(best_rate(way, 2.0 * num_rows * width * 4 * width, clock) for way in ways)
+    num_flops, best = 2.0 * num_rows * width * 4 * width, 0.0
+    for kind in {dtype, torch.float32}:
+        left, weight = torch.randn(num_rows, width).to(kind), torch.randn(4 * width, width).to(kind)
+        best = max(best, best_rate(partial(torch.matmul, left, weight.T), num_flops, clock))
+        if onednn_packs(kind):
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+            product = partial(torch.ops.mkldnn._linear_pointwise, left, packed, None, "none", [], "")
+            best = max(best, best_rate(product, num_flops, clock))
+    return best
 
 
 def memory_bytes_per_s(num_bytes: int = 256 << 20, *, clock: Clock = time.perf_counter) -> float:
