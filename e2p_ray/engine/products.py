@@ -41,8 +41,10 @@ _PANEL_VECTORS, _TILE_ROWS = 4, 6  # 24 of 32 registers
 _FEW_ROWS = 4  # of a tile for the last ones; one of fewer would wait for the panel
 PANEL = LANES * _PANEL_VECTORS
 _PANEL_BYTES = _PANEL_VECTORS * VECTOR_BYTES
-# A task: rows whose products with a panel fill half of the first-level cache, and panels.
-TASK_ROWS = 96
+# A task: rows and panels. With AVX-512 rows whose products with a panel fill half of the first-level cache (96 or 192
+# are level); without, where four panels fill the second-level one, twice as many, so that panels come half as often (a
+# Zen 3 core, 512 rows of 512 to 3,072 outputs: 86 GF/s with 96, 90 with 192, 84 to 88 with 288).
+TASK_ROWS = 96 if has_wide_registers() else 192
 TASK_PANELS = 4
 _ROWS_AHEAD = 8  # whose outputs are fetched: they lie too far apart for the CPU to see a row in them
 # Of a panel's words at once: more would not stay in the second-level cache, which has 1 MB or more with AVX-512 and is
