@@ -14,7 +14,8 @@ from e2p_ray.engine.packed import PackedLinear, activation_of
 from tests import tiny_models
 from tests.test_compiled_loops import random
 
-NARROW = LlamaConfig(**tiny_models.common())  # 32 wide: its queries, keys and values fill no panel of outputs
+# 48 queries, keys and values fill no panel of outputs.
+NARROW = LlamaConfig(**tiny_models.common(hidden_size=32, num_key_value_heads=1))
 
 
 @pytest.fixture(autouse=True)
