@@ -161,15 +161,8 @@ def multiply_panels(p: _Ints) -> None:
     """Tasks, one after the other as they are free: some rows times some panels."""
     num_tasks, counter, states, state_row, all_rows = p[0], p[1], p[2], p[3], p[4]
     num_words, num_outputs, panels, up_panels, bias = p[5], p[6], p[7], p[8], p[9]
-    outputs, output_row, others, other_row, behind, is_half, gives_half = (
-        p[10],
-        p[11],
-        p[12],
-        p[13],
-        p[14],
-        p[15],
-        p[16],
-    )
+    outputs, output_row, others, other_row = p[10], p[11], p[12], p[13]
+    behind, is_half, gives_half = p[14], p[15], p[16]
     scratch = np.empty(2 * TASK_ROWS * PANEL + _TILE_ROWS * num_words + LANES, np.float32)
     found = (scratch.ctypes.data + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES
     ups = found + TASK_ROWS * _PANEL_BYTES
