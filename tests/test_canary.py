@@ -57,10 +57,11 @@ def canary_vector(number: int) -> tuple[float, ...]:
 
 
 def marks_of(vector: tuple[float, ...]) -> set[bytes]:
-    """How a user embedding may look where it does not belong: six digits of a value, its bytes, its base64."""
+    """How a user embedding may look where it does not belong: six digits of a value, or nine, its bytes, its base64."""
     marks = set[bytes]()
     for value in vector:
         marks |= {f"{abs(value):.9f}".encode()[:8], f"{abs(value):.6f}".encode(), abs(value).hex()[2:12].encode()}
+        marks.add(f"{abs(value):.12f}".encode()[:11])
     for dtype in ("<f4", ">f4", "<f8", ">f8"):
         data = np.array(vector, dtype).tobytes()
         marks |= {data[at : at + 8] for at in range(0, len(data) - 7, 8)}

@@ -66,7 +66,7 @@ def logs() -> Iterator[Path]:
 
 
 def leaks(data: bytes, marks: Iterable[bytes]) -> list[bytes]:
-    """What of these is in the data, six digits only where another value's six digits are near.
+    """What of these is in the data, six digits only where another value's six digits are near; nine count alone.
 
     Ray logs some thousand figures of its own: one of them began like a canary in a run, as one in fifty will.
     """
@@ -121,13 +121,15 @@ def test_nothing_of_a_run_on_ray_holds_a_canary(
     planted = found_in_logs([PLANTED.encode()])
     assert planted, "control: what an actor prints is found"
     assert found_in_logs(marks_of(canary_vector(99))).keys() == planted.keys(), "control: numbers, too"
-    assert leaks(_told_to_the_dashboard(operators), marks) == []
+    assert hits(_told_to_the_dashboard(operators), marks) == []
 
 
 def test_a_figure_of_rays_own_is_no_canary_and_two_values_of_one_are() -> None:
     marks = marks_of(canary_vector(99))
-    mean, variance = (f"{abs(value):.16f}".encode() for value in canary_vector(99)[:2])
+    whole, other = (f"{abs(value):.16f}".encode() for value in canary_vector(99)[:2])
+    mean, variance = (value[:8] + b"3440717192" for value in (whole, other))
     assert leaks(b"{'mean': 0.6866410305010504, 'variance': " + variance + b"}", marks) == []
+    assert len(leaks(b"{'mean': 0.6866410305010504, 'variance': " + other + b"}", marks)) == 1, "a whole value alone"
     assert leaks(mean + b" " * NEIGHBOURS + variance, marks) == []
     assert len(leaks(b"{'mean': " + mean + b", 'variance': " + variance + b"}", marks)) == 2
     assert leaks(np.array(canary_vector(99), "<f4").tobytes().hex().encode(), marks), "bytes need no neighbour"

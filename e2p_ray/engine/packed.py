@@ -158,8 +158,7 @@ class GatedMLP(nn.Module):
         if self._is_one and not gate.takes_plain(states):
             assert gate.panels is not None
             size, dtype = (*states.shape[:-1], gate.panels.num_outputs), self.down.input_dtype
-            kept = workspace.tensor("inner", *size, dtype=dtype) if workspace is not None else None
-            out = torch.empty(size, dtype=dtype) if kept is None else kept
+            out = torch.empty(size, dtype=dtype) if workspace is None else workspace.tensor("inner", *size, dtype=dtype)
             return gate.panels.product(states, None, Behind.GATED, up=up.panels, out=out)
         return up.times(states, gate.then(states, self._activation))
 

@@ -69,6 +69,7 @@ def memory_bytes_per_s(num_bytes: int = 256 << 20, *, clock: Clock = time.perf_c
 
 
 def best_rate(work: Callable[[], object], amount: float, clock: Clock, num_calls: int = 10) -> float:
+    """The amount that a call does, over the seconds that it took: best of several runs of so many calls."""
     best = 0.0
     for _ in range(8):
         start = clock()
