@@ -4,38 +4,100 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
+from ray._private.node import Node
 
 from e2p_ray.errors import ConfigError
 
+# What a Ray that ends with its job needs not: the API server (without a dashboard for usage statistics; Ray waits for
+# it) and the autoscaler of a cluster that has one node. With the log's reader a quarter of the CPU time of its start.
+# Ray 2.60, whose version is pinned: how it starts is not public.
+_FOR_OTHERS = ("start_api_server", "start_monitor")
+_LOG_READER = "start_log_monitor"  # brings what workers print to the driver
+# Nobody knows where its figures are, and nobody asks it what tasks it had. Both cost every process that it has.
+_NO_FIGURES = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
+# The raylet looks for its own object store before that is there, and again after a second: after 20 ms, for 10 s.
+_NO_WAITING = {"RAY_raylet_client_connect_timeout_milliseconds": "20", "RAY_raylet_client_num_connect_attempts": "500"}
+_NONE: Mapping[str, str] = {}
+
 
 @contextmanager
-def ray_session(address: str | None, *, include_dashboard: bool = False) -> Iterator[None]:
+def ray_session(
+    address: str | None, *, include_dashboard: bool = False, variables: Mapping[str, str] = _NONE
+) -> Iterator[bool]:
     """The Ray of this process if it has one, else that at `address`, RAY_ADDRESS, or a local one for the while.
 
-    A local one has no dashboard unless asked for: nobody knows its port, and it takes 2 to 3 of the 13 s that Ray needs
-    to start on two busy cores (11 of 20 processes, a third of the CPU time).
+    Yields whether all workers have `variables` in their environment: those of a Ray that is started here. On another
+    Ray they have to be asked for, by a `runtime_env`.
+
+    A local one has no dashboard unless asked for: nobody knows its port. Without it, it has only the processes and
+    keeps only the figures that a job needs.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     debug = bool(os.environ.get("E2P_DEBUG"))
     try:
-        ray.init(
-            address=address,
-            include_dashboard=include_dashboard,
-            log_to_driver=debug,
-            logging_level=logging.INFO if debug else logging.ERROR,
-        )
+        with ExitStack() as stack:
+            stack.enter_context(_variables_set({**_NO_WAITING, **variables}))
+            if not include_dashboard:
+                stack.enter_context(_variables_set(_NO_FIGURES))
+                stack.enter_context(_not_started(_FOR_OTHERS if debug else (*_FOR_OTHERS, _LOG_READER)))
+            ray.init(
+                address=address,
+                include_dashboard=include_dashboard,
+                log_to_driver=debug,
+                logging_level=logging.INFO if debug else logging.ERROR,
+            )
     except ConnectionError as error:
         raise ConfigError(f"workers.ray_address {address!r}: no Ray cluster answers there ({error})") from error
     try:
-        yield
+        yield _started_here()
     finally:
         ray.shutdown()
+
+
+def _started_here() -> bool:
+    """Without an address, Ray looks for one of this machine before it starts one, and says nowhere in public."""
+    node: Any = ray_worker._global_node
+    return bool(node.is_head())
+
+
+@contextmanager
+def _not_started(names: Sequence[str]) -> Iterator[None]:
+    """Within, these methods of a node start no process."""
+    before = {name: getattr(Node, name) for name in names}
+    for name in names:
+        setattr(Node, name, _start_nothing)
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            setattr(Node, name, method)
+
+
+def _start_nothing(node: Node, **_: Any) -> None:
+    """In place of a method that starts a process of a node."""
+
+
+@contextmanager
+def _variables_set(variables: Mapping[str, str]) -> Iterator[None]:
+    """Within, the environment has these; processes that are started then keep them."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def names_no_cluster(address: str | None) -> bool:

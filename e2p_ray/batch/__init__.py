@@ -73,6 +73,7 @@ def run_batch(
     limit = DeadLetterLimit(storage, run, max_dead_letters)
     notes = FailureNotes(storage, run, tally)
     limit.check(tally)
+    variables = engine_variables(config)
 
     def outcomes(pieces: Sequence[Mapping[str, Any]]) -> Generator[ShardOutcome]:
         left_s = None if max_seconds is None else max_seconds - tally.progress().generating_s
@@ -81,7 +82,7 @@ def run_batch(
             from e2p_ray.batch.through import replica_outcomes
 
             return replica_outcomes(through_serve, (config, storage, run), pieces, left_s)
-        return _pool_outcomes(config, (config, storage, run, engine_factory, left_s), tally, pieces)
+        return _pool_outcomes(config, (config, storage, run, engine_factory, left_s), tally, pieces, variables)
 
     def still_pending() -> list[str]:
         left = pending_shards(storage, run)
@@ -93,7 +94,10 @@ def run_batch(
 
     if pending:
         # A Ray of its own would have no service.
-        with ray_session(config.workers.ray_address or (None if through_serve is None else "auto")):
+        address = config.workers.ray_address or (None if through_serve is None else "auto")
+        with ray_session(address, variables=variables) as all_have_them:
+            if all_have_them:
+                variables = {}
             while pending and tally.attempt < config.workers.max_shard_attempts:
                 tally.next_attempt()
                 one_pass([{"shard_id": shard_id, "first": None, "end": None} for shard_id in pending])
@@ -136,13 +140,17 @@ def _one_pass(
 
 
 def _pool_outcomes(
-    config: JobConfig, arguments: tuple[Any, ...], tally: Tally, pieces: Sequence[Mapping[str, Any]]
+    config: JobConfig,
+    arguments: tuple[Any, ...],
+    tally: Tally,
+    pieces: Sequence[Mapping[str, Any]],
+    variables: Mapping[str, str],
 ) -> Generator[ShardOutcome]:
-    """What a pool of actors says of each; `arguments` make a worker."""
+    """What a pool of actors says of each; `arguments` make a worker, in a process with these variables."""
     tally.wait_for(check_resources(config))
     context = DataContext.get_current().copy()
     with DataContext.current(_configured(context, config)), quiet_ray_data_log(), steps_wait_for_nothing():
-        rows = _dataset(config, pieces, arguments)
+        rows = _dataset(config, pieces, arguments, variables)
         try:
             for block in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
                 for row in pa.table(block).to_pylist():
@@ -172,7 +180,12 @@ def _configured(context: DataContext, config: JobConfig) -> DataContext:
     return context
 
 
-def _dataset(config: JobConfig, pieces: Sequence[Mapping[str, Any]], arguments: tuple[Any, ...]) -> ray.data.Dataset:
+def _dataset(
+    config: JobConfig,
+    pieces: Sequence[Mapping[str, Any]],
+    arguments: tuple[Any, ...],
+    variables: Mapping[str, str],
+) -> ray.data.Dataset:
     """The outcomes of these shards or pieces."""
     workers = config.workers
     max_size = min(max(workers.max_size, workers.min_size), len(pieces))
@@ -190,7 +203,8 @@ def _dataset(config: JobConfig, pieces: Sequence[Mapping[str, Any]], arguments: 
             ),
             num_cpus=workers.num_cpus,
             num_gpus=workers.num_gpus,
-            runtime_env={"env_vars": engine_variables(config)},
+            # A process of its own, begun when it is asked for: without, it may be one that Ray has begun already.
+            runtime_env={"env_vars": dict(variables)} if variables else None,
             # A shard is not tried twice within a pass, so each kills an actor once at most; a few more for spot nodes.
             max_task_retries=0,
             max_restarts=len(pieces) + 2 * max_size,

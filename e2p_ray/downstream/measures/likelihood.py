@@ -201,6 +201,8 @@ def gain_histogram(totals: UserTotals, control: str) -> GainHistogram:
     low, high = min(float(low), 0.0), max(float(high), 0.0)
     width = round_step((high - low) / _NUM_BARS) if high > low else 1e-3
     first, last = int(np.floor(low / width)), int(np.floor(high / width))
+    if (gains < 0).any():  # an outermost user, too, is on the right side of zero
+        first = min(first, -1)
     bars = np.clip(np.floor(gains / width).astype(np.int64), first, last) - first
     counts = np.bincount(bars, minlength=last - first + 1)
     return GainHistogram(control, first * width, width, tuple(int(n) for n in counts), int((gains > 0).sum()))

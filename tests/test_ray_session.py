@@ -1,0 +1,57 @@
+"""A Ray that a job starts has what the job needs and nothing for onlookers; its workers have the variables."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from e2p_ray.ray_session import ray_session
+
+# A process of its own: the one of the tests has a Ray.
+_SESSION = """
+import json, os, sys
+import psutil, ray
+from e2p_ray.ray_session import ray_session
+
+@ray.remote
+def seen():
+    return [os.environ.get(name) for name in variables]
+
+variables = {"E2P_X": "1", "OMP_NUM_THREADS": "3"}
+before = [os.environ.get(name) for name in variables]
+with ray_session(None, include_dashboard=sys.argv[1] == "dashboard", variables=variables) as all_have_them:
+    processes = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    is_same = [os.environ.get(name) for name in variables] == before
+    print(json.dumps([all_have_them, ray.get(seen.remote()), processes, is_same]))
+"""
+
+
+def session(kind: str) -> tuple[bool, list[str | None], str, bool]:
+    """Whether all workers have the variables, what one has, all processes, whether the driver has its own as before."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ended = subprocess.run([sys.executable, "-c", _SESSION, kind], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    all_have_them, seen, processes, is_same = json.loads(ended.stdout.splitlines()[-1])
+    return all_have_them, seen, "\n".join(processes), is_same
+
+
+@pytest.mark.parametrize("kind", ["job", "dashboard"])
+def test_workers_of_a_ray_that_is_started_have_the_variables_and_nothing_runs_that_nobody_looks_at(kind: str) -> None:
+    all_have_them, seen, processes, driver_has_its_own = session(kind)
+    assert all_have_them
+    assert seen == ["1", "3"]
+    assert driver_has_its_own
+    assert "raylet" in processes
+    for name in ("dashboard/dashboard.py", "monitor.py", "log_monitor.py"):
+        assert (name in processes) == (kind == "dashboard"), f"{name} in\n{processes}"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_of_a_ray_that_was_found_have_to_be_given_them() -> None:
+    with ray_session(None, variables={"E2P_X": "1"}) as all_have_them:
+        assert not all_have_them
+    assert "E2P_X" not in os.environ
