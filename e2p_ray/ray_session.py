@@ -30,17 +30,27 @@ _NONE: Mapping[str, str] = {}
 def ray_session(
     address: str | None, *, include_dashboard: bool = False, variables: Mapping[str, str] = _NONE
 ) -> Iterator[bool]:
-    """The Ray of this process if it has one, else that at `address`, RAY_ADDRESS, or a local one for the while.
+    """The Ray of this process if it has one, else what `start_ray` finds or starts, for the while.
 
     Yields whether all workers have `variables` in their environment: those of a Ray that is started here. On another
     Ray they have to be asked for, by a `runtime_env`.
-
-    A local one has no dashboard unless asked for: nobody knows its port. Without it, it has only the processes and
-    keeps only the figures that a job needs.
     """
     if ray.is_initialized():
         yield False
         return
+    start_ray(address, include_dashboard=include_dashboard, variables=variables)
+    try:
+        yield _started_here()
+    finally:
+        ray.shutdown()
+
+
+def start_ray(address: str | None, *, include_dashboard: bool = False, variables: Mapping[str, str] = _NONE) -> None:
+    """Connect this process to the Ray at `address`, RAY_ADDRESS, or a local one, which is started with `variables`.
+
+    A local one has no dashboard unless asked for: nobody knows its port. Without it, it has only the processes and
+    keeps only the figures that a job needs. ConfigError where no Ray answers at an address.
+    """
     debug = bool(os.environ.get("E2P_DEBUG"))
     try:
         with ExitStack() as stack:
@@ -56,10 +66,6 @@ def ray_session(
             )
     except ConnectionError as error:
         raise ConfigError(f"workers.ray_address {address!r}: no Ray cluster answers there ({error})") from error
-    try:
-        yield _started_here()
-    finally:
-        ray.shutdown()
 
 
 def _started_here() -> bool:

@@ -16,6 +16,7 @@ from e2p_ray.plan.dataflow import Job, Outcome, plan_by_shuffles, plan_on_one_no
 from e2p_ray.plan.inputs import InputTable, Space, scan_inputs
 from e2p_ray.plan.pairs import num_buckets
 from e2p_ray.plan.shards import ShardEntry, shard_uri
+from e2p_ray.ray_session import start_ray
 from e2p_ray.schema import checked_id
 from e2p_ray.storage import Storage
 
@@ -82,7 +83,7 @@ def make_plan(
             outcome = plan_on_one_node(job, inputs)
         else:
             if not ray.is_initialized():
-                ray.init(address=config.workers.ray_address, include_dashboard=False)
+                start_ray(config.workers.ray_address)
             partitions = config.plan.num_partitions or min(-(-num_bytes // _PARTITION_BYTES), _MAX_PARTITIONS)
             outcome = plan_by_shuffles(job, inputs, partitions, say)
     except ray.exceptions.RayError as error:
