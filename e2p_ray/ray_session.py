@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -52,12 +52,11 @@ def start_ray(address: str | None, *, include_dashboard: bool = False, variables
     keeps only the figures that a job needs. ConfigError where no Ray answers at an address.
     """
     debug = bool(os.environ.get("E2P_DEBUG"))
+    of_ray = _NO_WAITING if include_dashboard else _NO_WAITING | _NO_FIGURES
+    theirs_first = {name: os.environ.get(name, value) for name, value in of_ray.items()}
+    not_wanted = _FOR_OTHERS if debug else (*_FOR_OTHERS, _LOG_READER)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(_variables_set({**_NO_WAITING, **variables}))
-            if not include_dashboard:
-                stack.enter_context(_variables_set(_NO_FIGURES))
-                stack.enter_context(_not_started(_FOR_OTHERS if debug else (*_FOR_OTHERS, _LOG_READER)))
+        with _variables_set({**theirs_first, **variables}), _not_started(() if include_dashboard else not_wanted):
             ray.init(
                 address=address,
                 include_dashboard=include_dashboard,
@@ -70,8 +69,8 @@ def start_ray(address: str | None, *, include_dashboard: bool = False, variables
 
 def _started_here() -> bool:
     """Without an address, Ray looks for one of this machine before it starts one, and says nowhere in public."""
-    node: Any = ray_worker._global_node
-    return bool(node.is_head())
+    node: Any = ray_worker._global_node  # None for an address of Ray Client
+    return node is not None and bool(node.is_head())
 
 
 @contextmanager
