@@ -73,7 +73,7 @@ def run_batch(
     limit = DeadLetterLimit(storage, run, max_dead_letters)
     notes = FailureNotes(storage, run, tally)
     limit.check(tally)
-    variables = engine_variables(config)
+    variables = engine_variables(config)  # that workers are still to be given
 
     def outcomes(pieces: Sequence[Mapping[str, Any]]) -> Generator[ShardOutcome]:
         left_s = None if max_seconds is None else max_seconds - tally.progress().generating_s
