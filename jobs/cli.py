@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import os
 import sys
 import traceback
@@ -40,9 +38,6 @@ def run_job(job: Job[C], argv: Sequence[str] | None = None) -> int:
 
 def guarded(call: Callable[[], None], prog: str, *, on_interrupt: str = _RESUME) -> int:
     """Make a call and turn what it raises into one message on stderr and an exit code."""
-    # A process that ends would look for garbage among all its modules, several times: 0.6 of 3.3 s of a job that does
-    # nothing (2026-11-28, a Zen 3 core).
-    atexit.register(gc.freeze)
     try:
         call()
     except KeyboardInterrupt:
