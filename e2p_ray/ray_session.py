@@ -12,6 +12,7 @@ import ray
 from ray._private import worker as ray_worker
 from ray._private.node import Node
 
+from e2p_ray.environment import variables_set
 from e2p_ray.errors import ConfigError
 
 # What a Ray that ends with its job needs not: the API server (without a dashboard for usage statistics; Ray waits for
@@ -53,10 +54,13 @@ def start_ray(address: str | None, *, include_dashboard: bool = False, variables
     """
     debug = bool(os.environ.get("E2P_DEBUG"))
     of_ray = _NO_WAITING if include_dashboard else _NO_WAITING | _NO_FIGURES
-    theirs_first = {name: os.environ.get(name, value) for name, value in of_ray.items()}
-    not_wanted = _FOR_OTHERS if debug else (*_FOR_OTHERS, _LOG_READER)
+    not_wanted = () if include_dashboard else _FOR_OTHERS if debug else (*_FOR_OTHERS, _LOG_READER)
     try:
-        with _variables_set({**theirs_first, **variables}), _not_started(() if include_dashboard else not_wanted):
+        with (
+            variables_set(of_ray, replace=False),  # what a user set himself comes first
+            variables_set(variables, replace=True),
+            _not_started(not_wanted),
+        ):
             ray.init(
                 address=address,
                 include_dashboard=include_dashboard,
@@ -88,21 +92,6 @@ def _not_started(names: Sequence[str]) -> Iterator[None]:
 
 def _start_nothing(node: Node, **_: Any) -> None:
     """In place of a method that starts a process of a node."""
-
-
-@contextmanager
-def _variables_set(variables: Mapping[str, str]) -> Iterator[None]:
-    """Within, the environment has these; processes that are started then keep them."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def names_no_cluster(address: str | None) -> bool:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Files of one room lie in one folder or, at the top, are named here.
 ROOM_OF_FILE: dict[str, str] = {}
-_BASE = {"errors", "config", "schema", "storage", "ray_session"}
+_BASE = {"errors", "environment", "config", "schema", "storage", "ray_session"}
 _MIDDLE = _BASE | {"plan", "check", "commit", "engine", "fingerprint"}
 _UPPER = _MIDDLE | {"results", "generate", "loaded"}
 MAY_SEE: dict[str, set[str]] = {
@@ -23,7 +23,8 @@ MAY_SEE: dict[str, set[str]] = {
     "config": {"errors"},
     "schema": {"errors"},
     "storage": {"errors", "config"},
-    "ray_session": {"errors"},
+    "environment": set(),
+    "ray_session": {"errors", "environment"},
     "plan": _BASE,
     "check": _BASE,
     "commit": _BASE,

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from e2p_ray.environment import variables_set
 from e2p_ray.errors import ConfigError
 
 # One published text, 480 requests by one user, everything on one core, the machine busy (load 5 to 6), p50 ms and CPU
@@ -47,14 +48,11 @@ _QUIET_PORTS = range(20_000, 30_000)
 def front_of_local_ray() -> Iterator[None]:
     """A Ray that is started within has this front; what the environment says already is left as it is."""
     # The name of a socket has 107 bytes at most, and Ray adds 80: the system's folder for temporary files may be deep.
-    with tempfile.TemporaryDirectory(prefix="e2p-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        added = {name: value for name, value in local_flags(Path(folder)).items() if name not in os.environ}
-        os.environ.update(added)
-        try:
-            yield
-        finally:
-            for name in added:
-                os.environ.pop(name, None)
+    with (
+        tempfile.TemporaryDirectory(prefix="e2p-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        variables_set(local_flags(Path(folder)), replace=False),
+    ):
+        yield
 
 
 def local_flags(folder: Path) -> dict[str, str]:

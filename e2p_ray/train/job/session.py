@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +9,7 @@ import ray
 import ray.data
 
 from e2p_ray.config import TrainWorkersConfig
+from e2p_ray.environment import variables_set
 from e2p_ray.errors import ConfigError, E2PError, RunError
 from e2p_ray.plan.dataflow import typed_error
 from e2p_ray.ray_session import only_machine, quiet_ray_data_log, ray_session
@@ -21,14 +21,8 @@ _VARIABLES = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600", "RAY_CHDIR_TO_TRI
 @contextmanager
 def train_session(workers: TrainWorkersConfig) -> Iterator[None]:
     """A Ray session with the variables that Ray Train reads."""
-    missing = {name: value for name, value in _VARIABLES.items() if name not in os.environ}
-    os.environ.update(missing)
-    try:
-        with ray_session(workers.ray_address):
-            yield
-    finally:
-        for name in missing:
-            os.environ.pop(name, None)
+    with variables_set(_VARIABLES, replace=False), ray_session(workers.ray_address):
+        yield
 
 
 def check_resources(workers: TrainWorkersConfig) -> None:

@@ -1,0 +1,25 @@
+"""Variables that the environment has for a while."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+
+@contextmanager
+def variables_set(variables: Mapping[str, str], *, replace: bool) -> Iterator[None]:
+    """Within, the environment has these, in place of what it says already or only where it says nothing.
+
+    Processes that are started within keep them.
+    """
+    before = {name: os.environ.get(name) for name in variables if replace or name not in os.environ}
+    os.environ.update({name: variables[name] for name in before})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
