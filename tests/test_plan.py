@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from dataclasses import replace
 from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,20 @@ def test_shuffles_make_the_same_plan_as_one_process(tmp_path: Path) -> None:
     for shard_id in shard_ids(alone):
         one, other = (Path(plan.uri, "shards", f"{shard_id}.parquet").read_bytes() for plan in (alone, shuffled))
         assert one == other
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_shuffles_are_quiet(tmp_path: Path) -> None:
+    log, said = logging.getLogger("ray.data"), StringIO()
+    handler = logging.StreamHandler(said)
+    log.addHandler(handler)
+    try:
+        plan_world(messy_world(2), tmp_path, single_node_bytes=0, num_partitions=1)
+        assert not said.getvalue()
+        ray.data.range(1).materialize()
+        assert "Execution plan" in said.getvalue()  # it is Ray Data that is quiet, not this handler
+    finally:
+        log.removeHandler(handler)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from e2p_ray.errors import InputError, ShardError
 from e2p_ray.plan.pairs import ContentJoin, bucket_of
@@ -150,44 +151,75 @@ def count_requests(join: ContentJoin, tasks: Sequence[str]) -> Counter[str]:
 def _shard(
     requests: pl.DataFrame, contents: pl.DataFrame, slices: Sequence[Slice], embedding_dim: int
 ) -> tuple[str, pa.Table]:
-    """A shard's id and its rows; `draft` is null where the requests have no such column."""
+    """A shard's id and its rows; `draft` is null where the requests have no such column.
+
+    By Arrow's buffers: four threads cut shards at once, and what makes Python objects of rows they would do one by one.
+    """
     sizes = [piece.stop - piece.start for piece in slices]
-    rows = requests[np.concatenate([np.arange(piece.start, piece.stop) for piece in slices])]
-    texts = contents[np.repeat([piece.content for piece in slices], sizes)]
-    groups = np.repeat(np.arange(len(slices), dtype=np.int32), sizes)
+    rows = _rows(requests, slices)
+    texts = contents[[piece.content for piece in slices]]
+    groups = pa.array(np.repeat(np.arange(len(slices), dtype=np.int32), sizes))
+    user_ids, reasons = _strings(rows["user_id"]), _strings(rows["reason"])
+    drafts = _strings(rows["draft"]) if "draft" in rows.columns else None
+    vectors, missing = _vectors(rows["user_embedding"], embedding_dim)
     schema = planned_schema(embedding_dim)
-    missing = rows["user_embedding"].is_null()
-    vectors = rows["user_embedding"].fill_null(bytes(4 * embedding_dim))
-    matrix = np.frombuffer(b"".join(vectors.to_list()), "<f4")
     columns = {
-        "user_id": _strings(rows["user_id"]),
-        "content_id": _strings(texts["content_id"]),
-        "task": pa.array(np.repeat(np.array([piece.task for piece in slices], dtype=object), sizes), pa.string()),
-        "group": pa.array(groups),
-        "title": _strings(texts["title"]),
-        "body": _strings(texts["body"]),
-        "language": _strings(texts["language"]),
+        "user_id": user_ids,
+        "content_id": _strings(texts["content_id"]).take(groups),
+        "task": pa.array([piece.task for piece in slices]).take(groups),
+        "group": groups,
+        "title": _strings(texts["title"]).take(groups),
+        "body": _strings(texts["body"]).take(groups),
+        "language": _strings(texts["language"]).take(groups),
         "user_embedding": pa.FixedSizeListArray.from_arrays(
-            pa.array(matrix), type=schema.field("user_embedding").type, mask=pa.array(missing.to_numpy())
+            pa.array(vectors.ravel()), type=schema.field("user_embedding").type, mask=pa.array(missing)
         ),
-        "reason": _strings(rows["reason"]),
-        "draft": _strings(rows["draft"]) if "draft" in rows.columns else pa.nulls(rows.height, pa.string()),
+        "reason": reasons,
+        "draft": pa.nulls(rows.height, pa.string()) if drafts is None else drafts,
     }
     digest = hashlib.sha256(f"{embedding_dim}:{len(slices)}:".encode())
-    for piece, text_digest in zip(slices, contents["digest"].gather([p.content for p in slices]), strict=True):
-        digest.update(f"{len(piece.task.encode())}:{piece.task}:{piece.stop - piece.start}:".encode() + text_digest)
-    user_ids = rows["user_id"]
-    digest.update(user_ids.str.len_bytes().to_numpy().astype("<u4").tobytes())
-    digest.update("".join(user_ids.to_list()).encode())
-    digest.update("\0".join(rows["reason"].fill_null("").to_list()).encode() + b"\0")
-    digest.update(missing.to_numpy().tobytes() + matrix.tobytes())
-    if "draft" in rows.columns:
+    for piece, size, text_digest in zip(slices, sizes, texts["digest"], strict=True):
+        digest.update(f"{len(piece.task.encode())}:{piece.task}:{size}:".encode() + text_digest)
+    lengths, id_bytes = _bytes_of(user_ids)
+    ended_reasons = pc.binary_join_element_wise(reasons.fill_null(""), "", "\0")
+    digest.update(lengths.astype("<u4").tobytes())
+    digest.update(id_bytes)
+    digest.update(_bytes_of(ended_reasons)[1])
+    digest.update(missing.tobytes() + vectors.tobytes())
+    if drafts is not None:
         digest.update("".join(f"{len(text)}:{text}" for text in rows["draft"].fill_null("")).encode())
     return digest.hexdigest()[:32], pa.table(columns, schema=schema)
 
 
+def _rows(requests: pl.DataFrame, slices: Sequence[Slice]) -> pl.DataFrame:
+    """The requests of these slices, in their order; not copied where one slice begins where the one before ends."""
+    if all(before.stop == after.start for before, after in pairwise(slices)):
+        return requests[slices[0].start : slices[-1].stop]
+    return requests[np.concatenate([np.arange(piece.start, piece.stop) for piece in slices])]
+
+
 def _strings(series: pl.Series) -> pa.Array:
     return series.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string())
+
+
+def _bytes_of(strings: pa.Array) -> tuple[npt.NDArray[np.int32], pa.Buffer]:
+    """How many bytes each string has, and all bytes one after the other. Without nulls and offset, as polars' are."""
+    _, offsets, data = strings.buffers()
+    ends = np.frombuffer(offsets, np.int32)[: len(strings) + 1]
+    return np.diff(ends), data[: int(ends[-1])]
+
+
+def _vectors(series: pl.Series, dim: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """User embeddings as a matrix, zeros where there is none, and for which rows that is."""
+    missing = series.is_null().to_numpy()
+    found = series.drop_nulls().rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
+    _, _, data = found.buffers()
+    given = np.frombuffer(data, "<f4", len(found) * dim).reshape(-1, dim) if len(found) else np.zeros((0, dim), "<f4")
+    if len(found) == len(series):
+        return given, missing
+    matrix = np.zeros((len(series), dim), "<f4")
+    matrix[~missing] = given
+    return matrix, missing
 
 
 def read_planned(storage: Storage, plan_uri: str, shard_id: str) -> pa.Table:

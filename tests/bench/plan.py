@@ -1,7 +1,7 @@
 """How long a plan takes, and how much memory the driver needs: `python -m tests.bench.plan`.
 
-Every case runs in a process of its own: by Ray's shuffles at a tenth of the candidates and at all of them, to show that
-the driver's peak does not grow, and by one polars process.
+Every case runs in a process of its own: by Ray's shuffles at growing numbers of candidates, to show that the driver's
+peak does not grow, and by one polars process.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from e2p_ray.storage import Storage
 _FILE_ROWS, _GROUP_ROWS = 1_000_000, 250_000
 _SPACE = "bench-1"
 _OBJECT_STORE_BYTES = 2 << 30
+_CANDIDATES = (1_000_000, 5_000_000, 20_000_000)
 
 
 def _ids(prefix: str, numbers: npt.NDArray[np.int64]) -> pa.Array:
@@ -113,7 +115,6 @@ def run_case(folder: Path, system: str, dim: int) -> dict[str, Any]:
         import ray
 
         ray.init(num_cpus=2, object_store_memory=_OBJECT_STORE_BYTES, include_dashboard=False, log_to_driver=False)
-        ray.data.DataContext.get_current().enable_progress_bars = False
     before = _peak_rss_bytes()
     started = time.perf_counter()
     plan = make_plan(config, Storage(), embedding_space=_SPACE, embedding_dim=dim)
@@ -136,7 +137,7 @@ def _own_process(*arguments: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.plan", description=__doc__)
-    parser.add_argument("--candidates", type=int, default=5_000_000)
+    parser.add_argument("--candidates", type=int, action="append", help=f"may be given again; default {_CANDIDATES}")
     parser.add_argument("--users", type=int, default=1_000_000)
     parser.add_argument("--contents", type=int, default=50_000)
     parser.add_argument("--dim", type=int, default=16)
@@ -144,23 +145,23 @@ def main() -> None:
     parser.add_argument("--case", nargs=2, metavar=("FOLDER", "SYSTEM"), help=argparse.SUPPRESS)
     parser.add_argument("--make", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sizes = [options.candidates, options.users, options.contents, options.dim]
+    candidates, sizes = options.candidates or _CANDIDATES, [options.users, options.contents, options.dim]
     if options.make:
-        make_inputs(Path(options.make), *sizes)
+        make_inputs(Path(options.make), *candidates, *sizes)
     elif options.case:
         print(json.dumps(run_case(Path(options.case[0]), options.case[1], options.dim)))
     else:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            _bench(Path(folder), *sizes)
+            _bench(Path(folder), candidates, *sizes)
 
 
-def _bench(folder: Path, num_candidates: int, num_users: int, num_contents: int, dim: int) -> None:
+def _bench(folder: Path, nums_candidates: Sequence[int], num_users: int, num_contents: int, dim: int) -> None:
     from tests.bench.harness import hardware  # not in the measured processes: it brings torch, and torch is memory
 
     results = []
     columns = ("wall_s", "driver_before_mb", "driver_peak_mb", "requests", "shards", "plan_mb")
     print(f"{'case':>28} {'system':>7} " + " ".join(f"{column:>16}" for column in columns), flush=True)
-    for candidates in (num_candidates // 10, num_candidates):
+    for candidates in nums_candidates:
         inputs = folder / str(candidates)
         sizes = [f"--candidates={candidates}", f"--users={num_users}", f"--contents={num_contents}", f"--dim={dim}"]
         _own_process("--make", str(inputs), *sizes)
