@@ -111,6 +111,19 @@ def only_machine(address: str | None) -> Mapping[str, float] | None:
 
 
 @contextmanager
+def quiet_ray_data() -> Iterator[None]:
+    """Ray Data without bars and logs on the terminal, and with the errors of its functions as they were raised."""
+    import ray.data  # a second of CPU time that a Ray which only serves does not need
+
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # else a task's typed error arrives as text
+    with quiet_ray_data_log(), ray.data.DataContext.current(context):
+        yield
+
+
+@contextmanager
 def quiet_ray_data_log() -> Iterator[None]:
     """Ray Data's log goes to its file only: outcomes and errors say what is worth saying."""
     handlers = [h for h in logging.getLogger("ray.data").handlers if isinstance(h, logging.StreamHandler)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from io import StringIO
@@ -143,8 +144,18 @@ def test_row_order_files_and_copies_change_nothing(tmp_path: Path) -> None:
     assert second.counts.num_duplicates == first.counts.num_duplicates + 100
 
 
+@pytest.fixture
+def ray_data_log() -> Iterator[StringIO]:
+    """What Ray Data prints."""
+    log, printed = logging.getLogger("ray.data"), StringIO()
+    handler = logging.StreamHandler(printed)
+    log.addHandler(handler)
+    yield printed
+    log.removeHandler(handler)
+
+
 @pytest.mark.usefixtures("ray_cluster")
-def test_shuffles_make_the_same_plan_as_one_process(tmp_path: Path) -> None:
+def test_shuffles_make_the_same_plan_as_one_process_and_are_quiet(tmp_path: Path, ray_data_log: StringIO) -> None:
     world = messy_world(2)
     alone = plan_world(world, tmp_path / "a", requests_per_shard=40)
     settings = {"requests_per_shard": 40, "single_node_bytes": 0, "num_partitions": 3}
@@ -154,20 +165,9 @@ def test_shuffles_make_the_same_plan_as_one_process(tmp_path: Path) -> None:
     for shard_id in shard_ids(alone):
         one, other = (Path(plan.uri, "shards", f"{shard_id}.parquet").read_bytes() for plan in (alone, shuffled))
         assert one == other
-
-
-@pytest.mark.usefixtures("ray_cluster")
-def test_shuffles_are_quiet(tmp_path: Path) -> None:
-    log, said = logging.getLogger("ray.data"), StringIO()
-    handler = logging.StreamHandler(said)
-    log.addHandler(handler)
-    try:
-        plan_world(messy_world(2), tmp_path, single_node_bytes=0, num_partitions=1)
-        assert not said.getvalue()
-        ray.data.range(1).materialize()
-        assert "Execution plan" in said.getvalue()  # it is Ray Data that is quiet, not this handler
-    finally:
-        log.removeHandler(handler)
+    assert not ray_data_log.getvalue()
+    ray.data.range(1).materialize()
+    assert "Execution plan" in ray_data_log.getvalue()  # a log that would hold it
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -32,6 +32,7 @@ from e2p_ray.engine.manifest import BaseModelFolder, resolve_base_model
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.projector import Projector
 from e2p_ray.errors import ConfigError, InputError
+from e2p_ray.ray_session import quiet_ray_data
 from e2p_ray.schema import Content
 from e2p_ray.storage import Storage
 from e2p_ray.train.data.inputs import LessonCounts, prepare_lessons
@@ -40,7 +41,7 @@ from e2p_ray.train.fit import Fit
 from e2p_ray.train.job.board import TrainProgress
 from e2p_ray.train.job.prepared import Prepared, prepare, settings_of
 from e2p_ray.train.job.provenance import curves_said
-from e2p_ray.train.job.session import quiet_ray_data, typed_errors
+from e2p_ray.train.job.session import typed_errors
 from e2p_ray.train.job.training import reading_of
 from e2p_ray.train.lessons import LessonTable, Target, UserTable, make_lessons
 from e2p_ray.train.projector import new_projector, start_calmly

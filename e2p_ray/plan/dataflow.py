@@ -30,7 +30,7 @@ from e2p_ray.plan.pairs import (
     write_dead_letters,
 )
 from e2p_ray.plan.shards import Cutting, ShardEntry, count_requests, write_shards
-from e2p_ray.ray_session import quiet_ray_data_log
+from e2p_ray.ray_session import quiet_ray_data
 from e2p_ray.storage import ObjectInfo, Storage
 
 _BLOB = pa.schema([("part", pa.int64()), ("kind", pa.string()), ("rows", pa.large_binary())])
@@ -113,10 +113,7 @@ def plan_by_shuffles(
     job: Job, inputs: dict[str, InputTable], num_partitions: int, say: Callable[[str], None]
 ) -> Outcome:
     """For tables that no one machine holds; rows never come to this process, only what each partition came to."""
-    context = ray.data.DataContext.get_current().copy()
-    context.raise_original_map_exception = True  # else a worker's typed error arrives as text
-    context.enable_progress_bars = False  # `say` tells how far it is
-    with ray.data.DataContext.current(context), quiet_ray_data_log():
+    with quiet_ray_data():
         return _shuffle(job, inputs, num_partitions, say)
 
 

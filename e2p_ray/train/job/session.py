@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
-import ray.data
 
 from e2p_ray.config import TrainWorkersConfig
 from e2p_ray.environment import variables_set
 from e2p_ray.errors import ConfigError, E2PError, RunError
 from e2p_ray.plan.dataflow import typed_error
-from e2p_ray.ray_session import only_machine, quiet_ray_data_log, ray_session
+from e2p_ray.ray_session import only_machine, ray_session
 
 # Read by Ray Train in the driver. Its default of a minute for the workers to start is short for a busy machine.
 _VARIABLES = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
@@ -38,17 +37,6 @@ def check_resources(workers: TrainWorkersConfig) -> None:
             f"{workers.num_gpus:g} need {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs, this machine has "
             f"{here['CPU']:g} and {here['GPU']:g}. Lower them, or set workers.ray_address to a cluster"
         )
-
-
-@contextmanager
-def quiet_ray_data() -> Iterator[None]:
-    """Ray Data without bars and logs on the terminal, and with the errors of its functions as they were raised."""
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # else a task's typed error arrives as text
-    with quiet_ray_data_log(), ray.data.DataContext.current(context):
-        yield
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from e2p_ray.engine.manifest import ProjectorManifest
 from e2p_ray.engine.projector import Projector, ReferenceStatistics
 from e2p_ray.errors import RunError
+from e2p_ray.ray_session import quiet_ray_data
 from e2p_ray.train.data.inputs import PreparedLessons, Reading, prepare_lessons
 from e2p_ray.train.data.joins import JoinSettings
 from e2p_ray.train.job.board import TrainProgress
@@ -21,7 +22,7 @@ from e2p_ray.train.job.contract import Trained
 from e2p_ray.train.job.distributed import new_board, train_on_workers
 from e2p_ray.train.job.prepared import Prepared, settings_of
 from e2p_ray.train.job.provenance import code_of, curves_said, inputs_of, settings_said
-from e2p_ray.train.job.session import check_resources, quiet_ray_data, train_session, typed_errors
+from e2p_ray.train.job.session import check_resources, train_session, typed_errors
 from e2p_ray.train.records import Scores
 
 _TARGETS_PER_CHUNK = 20_000
