@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
@@ -29,7 +31,16 @@ from e2p_ray.engine.vllm_engine import VllmEngine
 from e2p_ray.errors import ConfigError, IncompatibleError, UnsupportedModelError
 from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, Request, RequestKey
 from tests import tiny_models
-from tests.tiny_models import byte_tokenizer, contents, group, random_projector, save_model_folder, task
+from tests.chaos.real_job import FREE, write_real_job
+from tests.tiny_models import (
+    byte_tokenizer,
+    contents,
+    group,
+    random_projector,
+    save_model_folder,
+    save_model_of_letters,
+    task,
+)
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 BACKENDS = ["stand_in", pytest.param("vllm", marks=pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed"))]
@@ -271,6 +282,25 @@ def test_the_users_of_a_content_share_its_blocks(backend: Any, folder: Path) -> 
     apart = engine_on(backend, folder, {"headline": task()}, layout="soft_first")
     list(apart.generate([group(content, range(6))]))
     assert apart.stats.num_computed_tokens == apart.stats.num_prompt_tokens, "control: soft token first shares nothing"
+
+
+@needs_vllm
+def test_a_whole_job_writes_what_our_engine_writes(tmp_path: Path) -> None:
+    """Through Ray, whose actor starts vLLM as every job does: compiled, in a process of its own."""
+    checks = dict.fromkeys((*FREE, "retry"), False)  # a second try is sampled, and drawn otherwise
+    write_real_job(tmp_path, model=config_of(), save=save_model_of_letters, checks=checks)
+    tables = []
+    for kind in ("native", "vllm"):
+        options = ["--config", str(tmp_path / "job.yaml"), "--engine.kind", kind, "--output.uri", str(tmp_path / kind)]
+        subprocess.run([sys.executable, "-m", "jobs.generate", *options], check=True)
+        tables.append(pl.read_delta(str(tmp_path / kind / "generations")).sort("user_id", "content_id", "task"))
+    ours, theirs = tables
+    written = ours.filter(pl.col("arm") == "soft_token")["text"]
+    assert written.n_unique() > len(ours) / 4, "control: texts differ, so that equal ones say something"
+    for name in ("user_id", "content_id", "task", "text", "status", "reason", "arm"):
+        assert ours[name].equals(theirs[name], null_equal=True), name
+    both = pl.DataFrame({"ours": ours["mean_logprob"], "theirs": theirs["mean_logprob"]})
+    assert both.filter((pl.col("ours") - pl.col("theirs")).abs() > 1e-3).is_empty()
 
 
 def test_without_vllm_the_error_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,3 +234,15 @@ def save_model_folder(config: PreTrainedConfig, folder: Path) -> Path:
     random_model(config).save_pretrained(folder, safe_serialization=True)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def save_model_of_letters(config: PreTrainedConfig, folder: Path) -> Path:
+    """The same with one that writes letters and spaces only, so that its texts are texts."""
+    model, tokenizer = random_model(config), byte_tokenizer()
+    letters = tokenizer.encode(" abcdefghijklmnopqrstuvwxyz", add_special_tokens=False)
+    weight = model.get_output_embeddings().weight
+    weight[[token for token in range(len(weight)) if token not in letters]] = 0.0
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    return folder

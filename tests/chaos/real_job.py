@@ -1,13 +1,14 @@
-"""A small job with a real engine: a tiny random model and projector, in this process, without Ray."""
+"""A small job with a real engine: a tiny random model and projector; in this process, without Ray, where asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from e2p_ray.batch import BatchSummary, ShardOutcome, ShardWorker
 from e2p_ray.batch.tally import Tally
@@ -22,27 +23,35 @@ from tests.small_job import DIM, SPACE, TASKS, write_small_job
 from tests.tiny_models import save_model_folder
 
 LLAMA = LlamaConfig(**tiny_models.common())
-_FREE = ("language", "repetition", "foreign_contacts", "foreign_numbers", "foreign_names")
+FREE = ("language", "repetition", "foreign_contacts", "foreign_numbers", "foreign_names")
 
 
-def write_real_job(folder: Path, **changes: Any) -> JobConfig:
+def write_real_job(
+    folder: Path,
+    *,
+    model: PreTrainedConfig = LLAMA,
+    save: Callable[[PreTrainedConfig, Path], Path] = save_model_folder,
+    **changes: Any,
+) -> JobConfig:
     """Twenty users, a hundred and twenty requests; a random model's letters pass the checks."""
     sampling = {"sampling": {"max_new_tokens": 8}, "limits": {"must_finish": False}, "max_content_tokens": 200}
     values: dict[str, Any] = {
         "num_users": 20,
         "tasks": {name: task | sampling for name, task in TASKS.items()},
-        "checks": dict.fromkeys(_FREE, False),
+        "checks": dict.fromkeys(FREE, False),
         "plan": {"requests_per_shard": 40},
         "engine": {"max_rows": 32, "num_threads": 1},
         "gates": {"max_fallback_share": 1.0, "max_dead_letter_share": 0.3, "max_same_text_share": 1.0},
     }
     config, _ = write_small_job(folder, **(values | changes))
-    save_model_folder(LLAMA, Path(config.base_model.uri))
-    write_projector(config, seed=1)
+    save(model, Path(config.base_model.uri))
+    write_projector(config, seed=1, model=model)
     return config
 
 
-def write_projector(config: JobConfig, *, seed: int, space: str = SPACE) -> ProjectorManifest:
+def write_projector(
+    config: JobConfig, *, seed: int, space: str = SPACE, model: PreTrainedConfig = LLAMA
+) -> ProjectorManifest:
     """A projector with random weights for the job's base model as it is now, in place of the one that is there."""
     storage = Storage(config.storage)
     base = resolve_base_model(config.base_model, storage)
@@ -50,7 +59,7 @@ def write_projector(config: JobConfig, *, seed: int, space: str = SPACE) -> Proj
     manifest = ProjectorManifest(
         embedding_dim=DIM,
         embedding_space=space,
-        d_model=LLAMA.hidden_size,
+        d_model=model.hidden_size,
         base_model_id=base.base_model_id,
         tokenizer_hash=base.tokenizer_hash,
         output_rms=0.5,

@@ -255,7 +255,9 @@ def forks_with_torch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks
 
 def _real_job(folder: Path) -> tuple[JobConfig, Path]:
     """Greedy, fp32, a model of random weights whose texts no check looks at."""
-    base = _model_of_letters(folder / "llama")
+    from tests.tiny_models import configs, save_model_of_letters
+
+    base = save_model_of_letters(configs()["llama"], folder / "llama")
     off = {"language": False, "repetition": False, "retry": False}
     off |= {f"foreign_{name}": False for name in ("contacts", "numbers", "names")}
     prompts = {"default": {"cue_before": "\n>"}}
@@ -267,22 +269,6 @@ def _real_job(folder: Path) -> tuple[JobConfig, Path]:
     )  # fmt: skip
     _write_projector(config)
     return config, path
-
-
-def _model_of_letters(folder: Path) -> Path:
-    """A random model that writes letters and spaces only, so that its texts are texts."""
-    import torch
-
-    from tests.tiny_models import byte_tokenizer, configs, random_model
-
-    model, tokenizer = random_model(configs()["llama"]), byte_tokenizer()
-    letters = tokenizer.encode(" abcdefghijklmnopqrstuvwxyz", add_special_tokens=False)
-    weight = model.get_output_embeddings().weight
-    with torch.no_grad():
-        weight[[token for token in range(len(weight)) if token not in letters]] = 0.0
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def _write_projector(config: JobConfig) -> None:
