@@ -1,4 +1,4 @@
-"""How far a run is: one line that rewrites itself on a terminal, a plain line every few seconds elsewhere."""
+"""How far a run is: one line that rewrites itself on a terminal; elsewhere a plain one with news and every minute."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from e2p_ray.batch import BatchProgress
 from jobs.tables import duration_text
 
 _TERMINAL_S, _PLAIN_S = 1.0, 10.0
+_NOTHING_NEW_S = 60.0  # then a plain line says so: a large model loads, or a long shard is written, without a word
 _BAR_CHARS = 20
 
 
@@ -45,13 +46,14 @@ class ProgressLine:
 
     def _tick(self) -> None:
         shown: BatchProgress | None = None
+        shown_s = time.monotonic()
         while not self._stop.is_set():
             self._soon.wait(_TERMINAL_S if self._terminal else _PLAIN_S)
             self._soon.clear()
             if self._stop.is_set():
                 return
-            if self._terminal or self._latest is not shown:
-                shown = self._latest
+            if self._terminal or self._latest is not shown or time.monotonic() - shown_s >= _NOTHING_NEW_S:
+                shown, shown_s = self._latest, time.monotonic()
                 self._write()
 
     def _write(self, *, last: bool = False) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.small_job import (
     users_table,
     write_small_job,
 )
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 Key = tuple[str, str, str]
@@ -256,6 +258,24 @@ def test_progress_line_rewrites_itself_on_a_terminal_only(terminal: bool) -> Non
         line(_progress())
     assert ("\r" in stream.getvalue()) is terminal
     assert stream.getvalue().endswith("so far\n")
+
+
+@pytest.mark.parametrize(("nothing_new_s", "at_least"), [(0.0, 3), (60.0, 1)])
+def test_a_plain_line_comes_again_after_a_while(
+    nothing_new_s: float, at_least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.progress._PLAIN_S", 0.01)
+    monkeypatch.setattr("jobs.progress._NOTHING_NEW_S", nothing_new_s)
+    stream = io.StringIO()
+
+    def num_lines() -> int:
+        return stream.getvalue().count("\n")
+
+    with ProgressLine(stream) as line:
+        line(_progress())
+        wait_until(lambda: num_lines() >= at_least, "a line")
+        time.sleep(0.1)  # ten more looks
+        assert nothing_new_s == 0.0 or num_lines() == 1, "control: not before the while is over"
 
 
 def test_figures_are_readable() -> None:
