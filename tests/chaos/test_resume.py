@@ -24,6 +24,7 @@ import jobs.generate
 from e2p_ray.commit import Run, load_run, pending_shards
 from e2p_ray.commit.shard import planned_keys as keys_of_shard
 from e2p_ray.config import JobConfig
+from e2p_ray.engine.manifest import resolve_base_model
 from e2p_ray.storage import Storage
 from jobs import generate, publish
 from jobs.cli import run_job
@@ -33,7 +34,7 @@ from tests.chaos.steps import Death
 from tests.chaos.worlds import planned_keys
 from tests.fake_generate import calls_uri
 from tests.s3 import IS_LONG, S3Server
-from tests.small_job import fake_engine, write_small_job
+from tests.small_job import DIM, SPACE, fake_engine, write_small_job
 from tests.update_world import serial_batch
 
 NUM_KILLS = 16 if IS_LONG else 2
@@ -254,14 +255,38 @@ def forks_with_torch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks
 
 def _real_job(folder: Path) -> tuple[JobConfig, Path]:
     """Greedy, fp32, a model of random weights whose texts no check looks at."""
-    from tests.chaos.real_job import FREE, write_real_job
-    from tests.tiny_models import save_model_of_letters
+    from tests.tiny_models import configs, save_model_of_letters
 
-    off, plan = dict.fromkeys((*FREE, "retry"), False), {"requests_per_shard": 10}
-    config = write_real_job(
-        folder, save=save_model_of_letters, num_users=12, num_contents=4, per_user=2, checks=off, plan=plan
-    )
-    return config, folder / "job.yaml"
+    base = save_model_of_letters(configs()["llama"], folder / "llama")
+    off = {"language": False, "repetition": False, "retry": False}
+    off |= {f"foreign_{name}": False for name in ("contacts", "numbers", "names")}
+    prompts = {"default": {"cue_before": "\n>"}}
+    sampling = {"max_new_tokens": 6, "stop": []}
+    task = {"prompts": prompts, "sampling": sampling, "limits": {"must_finish": False}, "max_content_tokens": 60}
+    config, path = write_small_job(
+        folder, num_users=12, num_contents=4, per_user=2, tasks={"headline": task, "explanation": task}, checks=off,
+        base_model={"uri": str(base), "device": "cpu"}, plan={"requests_per_shard": 10}, engine={"num_threads": 1},
+    )  # fmt: skip
+    _write_projector(config)
+    return config, path
+
+
+def _write_projector(config: JobConfig) -> None:
+    import torch
+
+    from e2p_ray.engine.manifest import ProjectorManifest
+    from e2p_ray.engine.projector import Projector, ReferenceStatistics
+
+    base = resolve_base_model(config.base_model, Storage())
+    torch.manual_seed(1)
+    manifest = ProjectorManifest(
+        embedding_dim=DIM, embedding_space=SPACE, d_model=48, base_model_id=base.base_model_id,
+        tokenizer_hash=base.tokenizer_hash, output_rms=0.5,
+    )  # fmt: skip
+    projector = Projector(manifest, ReferenceStatistics.of(torch.randn(64, DIM)))
+    for weight in projector.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    projector.save_pretrained(Storage(), config.projector.uri)
 
 
 def test_the_real_engine_writes_the_same_after_a_kill(forks_with_torch: Forks, tmp_path: Path) -> None:
