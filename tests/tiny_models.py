@@ -231,18 +231,20 @@ def contents(num: int, *, seed: int = 0) -> list[Content]:
 
 def save_model_folder(config: PreTrainedConfig, folder: Path) -> Path:
     """A loadable transformers folder of a tiny random model."""
-    random_model(config).save_pretrained(folder, safe_serialization=True)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return _saved(random_model(config), folder)
 
 
 @torch.no_grad()
 def save_model_of_letters(config: PreTrainedConfig, folder: Path) -> Path:
     """The same with one that writes letters and spaces only, so that its texts are texts."""
-    model, tokenizer = random_model(config), byte_tokenizer()
-    letters = tokenizer.encode(" abcdefghijklmnopqrstuvwxyz", add_special_tokens=False)
+    model = random_model(config)
+    letters = byte_tokenizer().encode(" abcdefghijklmnopqrstuvwxyz", add_special_tokens=False)
     weight = model.get_output_embeddings().weight
     weight[[token for token in range(len(weight)) if token not in letters]] = 0.0
+    return _saved(model, folder)
+
+
+def _saved(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from e2p_ray.config import EvaluateConfig
 from e2p_ray.errors import InputError
-from e2p_ray.plan.inputs import Space, latest, user_rows
+from e2p_ray.plan.inputs import Space, as_matrix, latest, user_rows
 from e2p_ray.schema import Content, validate_schema
 from e2p_ray.storage import Storage
 from e2p_ray.train.lessons import Target, UserTable
@@ -119,8 +118,7 @@ def space_of(storage: Storage, uri: str) -> str:
 
 def user_table(frame: pl.DataFrame, space: Space) -> UserTable:
     """Rows of usable users as arrays."""
-    flat = np.frombuffer(b"".join(frame["user_embedding"]), "<f4")
-    return UserTable(frame["user_id"].to_list(), flat.reshape(-1, space.dim).astype(np.float32), space.name)
+    return UserTable(frame["user_id"].to_list(), as_matrix(frame["user_embedding"], space.dim).copy(), space.name)
 
 
 def _users(storage: Storage, uri: str, wanted: pl.Series, space: Space) -> pl.DataFrame:

@@ -225,6 +225,16 @@ def as_binary(matrix: npt.NDArray[np.float32]) -> pl.Series:
     return series
 
 
+def as_matrix(vectors: pl.Series, dim: int) -> npt.NDArray[np.float32]:
+    """The way back: bytes, none of them null, as the rows of a matrix (n, dim) that cannot be written."""
+    if vectors.is_empty():
+        return np.zeros((0, dim), "<f4")
+    _, offsets, data = vectors.rechunk().to_arrow(compat_level=pl.CompatLevel.oldest()).buffers()
+    num_numbers = len(vectors) * dim
+    assert np.frombuffer(offsets, np.int64)[len(vectors)] == 4 * num_numbers, "vectors of another size"
+    return np.frombuffer(data, "<f4", num_numbers).reshape(-1, dim)
+
+
 def content_rows(table: pa.Table) -> pl.DataFrame:
     """Rows of the contents table as `CONTENTS`."""
     frame = pl.DataFrame(

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from e2p_ray.errors import InputError, ShardError
+from e2p_ray.plan.inputs import as_matrix
 from e2p_ray.plan.pairs import ContentJoin, bucket_of
 from e2p_ray.schema import Content, Group, Reason, Request, RequestKey, planned_schema
 from e2p_ray.storage import Storage, parquet_bytes
@@ -212,13 +213,8 @@ def _bytes_of(strings: pa.Array) -> tuple[npt.NDArray[np.int32], pa.Buffer]:
 def _vectors(series: pl.Series, dim: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
     """User embeddings as a matrix, zeros where there is none, and for which rows that is."""
     missing = series.is_null().to_numpy()
-    found = series.drop_nulls().rechunk().to_arrow(compat_level=pl.CompatLevel.oldest())
-    _, _, data = found.buffers()
-    given = np.frombuffer(data, "<f4", len(found) * dim).reshape(-1, dim) if len(found) else np.zeros((0, dim), "<f4")
-    if len(found) == len(series):
-        return given, missing
     matrix = np.zeros((len(series), dim), "<f4")
-    matrix[~missing] = given
+    matrix[~missing] = as_matrix(series.drop_nulls(), dim)
     return matrix, missing
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import polars as pl
 
 from e2p_ray.errors import ConfigError, InputError
-from e2p_ray.plan.inputs import CONTENTS, Space, latest, stable_hash
+from e2p_ray.plan.inputs import CONTENTS, Space, as_matrix, latest, stable_hash
 from e2p_ray.schema import Reason
 from e2p_ray.train.data.tables import TARGETS, TRAINING_USERS
 
@@ -82,7 +82,7 @@ def join(
     ]
     return Joined(
         space=space,
-        user_embeddings=_matrix(usable["user_embedding"], space.dim),
+        user_embeddings=as_matrix(usable["user_embedding"], space.dim).copy(),
         chunks=tuple(chunks),
         num_targets={name: frame.height for name, frame in given.items()},
         skipped={name: skipped for name, (_, skipped) in found.items()},
@@ -175,11 +175,6 @@ def _chunks(targets: pl.DataFrame, contents: pl.DataFrame, size: int, validation
     for part in frame.partition_by("chunk", maintain_order=True):
         found = contents.join(part.select("content_id").unique(), on="content_id", how="semi")
         yield Chunk(validation, part.drop("chunk", "run"), found)
-
-
-def _matrix(vectors: pl.Series, dim: int) -> npt.NDArray[np.float32]:
-    """Vectors (n,) of float32 bytes as (n, dim)."""
-    return np.frombuffer(b"".join(vectors), "<f4").reshape(-1, dim).astype(np.float32)
 
 
 def concat(frames: Sequence[pl.DataFrame], kind: str) -> pl.DataFrame:
