@@ -40,6 +40,7 @@ _MESSAGES = {
     ErrorCode.CANCELLED: "nobody waited for it any more",
     ErrorCode.OUT_OF_MEMORY: "one request alone did not fit; lower max_content_tokens or raise engine.max_bytes",
 }
+_BREAK = re.compile("[\t\r\n\u2028\u2029]")
 _BLANKS = re.compile("[ \t\r\n\u2028\u2029]+")
 
 
@@ -48,7 +49,9 @@ def one_line(text: str) -> str:
 
     Other blanks stay, so an ideographic space between two parts of a Japanese headline does too.
     """
-    return _BLANKS.sub(lambda match: " " if match.group().strip(" ") else match.group(), text).strip()
+    if _BREAK.search(text):
+        text = _BLANKS.sub(lambda match: " " if match.group().strip(" ") else match.group(), text)
+    return text.strip()
 
 
 @dataclass(frozen=True, slots=True)

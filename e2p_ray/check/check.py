@@ -102,8 +102,14 @@ def _check_form(text: str, plain: str, checks: ChecksConfig) -> Verdict | None:
         if broken is not None:
             return _reject(Reason.BROKEN_CHARACTERS, f"U+{ord(broken):04X}")
     folded = plain.casefold()
-    denied = next((phrase for phrase in checks.deny if phrase and normalize(phrase).casefold() in folded), None)
+    denied = next((phrase for phrase, form in _denied(checks.deny) if form in folded), None)
     return None if denied is None else _reject(Reason.DENIED_PHRASE, denied)
+
+
+@lru_cache(maxsize=4)
+def _denied(phrases: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Phrases, and what they are looked for as."""
+    return tuple((phrase, normalize(phrase).casefold()) for phrase in phrases if phrase)
 
 
 def _is_broken(char: str) -> bool:
@@ -167,10 +173,19 @@ def _check_facts(plain: str, content: Content, checks: ChecksConfig) -> Verdict 
 
 def _without_allowed(plain: str, allow: tuple[str, ...]) -> str:
     """The text with every allowed name blanked, an ASCII one not inside a longer word or number."""
-    for name in allow:
+    for name in _allowed(allow):
+        plain = name.sub(" ", plain)
+    return plain
+
+
+@lru_cache(maxsize=4)
+def _allowed(names: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
+    """What finds each of these names."""
+    patterns = []
+    for name in names:
         if name.strip():
             pattern = re.escape(normalize(name.strip()))
             if name.isascii():
                 pattern = rf"(?<![A-Za-z0-9]){pattern}(?![A-Za-z0-9])"
-            plain = re.sub(pattern, " ", plain, flags=re.IGNORECASE)
-    return plain
+            patterns.append(re.compile(pattern, re.IGNORECASE))
+    return tuple(patterns)

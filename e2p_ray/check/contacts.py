@@ -44,6 +44,11 @@ _MAIL = re.compile(
     re.IGNORECASE,
 )
 _ANY_DOT = re.compile(_DOT, re.IGNORECASE)
+# What every web and mail address has. Most texts have none of it, and need not be searched at every letter.
+_WEB_SIGN = re.compile(
+    r"[/@]|\.\S|[ \t]\.[ \t]{0,2}\S|\.[ \t]{1,2}(?:com|org|jp)|[(\[ \t]dot[)\] \t]|(?:。|点|ドット)[ \t]{0,2}[a-z0-9]",
+    re.IGNORECASE,
+)
 
 _DASHES = re.compile("[‐‑‒–—−ー－ｰ]")
 _PHONE = re.compile(
@@ -56,6 +61,7 @@ _PHONE = re.compile(
     r"|[2-9]\d{2}-\d{4}"  # 555-0123
     r")(?!\d)"
 )
+_PHONE_SIGN = re.compile(r"\+[ ]?\d|\d(?:\D{0,3}\d){5}")  # what every phone number has
 _DATE = re.compile(r"(?:19|20)\d{2}[-. ]\d{1,2}[-. ]\d{1,2}")
 
 _STREET_WORD = r"(?!(?i:in|on|the|to|at|of|for|an?|and|with|by|from|as|is)[ ])[A-Z0-9][A-Za-z0-9'.]{0,20}[ ]"
@@ -69,6 +75,11 @@ _POSTAL = re.compile(
     r"|\d{1,3}(?:丁目|番地)(?:\d{1,4})?(?:番地?|-)?(?:\d{1,4})?号?"
     r"|\d{1,3}番\d{1,4}号"
     r"|(?<=[\u3040-\u30ff\u4e00-\u9fff])(?<![年月日])\d{1,2}-\d{1,3}-\d{1,3}(?![\d-])"
+)
+_DIGIT = r"\d〇一二三四五六七八九"
+# What every postal address has, as it stands in the text.
+_POSTAL_SIGN = re.compile(
+    rf"[{_DIGIT}](?:[ ][A-Z{_DIGIT}]|丁目|番|[-‐‑‒–—−ー－ｰ][{_DIGIT}])|[xX][ ][{_DIGIT}]|〒|郵便番号"
 )
 _KANJI_TO_ASCII = str.maketrans("〇一二三四五六七八九", "0123456789")
 
@@ -121,7 +132,10 @@ def foreign_address(text: str, known: Contacts) -> str:
 
 def without_contacts(text: str) -> str:
     """An NFKC text with mail, web and phone contacts blanked: their parts are no numbers or names of their own."""
-    text = _URL.sub(" ", _MAIL.sub(" ", text))
+    if _WEB_SIGN.search(text):
+        text = _URL.sub(" ", _MAIL.sub(" ", text))
+    if not _PHONE_SIGN.search(text):
+        return text
     kept, at = [], 0
     for match in _PHONE.finditer(_DASHES.sub("-", text)):
         kept += [text[at : match.start()], " "]
@@ -130,6 +144,8 @@ def without_contacts(text: str) -> str:
 
 
 def _urls(text: str) -> Iterator[tuple[str, str]]:
+    if not _WEB_SIGN.search(text):
+        return
     for match in _URL.finditer(text):
         piece = match.group().rstrip(".,;:!?'")
         key = next(group for group in match.groups() if group is not None).lower()
@@ -154,6 +170,8 @@ def _disguised_urls(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _mails(text: str) -> Iterator[tuple[str, str]]:
+    if not _WEB_SIGN.search(text):
+        return
     for match in _MAIL.finditer(text):
         user = match.group("user") or match.group("user2")
         host = match.group("host") or match.group("host2")
@@ -161,6 +179,8 @@ def _mails(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _phones(text: str) -> Iterator[tuple[str, str]]:
+    if not _PHONE_SIGN.search(text):
+        return
     for match in _PHONE.finditer(_DASHES.sub("-", text)):
         piece = match.group()
         digits = re.sub(r"\D", "", piece)
@@ -176,6 +196,8 @@ def _phones(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _addresses(text: str) -> Iterator[tuple[str, str]]:
+    if not _POSTAL_SIGN.search(text):
+        return
     plain = _DASHES.sub("-", text).translate(_KANJI_TO_ASCII)
     for match in _POSTAL.finditer(plain):
         yield text[match.start() : match.end()], re.sub(r"[ .〒]|郵便番号", "", match.group().lower())

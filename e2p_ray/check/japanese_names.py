@@ -80,7 +80,10 @@ _COSTS = {"content": 10, "everyday": 11, "name": 12, "affix": 20, "unknown": 30}
 
 def foreign_kanji(text: str, content: frozenset[str]) -> str:
     """The first kanji name of an NFKC text that has no place in the content's kanji pieces."""
+    everyday = japanese_words.kanji()
     for match in _KANJI_RUN.finditer(text):
+        if match.group() in content or match.group() in everyday:  # no cut is cheaper
+            continue
         foreign = _foreign_piece(_cut(match.group(), content), text[match.end() : match.end() + 2])
         if foreign:
             return foreign

@@ -110,6 +110,7 @@ def fold(word: str) -> str:
     return "".join(char for char in decomposed if not unicodedata.combining(char))
 
 
+@lru_cache(maxsize=1 << 15)
 def base_word(word: str) -> str:
     """`word` folded, without possessive or contraction: Amy's -> amy, Don't -> do, O'Brien -> obrien."""
     folded = fold(word)
@@ -262,8 +263,10 @@ def _foreign_english(text: str, known: KnownNames) -> str:
     title_case = _is_title_case([match.group() for match in matches])
     for match in matches:
         word = match.group()
+        if not _has_capital(word):
+            continue
         base = base_word(word)
-        if not _has_capital(word) or len(base) < 2 or _is_known(word, base, known):
+        if len(base) < 2 or _is_known(word, base, known):
             continue
         capital_says_nothing = title_case or _opens_sentence(text, match.start())
         if capital_says_nothing and word != "US" and is_everyday(base):
@@ -300,7 +303,8 @@ def _foreign_capitalised(text: str, known: KnownNames) -> str:
 
 def _foreign_latin(text: str, known: KnownNames) -> str:
     for match in _WORD.finditer(text):
-        word, base = match.group(), base_word(match.group())
-        if _has_capital(word) and len(base) > 1 and base not in _ACRONYMS_IN_JAPANESE and base not in known.forms:
+        word = match.group()
+        base = base_word(word) if _has_capital(word) else ""
+        if len(base) > 1 and base not in _ACRONYMS_IN_JAPANESE and base not in known.forms:
             return word
     return ""

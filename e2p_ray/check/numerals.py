@@ -41,6 +41,9 @@ _TOKEN = re.compile(
     "|(?P<kanji>[〇零一二三四五六七八九两十百千万萬億亿兆])"
     "|(?P<word>[a-z]+)"
 )
+_DIGITS = re.compile(r"[\d〇零一二三四五六七八九两十百千万萬億亿兆]")
+_LATIN_WORD = re.compile("[a-z]+")
+_NUMBER_WORDS = frozenset((*_WORDS, *_SMALL, *_LARGE))
 _MAX_DIGITS = 30  # longer digit strings are ids: compared as strings
 
 # Everyday words and names that hold kanji numerals without counting anything, and units that end in a digit.
@@ -71,7 +74,10 @@ class Numeral:
 
 def find_numerals(text: str) -> Iterator[Numeral]:
     """All numbers of an NFKC text, in order; linear in its length."""
-    text = _NOT_COUNTING.sub(lambda match: " " * len(match.group()), text.casefold())
+    text = text.casefold()
+    if not _DIGITS.search(text) and _NUMBER_WORDS.isdisjoint(_LATIN_WORD.findall(text)):
+        return
+    text = _NOT_COUNTING.sub(lambda match: " " * len(match.group()), text)
     run: list[re.Match[str]] = []
     for token in _TOKEN.finditer(text):
         if token.lastgroup == "word" and not _is_number_word(token.group(), bool(run)):
@@ -91,7 +97,7 @@ def number_values(text: str) -> frozenset[str]:
     found: set[str] = set()
     for numeral in find_numerals(text):
         found |= numeral.values
-    for word in re.findall("[a-z]+", text.casefold()):
+    for word in _LATIN_WORD.findall(text.casefold()):
         if word in _ORDINALS:
             found.add(_key(_ORDINALS[word]))
     return frozenset(found)
@@ -106,7 +112,7 @@ def foreign_number(text: str, known: frozenset[str]) -> str:
 
 
 def _is_number_word(word: str, in_run: bool) -> bool:
-    return word in _WORDS or word in _SMALL or word in _LARGE or (in_run and word in _LETTER_SCALES)
+    return word in _NUMBER_WORDS or (in_run and word in _LETTER_SCALES)
 
 
 def _joins(left: re.Match[str], right: re.Match[str], gap: str) -> bool:
