@@ -6,11 +6,14 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from e2p_ray.batch import write
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
@@ -37,6 +40,41 @@ class Waiting:
             return generate(groups)
 
         engine.generate = waiting  # type: ignore[method-assign]
+        return engine
+
+
+class Following:
+    """An engine factory that says how far its worker is: each shard that is read leaves a file, `read-` and its id, and
+    the first one is written when a second one has been read (`ahead`), or after `max_wait_s` (`alone`).
+
+    Two that are written at once leave a file `both`.
+    """
+
+    def __init__(self, folder: Path, max_wait_s: float) -> None:
+        self._folder, self._max_wait_s = folder, max_wait_s
+
+    def __call__(self, config: JobConfig, storage: Storage) -> FakeEngine:
+        engine = fake_engine(config, storage)
+        generate, read, busy = engine.generate, write.read_shard, threading.Lock()
+        is_second = threading.Event()
+
+        def reading(storage: Storage, plan_uri: str, shard_id: str) -> Any:
+            groups = read(storage, plan_uri, shard_id)
+            (self._folder / f"read-{shard_id}").touch()
+            if len(list(self._folder.glob("read-*"))) > 1:
+                is_second.set()
+            return groups
+
+        def following(groups: Iterable[Group | None]) -> Iterator[Completion]:
+            if not busy.acquire(blocking=False):
+                (self._folder / "both").touch()
+            if not any((self._folder / name).exists() for name in ("ahead", "alone")):
+                (self._folder / ("ahead" if is_second.wait(self._max_wait_s) else "alone")).touch()
+            yield from generate(groups)
+            busy.release()
+
+        write.read_shard = reading  # type: ignore[attr-defined]
+        engine.generate = following  # type: ignore[method-assign]
         return engine
 
 

@@ -24,7 +24,7 @@ from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.errors import ConfigError, GateError, IncompatibleError, IncompleteRunError, StorageError
 from e2p_ray.plan import largest_first, make_plan, read_shard
 from e2p_ray.storage import Storage
-from tests.bad_engines import Hanging, Poisoned, Waiting, without_logits
+from tests.bad_engines import Following, Hanging, Poisoned, Waiting, without_logits
 from tests.chaos.conservation import assert_conserved, readers_see
 from tests.s3 import IS_LONG
 from tests.small_job import DIM, SPACE, fake_engine, write_small_job
@@ -103,6 +103,33 @@ def test_the_pool_grows_to_its_largest_size(tmp_path: Path, tries: Path) -> None
     job = opened(tmp_path, workers={"min_size": 1, "max_size": 2})
     run_batch(job.config, job.storage, job.run, engine_factory=Waiting(tries))
     assert len({marker["stats"]["worker"] for marker in read_markers(job.storage, job.run)}) == 2
+
+
+@pytest.mark.parametrize("reads_ahead", [True, False])
+def test_a_worker_reads_its_next_shard_while_it_writes(
+    tmp_path: Path, tries: Path, monkeypatch: pytest.MonkeyPatch, reads_ahead: bool
+) -> None:
+    job = opened(tmp_path, workers={"min_size": 1, "max_size": 1}, plan={"requests_per_shard": 20})
+    assert len(job.run.shard_ids) >= e2p_ray.batch._LEAST_SHARDS_TO_READ_AHEAD
+    if not reads_ahead:  # control
+        monkeypatch.setattr(e2p_ray.batch, "_LEAST_SHARDS_TO_READ_AHEAD", len(job.run.shard_ids) + 1)
+    engines = Following(tries, max_wait_s=60 if reads_ahead else 0.5)
+    summary = run_batch(job.config, job.storage, job.run, engine_factory=engines)
+    assert (summary.num_attempts, summary.failures) == (1, ())
+    assert (tries / "ahead").exists() == reads_ahead
+    assert (tries / "alone").exists() != reads_ahead
+    assert not (tries / "both").exists(), "one shard is written at a time"
+    assert len(list(tries.glob("read-*"))) == summary.num_done == len(job.run.shard_ids)
+    verify(job.storage, job.run)
+
+
+def test_a_death_beside_a_shard_that_is_read_ahead_loses_neither(tmp_path: Path, tries: Path) -> None:
+    job = opened(tmp_path, workers={"min_size": 1, "max_size": 1}, plan={"requests_per_shard": 20})
+    assert len(job.run.shard_ids) >= e2p_ray.batch._LEAST_SHARDS_TO_READ_AHEAD
+    engines = Poisoned(tries, killing=keys_of(job, 0, 5), times=1)
+    summary = run_batch(job.config, job.storage, job.run, engine_factory=engines)
+    assert (engines.num_tries(), summary.num_attempts, summary.num_done) == (2, 2, len(job.run.shard_ids))
+    assert_published(job, num_users=60, num_dead_letters=0)
 
 
 def keys_of(job: Opened, *numbers: int) -> tuple[str, ...]:

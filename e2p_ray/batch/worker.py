@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pyarrow as pa
@@ -25,7 +26,8 @@ from e2p_ray.storage import Storage
 class ShardWorker:
     """An actor's state: the engine, loaded once. Called with one `Piece` as a row, returns one `ShardOutcome` as a row.
 
-    A piece without ends is its whole shard.
+    A piece without ends is its whole shard. On several threads it reads and commits shards while another is written:
+    that one thread does, the engine's, one shard after the other.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class ShardWorker:
         max_seconds: float | None = None,
     ) -> None:
         self._max_seconds, self._began_s = max_seconds, math.inf  # the time counts from the worker's first shard
+        self._engine_thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._max_step_s = config.workers.max_step_s
         worker, metrics = this_process(), BatchMetrics()
         log = ActorLog(on=config.workers.log_shards, run_id=run.run_id, worker=worker)
@@ -61,10 +64,14 @@ class ShardWorker:
 
     def _is_over(self) -> bool:
         """Whether the time is over; a worker's first shard is always begun, so that every run gets on."""
-        now_s = time.monotonic()
-        self._began_s = min(self._began_s, now_s)
-        return self._max_seconds is not None and now_s > self._began_s + max(self._max_seconds, 0.0)
+        return self._max_seconds is not None and time.monotonic() > self._began_s + max(self._max_seconds, 0.0)
 
-    def _written(self, groups: Sequence[Group], shard_id: str) -> Written:
+    def _written(self, groups: Sequence[Group], shard_id: str) -> Written | None:
+        return self._engine_thread.submit(self._write, groups, shard_id).result()
+
+    def _write(self, groups: Sequence[Group], shard_id: str) -> Written | None:
+        if self._is_over():  # while the shard waited for the one before it
+            return None
+        self._began_s = min(self._began_s, time.monotonic())
         with Watchdog(self._generator.engine, self._max_step_s):
             return written_by(self._generator, groups, shard_id)

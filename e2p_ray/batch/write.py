@@ -38,17 +38,19 @@ class Written:
     generations: Sequence[Generation]
     dead_letters: Sequence[DeadLetter]
     work: EngineStats
+    started_at: datetime
     seconds_s: float
 
 
-WriteGroups = Callable[[Sequence[Group], str], Written]  # groups and the id of their shard
+# Groups and the id of their shard; None where the time is over.
+WriteGroups = Callable[[Sequence[Group], str], Written | None]
 
 
 def written_by(generator: LoadedGenerator, groups: Sequence[Group], shard_id: str) -> Written:
     """Groups in one call of a generator."""
-    before, clock = generator.stats, time.perf_counter()
+    before, started_at, clock = generator.stats, datetime.now(UTC), time.perf_counter()
     generations, dead_letters = generator.generate(groups, shard_id=shard_id)
-    return Written(generations, dead_letters, generator.stats - before, time.perf_counter() - clock)
+    return Written(generations, dead_letters, generator.stats - before, started_at, time.perf_counter() - clock)
 
 
 class ShardWriter:
@@ -76,20 +78,20 @@ class ShardWriter:
         try:
             if self._refusal is not None:
                 raise self._refusal
-            return self._write(shard_id, piece, started_at, write_groups)
+            return self._write(shard_id, piece, write_groups)
         except Exception as error:  # noqa: BLE001 - one shard's trouble must not become the trouble of the others
             outcome = replace(_failed(shard_id, error, started_at), is_piece=piece is not None, worker=self._worker)
             self._metrics.shard_failed()
             self._log.error("shard_failed", shard_id=shard_id, error_type=outcome.error_type, message=outcome.message)
             return outcome
 
-    def _write(
-        self, shard_id: str, piece: Piece | None, started_at: datetime, write_groups: WriteGroups
-    ) -> ShardOutcome:
+    def _write(self, shard_id: str, piece: Piece | None, write_groups: WriteGroups) -> ShardOutcome:
         groups = read_shard(self._storage, self._run.plan_uri, shard_id)
         if piece is not None:
             groups = piece.of(groups)
         written = write_groups(groups, shard_id)
+        if written is None:
+            return ShardOutcome(shard_id, late=True)
         work, generations, dead_letters = written.work, written.generations, written.dead_letters
         finished_at = datetime.now(UTC)
         stats = ShardStats(
@@ -99,7 +101,7 @@ class ShardWriter:
             num_output_tokens=work.num_output_tokens,
             num_truncated=work.num_truncated,
             seconds_s=written.seconds_s,
-            started_at=started_at,
+            started_at=written.started_at,
             finished_at=finished_at,
             worker=self._worker,
             num_draft_tokens=work.num_draft_tokens,
@@ -118,7 +120,7 @@ class ShardWriter:
             num_prompt_tokens=stats.num_prompt_tokens,
             num_computed_tokens=stats.num_computed_tokens,
             num_output_tokens=stats.num_output_tokens,
-            started_at_s=started_at.timestamp(),
+            started_at_s=written.started_at.timestamp(),
             finished_at_s=finished_at.timestamp(),
             is_piece=piece is not None,
         )

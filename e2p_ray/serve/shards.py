@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 from e2p_ray.batch.logs import ActorLog
@@ -70,7 +71,7 @@ class ShardDesk:
         rows, dead_letters, seconds_s = list[Generation](), list[DeadLetter](), 0.0
         max_requests = _WAVES_A_CALL * self._service.config.replica.shard_rows
         with self._one_at_a_time:
-            before = generator.stats
+            before, started_at = generator.stats, datetime.now(UTC)
             for part in parts(groups, max_requests):
 
                 def call(pauses: Pauses, part: Sequence[Group] = part) -> Written:
@@ -82,7 +83,7 @@ class ShardDesk:
                 rows += written.generations
                 dead_letters += written.dead_letters
                 seconds_s += written.seconds_s
-            return Written(rows, dead_letters, generator.stats - before, seconds_s)
+            return Written(rows, dead_letters, generator.stats - before, started_at, seconds_s)
 
 
 def _texts_of(loaded: LoadedGenerator) -> ServedTexts:
