@@ -16,6 +16,7 @@ from typing import Any
 from e2p_ray.batch import write
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.fake import FakeEngine
+from e2p_ray.plan import read_shard
 from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
 from e2p_ray.storage import Storage
 from tests.small_job import fake_engine, first_groups
@@ -55,7 +56,7 @@ class Following:
 
     def __call__(self, config: JobConfig, storage: Storage) -> FakeEngine:
         engine = fake_engine(config, storage)
-        generate, read, busy = engine.generate, write.read_shard, threading.Lock()
+        generate, read, busy = engine.generate, read_shard, threading.Lock()
         is_second = threading.Event()
 
         def reading(storage: Storage, plan_uri: str, shard_id: str) -> Any:

@@ -88,8 +88,8 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """All operators of the data sets that a batch makes, as Ray Data tells its dashboard of them."""
     made, dataset = list[Any](), e2p_ray.batch._dataset
 
-    def noted(*arguments: Any) -> Any:
-        rows = dataset(*arguments)
+    def noted(*arguments: Any, **options: Any) -> Any:
+        rows = dataset(*arguments, **options)
         made.extend(rows._logical_plan.dag.post_order_iter())
         return rows
 
