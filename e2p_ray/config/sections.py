@@ -32,7 +32,7 @@ def _same_for_delta(uri: str) -> str:
 
 
 class InputsConfig(Section):
-    """Where the input tables are: a Parquet file or a folder of Parquet files each."""
+    """Where the input tables are: a Parquet file or a folder of Parquet files each; links are followed."""
 
     users_uri: Uri
     contents_uri: Uri

@@ -55,7 +55,7 @@ class Track:
         """Let all runs have begun where this version, or no table (-1), was what readers saw."""
         for run_id in self.run_ids:
             uri = f"{self.config.output.uri}/runs/{run_id}/run.json"
-            base = {"is_first": True} if version < 0 else {"is_first": False, "base_version": version}
+            base = {"is_first": version < 0, "base_version": None if version < 0 else version}
             self.storage.write_bytes(uri, json.dumps(json.loads(self.storage.read_bytes(uri)) | base).encode())
 
     def publisher(self, run_id: str, lag_s: float) -> Job:
