@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from e2p_ray.check import check
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.contract import TextEngine
-from e2p_ray.results import UNPERSONALIZED_USER_ID, Result, Results, Written, is_blank, one_line
+from e2p_ray.results import UNPERSONALIZED_USER_ID, Result, Results, Written, is_blank
 from e2p_ray.schema import (
     Completion,
     Content,
@@ -34,6 +34,7 @@ from e2p_ray.schema import (
     Request,
     RequestKey,
     Verdict,
+    one_line,
 )
 
 _MAX_SHARED = 1024  # unpersonalised texts that are kept for those who come later

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -22,6 +21,7 @@ from e2p_ray.schema import (
     Request,
     Status,
     Verdict,
+    one_line,
 )
 
 Result = Generation | DeadLetter
@@ -40,18 +40,6 @@ _MESSAGES = {
     ErrorCode.CANCELLED: "nobody waited for it any more",
     ErrorCode.OUT_OF_MEMORY: "one request alone did not fit; lower max_content_tokens or raise engine.max_bytes",
 }
-_BREAK = re.compile("[\t\r\n\u2028\u2029]")
-_BLANKS = re.compile("[ \t\r\n\u2028\u2029]+")
-
-
-def one_line(text: str) -> str:
-    """The text as it is published: stripped, and every run of blanks with a line break or tab in it one blank.
-
-    Other blanks stay, so an ideographic space between two parts of a Japanese headline does too.
-    """
-    if _BREAK.search(text):
-        text = _BLANKS.sub(lambda match: " " if match.group().strip(" ") else match.group(), text)
-    return text.strip()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from e2p_ray.errors import ConfigError, InputError
 UserEmbedding = npt.NDArray[np.float32]
 
 _ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,127}")  # no separators, no dots: an id never leaves its folder
+_BREAK = re.compile("[\t\r\n\u2028\u2029]")
+_BLANKS = re.compile("[ \t\r\n\u2028\u2029]+")
 
 
 def checked_id(text: str) -> str:
@@ -111,6 +113,16 @@ class Content:
     title: str
     body: str
     language: str
+
+
+def one_line(text: str) -> str:
+    """The text as it is published: stripped, and every run of blanks with a line break or tab in it one blank.
+
+    Other blanks stay, so an ideographic space between two parts of a Japanese headline does too.
+    """
+    if _BREAK.search(text):
+        text = _BLANKS.sub(lambda match: " " if match.group().strip(" ") else match.group(), text)
+    return text.strip()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

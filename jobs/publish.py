@@ -24,14 +24,15 @@ def publish_run(config: JobConfig, options: argparse.Namespace) -> None:
     record(storage, config.output.uri, "publish", published_ids(run, version))
     if (report := read_report(storage, run)) is not None:
         write_report(storage, run, with_consent(storage, report.with_version(version), config.inputs.users_uri))
-    print_pairs(
-        {
-            "run": run.run_id,
-            "table": run.table_uri,
-            "version": f"{version.version}" + (" (it was published already)" if version.already_published else ""),
-            "rows": f"{version.num_rows:,} in {version.num_files:,} files",
-        }
-    )
+    pairs = {
+        "run": run.run_id,
+        "table": run.table_uri,
+        "version": f"{version.version}" + (" (it was published already)" if version.already_published else ""),
+        "rows": f"{version.num_rows:,} in {version.num_files:,} files",
+    }
+    if version.num_untitled:
+        pairs["left out"] = f"{version.num_untitled:,} rows of users who opted out, without a title to show instead"
+    print_pairs(pairs)
 
 
 def latest_complete(storage: Storage, config: JobConfig) -> Run:
@@ -63,7 +64,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
 JOB = Job(
     prog="jobs.publish",
     description="Publish a complete run in one Delta Lake commit: row conservation, the gates and the users' consent\n"
-    "as it is now are checked first. Publishing what is there already changes nothing. Exit code 4: refused.",
+    "as it is now are checked first. Publishing what is there already changes nothing. A run is refused when the\n"
+    "table's rows were changed since it began: it would undo that. Exit code 4: refused.",
     config=JobConfig,
     call=publish_run,
     add_options=_options,

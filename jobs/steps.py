@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 from e2p_ray.commit import PublishedTable, Run, open_run, run_id_of
@@ -67,7 +67,7 @@ def full_run(config: JobConfig, setup: Setup, plan: Plan, *, again: PublishedTab
         salted = f"{plan.plan_id} {again.table_id} {again.version}"
         run_id = run_id_of(salted, config.text_hash(), setup.manifest.projector_id, setup.base.base_model_id)
     shard_ids = tuple(shard.shard_id for shard in plan.shards)
-    return _run(config, setup, run_id, source_id, plan.uri, plan.embedding_space, shard_ids)
+    return _run(config, setup, run_id, source_id, plan.uri, plan.embedding_space, shard_ids, again)
 
 
 def update_run(config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None, limits: Limits) -> Run:
@@ -76,8 +76,7 @@ def update_run(config: JobConfig, setup: Setup, plan: Plan, table: PublishedTabl
     update_id = update_id_of(source_id, table, limits)
     run_id = run_id_of(update_id, config.text_hash(), setup.manifest.projector_id, setup.base.base_model_id)
     uri = f"{config.output.uri}/updates/{update_id}"
-    run = _run(config, setup, run_id, source_id, uri, plan.embedding_space, ())
-    return replace(run, base_version=table.version if table else None)
+    return _run(config, setup, run_id, source_id, uri, plan.embedding_space, (), table)
 
 
 def update_job(config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None) -> UpdateJob:
@@ -120,6 +119,7 @@ def _run(
     plan_uri: str,
     embedding_space: str,
     shard_ids: tuple[str, ...],
+    table: PublishedTable | None,
 ) -> Run:
     return Run(
         run_id=run_id,
@@ -131,4 +131,6 @@ def _run(
         base_model_id=setup.base.base_model_id,
         shard_ids=shard_ids,
         source_id=source_id,
+        base_version=table.version if table else None,
+        is_first=table is None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -35,10 +36,14 @@ from e2p_ray.commit import (
     pending_shards,
     publish,
     read_markers,
+    read_published,
     run_id_of,
     verify,
 )
+from e2p_ray.commit.purge import find_users
 from e2p_ray.commit.spool import HashSpool, hash_rows, is_among
+from e2p_ray.commit.users_in import Users
+from e2p_ray.commit.vacuum import vacuum
 from e2p_ray.config import GatesConfig
 from e2p_ray.errors import (
     ConfigError,
@@ -290,6 +295,13 @@ def test_a_run_is_recorded_once(local: World) -> None:
         open_run(local.storage, replace(local.run, projector_id="p2"), {})
     with pytest.raises(ConfigError, match="no such run"):
         load_run(local.storage, local.output_uri, "run9")
+
+
+def test_the_places_of_a_run_move_with_its_output(local: World, tmp_path: Path) -> None:
+    (tmp_path / "out").rename(tmp_path / "moved")
+    run = load_run(local.storage, f"{tmp_path}/moved", "run1")
+    assert run.plan_uri == f"{tmp_path}/moved/plans/plan"
+    assert publish(local.storage, run, GATES, f"{tmp_path}/moved/users.parquet").num_rows == 4 * 17
 
 
 def test_run_ids() -> None:
@@ -558,6 +570,34 @@ def test_consent_is_checked_again_when_publishing(world: World) -> None:
     assert world.publish() == replace(published, already_published=True)
 
 
+def test_where_there_is_no_title_the_row_is_left_out_and_accounted_for(local: World) -> None:
+    def titled(rows: pa.Table) -> pa.Table:
+        names = {"c0-1": " \n ", "c0-2": " Line one\nline two\t x "}
+        titles = [names.get(row["content_id"], row["title"]) for row in rows.to_pylist()]
+        return rows.set_column(rows.schema.get_field_index("title"), rows.schema.field("title"), [titles])
+
+    planned_uri = local.run.planned_uri("shard0")
+    local.storage.write_table(planned_uri, titled(local.storage.read_table(planned_uri)))
+    local.write_users(users_table(refusing={"u5"}))
+    published = local.publish()
+    assert (published.num_rows, published.num_files, published.num_untitled) == (4 * 17 - 1, 4, 1)
+    rows = {(row["user_id"], row["content_id"]): row["text"] for row in assert_conserved(local).to_pylist()}
+    assert rows["u5", "c0-2"] == "Line one line two x"
+    assert "" not in rows.values()
+    (letter,) = local.storage.read_table(local.run.untitled_uri("shard0")).to_pylist()
+    assert (letter["user_id"], letter["content_id"], letter["error_code"]) == ("u5", "c0-1", "empty_content")
+    again = local.publish()
+    assert (again.already_published, again.num_untitled) == (True, 1)
+    local.write_users(users_table(refusing={"u4", "u5"}))
+    assert local.publish().num_untitled == 2
+    assert_conserved(local)
+    verify(local.storage, local.run)
+    vacuum(local.storage, local.output_uri, max_age_s=0, dry_run=False)
+    assert_conserved(local)
+    found = find_users(local.storage, local.output_uri, Users(["u5"]))
+    assert local.run.untitled_uri("shard0") in [hit.info.uri for hit in found.hits]
+
+
 def test_an_opt_out_after_publishing_is_taken_in_by_publishing_again(local: World) -> None:
     local.publish()
     local.write_users(users_table(refusing={"u5"}))
@@ -581,6 +621,82 @@ def test_publishing_twice_changes_nothing(world: World) -> None:
     first = world.publish()
     assert world.publish() == replace(first, already_published=True)
     assert world.delta().version() == 0
+
+
+def begun(world: World, name: str, *, is_first: bool = False, version: int | None = None) -> World:
+    """Another run that is committed, as one of a job that found no table or this version of it; read back."""
+    made = replace(world, run=replace(run_at(world.output_uri, name), is_first=is_first, base_version=version))
+    open_run(world.storage, made.run, {})
+    made.commit_pending(writer=name)
+    assert load_run(world.storage, world.output_uri, name) == made.run
+    return made
+
+
+def test_a_run_does_not_undo_what_was_published_since_it_began(local: World) -> None:
+    one, other = begun(local, "run2", is_first=True), begun(local, "run3", is_first=True)
+    one.publish()
+    with pytest.raises(PublishConflictError, match=r"published first since run run3 began\. Run jobs\.generate again"):
+        other.publish()
+    assert one.publish().already_published
+    full, late = begun(local, "run4", version=0), begun(local, "run5", version=0)
+    local.delta().optimize.compact()
+    assert full.publish().version == local.delta().version(), "upkeep is no change"
+    full.write_users(users_table(refusing={"u5"}))
+    assert not full.publish().already_published, "the table shows this very run"
+    with pytest.raises(PublishConflictError, match="changed since version 0, from which run run5 began"):
+        late.publish()
+    later = begun(local, "run6", version=local.delta().version())
+    local.delta().delete("user_id = 'u4'")
+    with pytest.raises(PublishConflictError, match="changed since version"):
+        later.publish()
+    assert "u4" not in local.published()["user_id"].to_pylist()
+    assert set(local.published()["run_id"].to_pylist()) == {"run4"}
+
+
+def test_of_two_runs_from_one_version_the_second_is_refused_while_it_is_published(
+    local: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.publish()
+    one, other = begun(local, "run2", version=0), begun(local, "run3", version=0)
+    publishing = importlib.import_module("e2p_ray.commit.publish")
+    actions = publishing.add_actions
+
+    def overtaken(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        one.publish()
+        return actions(*arguments)
+
+    monkeypatch.setattr(publishing, "add_actions", overtaken)
+    with pytest.raises(PublishConflictError, match=r"changed since version 0.*Run jobs\.generate again"):
+        other.publish()
+    assert set(local.published()["run_id"].to_pylist()) == {"run2"}
+
+
+def test_a_run_of_an_older_release_is_published_as_it_was(local: World) -> None:
+    local.publish()
+    old = begun(local, "run2", is_first=True)
+    record = json.loads(local.storage.read_bytes(old.run.record_uri))
+    del record["is_first"], record["base_version"]
+    local.storage.write_bytes(old.run.record_uri, json.dumps(record).encode())
+    old = replace(old, run=load_run(local.storage, local.output_uri, "run2"))
+    assert old.publish().version == 1
+
+
+@pytest.mark.parametrize("name", ["a b", "a#b?c", "100%", "日本", "x//y"])
+def test_an_output_may_have_such_a_name(name: str, tmp_path: Path) -> None:
+    for scheme in [""] if set(name) & set("#?") else ["", "file://"]:
+        world = opened(Storage(), f"{scheme}{tmp_path}/{scheme[:4]}{name}")
+        world.commit_pending()
+        assert world.publish().version == 0
+        world.write_users(users_table(refusing={"u5"}))
+        assert world.publish().version == 1
+        shown = read_published(world.storage, world.run.table_uri)
+        assert shown is not None
+        assert all(map(world.storage.exists, shown.file_uris))
+        assert world.delta().to_pyarrow_table().num_rows == 4 * 17
+        replaced = {world.run.data_uri(shard_id) for shard_id in world.run.shard_ids}
+        orphans = vacuum(world.storage, world.output_uri, max_age_s=0, dry_run=True)
+        assert {orphan.uri for orphan in orphans if "/generations/" in orphan.uri} == replaced
 
 
 def test_versions_follow_each_other_and_can_be_restored(world: World) -> None:

@@ -138,6 +138,29 @@ def test_wrong_words_are_explained(arguments: list[str], said: str) -> None:
     assert said in refused(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("uri", "is_refused"),
+    [
+        ("/x/100%20x", True),
+        ("/x/%e3%81%82", True),
+        ("/x/a\\b", True),
+        ("file:///x/100%20x", True),
+        ("s3://bucket/a%20b", True),
+        ("s3://bucket/a?b", True),
+        ("s3://bucket/a#b", True),
+        ("/x/a b#c?d", False),
+        ("/x/100%", False),
+        ("/x/日本", False),
+        ("s3://bucket/a b/日本%", False),
+    ],
+)
+def test_an_output_that_delta_would_look_for_elsewhere_is_refused(uri: str, is_refused: bool, job_yaml: Path) -> None:
+    if is_refused:
+        assert "Delta Lake would look elsewhere" in refused("--config", job_yaml, "--output.uri", uri)
+    else:
+        assert load("--config", job_yaml, "--output.uri", uri).output.uri == uri
+
+
 def test_broken_yaml_names_the_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text("engine: [1\n", encoding="utf-8")

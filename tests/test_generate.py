@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.generate import Generator
-from e2p_ray.results import one_line
 from e2p_ray.schema import (
     DEAD_LETTERS,
     GENERATIONS,
@@ -31,6 +30,7 @@ from e2p_ray.schema import (
     Request,
     RequestKey,
     Status,
+    one_line,
     to_table,
 )
 

@@ -238,6 +238,14 @@ def test_terminal_report_is_compact(finished: Finished) -> None:
     assert "version 3" in text
 
 
+def test_rows_that_consent_left_out_are_named(finished: Finished) -> None:
+    said = "rows of users who opted out"
+    assert said not in render_terminal(finished.report) + render_html(finished.report)
+    report = finished.report.with_version(PublishedVersion(3, 7, 2, False, num_untitled=2))
+    assert f"left out: 2 {said}" in render_terminal(report)
+    assert f"without 2 {said}" in render_html(report)
+
+
 def test_charts_hold_every_count() -> None:
     counts = {length: length % 7 for length in range(3, 400)}
     titles = re.findall(r"<title>[^:]+: ([\d,]+)</title>", histogram(counts, label="<l>", unit="characters"))

@@ -25,7 +25,7 @@ from e2p_ray.schema import RequestKey
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
 from tests.s3 import PLACES, place_on
-from tests.test_commit import World, opened, run_at, users_table, write_plan
+from tests.test_commit import World, assert_conserved, opened, run_at, users_table, write_plan
 from tests.update_world import make_world
 
 NUM_ROWS, NUM_FILES = 4 * 17, 4
@@ -148,6 +148,20 @@ def test_who_opted_out_since_is_not_shown_again(world: World) -> None:
     assert int(world.delta().history(1)[0]["num_files_suppressed"]) == 4
     found = world.delta().to_pyarrow_table(filters=[("content_id", "=", "c2-1")])  # statistics still let readers skip
     assert set(found["content_id"].to_pylist()) == {"c2-1"}
+
+
+def test_who_opted_out_and_has_no_title_is_left_out(local: World) -> None:
+    planned_uri = local.run.planned_uri("shard0")
+    rows = local.storage.read_table(planned_uri)
+    place = rows.schema.get_field_index("title")
+    local.storage.write_table(planned_uri, rows.set_column(place, rows.schema.field(place), [["\n"] * rows.num_rows]))
+    local.write_users(users_table(refusing={"u5"}))
+    done = back(local, 0)
+    letters = local.storage.read_table(local.run.untitled_uri("shard0"))
+    assert set(letters["user_id"].to_pylist()) == {"u5"}
+    assert (letters.num_rows, done.num_rows) == (3, NUM_ROWS - 3)
+    assert "" not in assert_conserved(local)["text"].to_pylist()
+    assert back(local, 0) == replace(done, already=True)
 
 
 class OneShardWorld(World):

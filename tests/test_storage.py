@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -195,6 +197,66 @@ def test_parquet_files(place: tuple[Storage, str]) -> None:
     storage.write_bytes(f"{root}/cut.parquet", parquet_bytes(TABLE)[:-100])
     with pytest.raises(InputError, match="not a whole Parquet file"):
         storage.read_schema(f"{root}/cut.parquet")
+
+
+def test_inputs_are_read_through_links_and_each_folder_once(tmp_path: Path) -> None:
+    def names() -> list[str]:
+        return [info.uri.removeprefix(f"{tmp_path}/t/") for info in Storage().parquet_files(f"{tmp_path}/t")]
+
+    for name in ("t/part=0/a.parquet", "elsewhere/b.parquet", "elsewhere/deep/c.parquet"):
+        Storage().write_table(f"{tmp_path}/{name}", TABLE.slice(0, 1))
+    assert names() == ["part=0/a.parquet"]
+    (tmp_path / "t" / "part=1").symlink_to(tmp_path / "elsewhere")
+    everything = ["part=0/a.parquet", "part=1/b.parquet", "part=1/deep/c.parquet"]
+    assert names() == everything
+    (tmp_path / "t" / "latest").symlink_to("part=0")  # comes first by name, and yet its files keep their own place
+    (tmp_path / "elsewhere" / "again").symlink_to(tmp_path / "t")
+    (tmp_path / "t" / "part=0" / "loop").symlink_to("..")
+    assert names() == everything
+    assert [info.name for info in Storage().list_objects(f"{tmp_path}/t")] == ["a.parquet"]
+    linked = tmp_path / "linked"
+    linked.symlink_to(tmp_path / "t")
+    assert len(Storage().parquet_files(str(linked))) == 3
+
+
+@pytest.mark.parametrize("name", ["part=1", "part-1.parquet"])
+def test_an_input_link_that_leads_nowhere_is_no_empty_folder(name: str, tmp_path: Path) -> None:
+    Storage().write_table(f"{tmp_path}/t/a.parquet", TABLE.slice(0, 1))
+    (tmp_path / "t" / name).symlink_to(tmp_path / "unmounted" / name)
+    with pytest.raises(StorageError, match=f"t/{name}: this link leads nowhere"):
+        Storage().parquet_files(f"{tmp_path}/t")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(PermissionError(errno.EACCES, "denied"), AccessDeniedError), (OSError(errno.EIO, "no answer"), StorageError)],
+)
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(
+    error: OSError, kind: type[StorageError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, root, scandir = Storage(), f"{tmp_path}/t", os.scandir
+    for name in ("part=0/a.parquet", "part=1/b.parquet"):
+        storage.write_table(f"{root}/{name}", TABLE.slice(0, 1))
+
+    def failing(path: str) -> Any:
+        if str(path).endswith("part=1"):
+            error.filename = path
+            raise error
+        return scandir(path)
+
+    assert len(storage.parquet_files(root)) == 2
+    monkeypatch.setattr(os, "scandir", failing)
+    listings: list[Callable[[str], object]] = [
+        storage.parquet_files,
+        lambda uri: list(storage.list_objects(uri)),
+        storage.list_dated,
+        storage.refuse_links_out,
+    ]
+    for listing in listings:
+        with pytest.raises(kind, match="t/part=1: "):
+            listing(root)
+    monkeypatch.setattr(os, "scandir", lambda path: scandir(f"{path}/gone" if str(path).endswith("=1") else path))
+    assert len(storage.parquet_files(root)) == 1, "what is removed meanwhile is no error"
 
 
 @pytest.mark.parametrize("fault", FAULTS)

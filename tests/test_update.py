@@ -17,7 +17,7 @@ import pytest
 from deltalake import write_deltalake
 
 import e2p_ray.update.update
-from e2p_ray.commit import read_published
+from e2p_ray.commit import PublishedVersion, load_run, publish, read_published
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError, ConservationError, IncompatibleError, InputError, PublishConflictError
 from e2p_ray.plan import read_shard
@@ -337,6 +337,26 @@ def test_suppressed_at_publish_and_opted_in_again(world: World) -> None:
     assert_nothing_to_do(world)
 
 
+def test_without_titles_nothing_is_left_and_the_next_run_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path, monkeypatch, num_users=3, num_contents=3)
+    world.users = {user: User(vector(number)) for number, user in enumerate(world.users)}
+    world.contents = {name: replace(text, title=" \n") for name, text in world.contents.items()}
+    report = world.run(publish_it=False)
+    world.users = {user: replace(one, personalize=False) for user, one in world.users.items()}
+    world.write()
+    published = _published(world, report.run_id)
+    assert (published.num_rows, published.num_untitled, world.rows()) == (0, len(world.wanted()), {})
+    folder = f"{world.config.output.uri}/runs/{report.run_id}/dead_letters"
+    letters = pa.concat_tables(world.storage.read_table(info.uri) for info in world.storage.list_objects(folder))
+    keys = zip(*(letters[name].to_pylist() for name in ("user_id", "content_id", "task")), strict=True)
+    assert Counter(keys) == Counter(world.wanted().keys())
+    world.run()
+    assert set(world.rows()) == set(world.wanted())
+    assert {(row["status"], row["arm"]) for row in world.rows().values()} == {("suppressed", "no_soft_token")}
+
+
 def test_a_deferred_row_of_somebody_who_opted_out_is_not_shown(world: World) -> None:
     _opt_out(world)
     world.users["user-006"] = replace(world.users["user-006"], vector=vector(66))
@@ -410,6 +430,48 @@ def test_full_writes_everything_anew_and_resumes(world: World) -> None:
     assert (again.num_rows_generated, again.run_id == report.run_id) == (len(before), False)
 
 
+@pytest.mark.parametrize("how", ["damaged", "missing"])
+@pytest.mark.parametrize("kind", ["carried", "generated"])
+def test_what_is_said_about_a_bad_data_file_helps(world: World, kind: str, how: str) -> None:
+    _change_vector(world)
+    report = world.run(publish_it=False)
+    run = load_run(world.storage, world.config.output.uri, report.run_id)
+    (shard_id, *_) = [name for name in run.shard_ids if name.startswith("carried") == (kind == "carried")]
+    uri = run.data_uri(shard_id)
+    data = world.storage.read_bytes(uri)
+    world.storage.delete(uri)
+    if how == "damaged":
+        world.storage.write_bytes(uri, data[:100] + bytes([data[100] ^ 1]) + data[101:])
+    with pytest.raises(ConservationError, match=f"1 shard.*: {shard_id}") as caught:
+        world.run(engine=no_engine)
+    remedy = f"Delete data file and marker of each in {uri.rpartition('/')[0]} and {run.markers_uri}"
+    remedy += f", and {run.plan_uri}/manifest.json" if kind == "carried" else ""
+    assert f"{remedy}, and generate again" in str(caught.value)
+    world.storage.delete(uri)
+    world.storage.delete(run.marker_uri(shard_id))
+    if kind == "carried":
+        world.storage.delete(f"{run.plan_uri}/manifest.json")
+    again = world.run(engine=no_engine) if kind == "carried" else world.run()
+    assert again.run_id == report.run_id
+    assert set(world.rows()) == set(world.wanted())
+
+
+def test_a_table_that_was_deleted_is_made_again(world: World) -> None:
+    report = world.run()
+    shutil.rmtree(world.config.output.table_uri)
+    with pytest.raises(ConservationError, match=rf"{len(_shards(world, report.run_id))} shard.*is missing") as caught:
+        world.run()
+    run = load_run(world.storage, world.config.output.uri, report.run_id)
+    assert f"and {run.markers_uri}" in str(caught.value)
+    shutil.rmtree(run.markers_uri)
+    assert world.run().run_id == report.run_id
+    assert set(world.rows()) == set(world.wanted())
+
+
+def _shards(world: World, run_id: str) -> tuple[str, ...]:
+    return load_run(world.storage, world.config.output.uri, run_id).shard_ids
+
+
 # -- somebody else at the table
 
 
@@ -443,6 +505,35 @@ def test_rows_deleted_before_publishing_do_not_come_back(world: World) -> None:
         "user-005",
         "user-006",
     }
+
+
+def _published(world: World, run_id: str) -> PublishedVersion:
+    """What jobs.publish does."""
+    run = load_run(world.storage, world.config.output.uri, run_id)
+    return publish(world.storage, run, world.config.gates, world.config.inputs.users_uri)
+
+
+def test_rows_deleted_since_a_full_run_began_do_not_come_back(world: World) -> None:
+    report = world.run(full=True, publish_it=False)
+    world.table().delete("user_id = 'user-005'")
+    left = world.rows()
+    with pytest.raises(PublishConflictError, match="was changed since version 0"):
+        _published(world, report.run_id)
+    assert world.rows() == left
+    again = world.run(full=True)
+    assert (again.run_id == report.run_id, set(world.rows())) == (False, set(world.shown))
+
+
+def test_a_limited_first_run_does_not_take_the_place_of_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path, monkeypatch)
+    limited = world.run(Limits(max_requests=5), publish_it=False)
+    world.run()
+    rows = world.rows()
+    with pytest.raises(PublishConflictError, match="was published first since run"):
+        _published(world, limited.run_id)
+    assert world.rows() == rows
 
 
 def test_upkeep_before_publishing_is_no_conflict(world: World) -> None:

@@ -1,4 +1,7 @@
-"""Consent at the moment of publishing: rows of users who opted out, or are gone, become the original title."""
+"""Consent at the moment of publishing: rows of users who opted out, or are gone, become the original title.
+
+Where there is no title the row is left out, and a dead letter says so; the next job writes an unpersonalised text.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,36 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from e2p_ray.commit.run import Run, map_ahead
+from e2p_ray.commit.shard import request_keys
 from e2p_ray.commit.spool import Hashes, HashSpool, hash_rows, hashes_of, is_among
 from e2p_ray.commit.verify import DataFile, file_statistics
-from e2p_ray.schema import GENERATIONS, Arm, Reason, Status, validate_schema
+from e2p_ray.schema import (
+    DEAD_LETTERS,
+    GENERATIONS,
+    Arm,
+    DeadLetter,
+    ErrorCode,
+    Reason,
+    Status,
+    one_line,
+    to_table,
+    validate_schema,
+)
 from e2p_ray.storage import Storage, parquet_bytes
 
 _BATCH_ROWS = 1 << 16
+_UNTITLED = "the user wants no personalisation and the content has no title to publish instead"
+_SUPPRESSED: dict[str, pa.Scalar | pa.Array] = {
+    "status": pa.scalar(str(Status.SUPPRESSED)),
+    "reason": pa.scalar(str(Reason.OPTED_OUT)),
+    "personalized": pa.scalar(False),
+    "arm": pa.scalar(str(Arm.TITLE)),
+    "num_prompt_tokens": pa.scalar(0, pa.int32()),
+    "num_output_tokens": pa.scalar(0, pa.int32()),
+    "mean_logprob": pa.scalar(None, pa.float32()),
+    "finish_reason": pa.scalar(None, pa.string()),
+    "fingerprint": pa.scalar(""),  # so that no later run takes the title for its own text
+}
 
 
 def without_consent(storage: Storage, users: HashSpool, users_uri: str) -> Hashes:
@@ -52,7 +79,10 @@ def refusing(storage: Storage, user_ids: Iterable[str], users_uri: str) -> froze
 
 
 def suppress(storage: Storage, run: Run, files: tuple[DataFile, ...], refused: Hashes) -> tuple[DataFile, ...]:
-    """The same files, with new ones in place of those that hold rows of these users, given by hash."""
+    """The same files, with new ones in place of those that hold rows of these users, given by hash.
+
+    One that nothing is left of has no rows, and is not there.
+    """
     if not len(refused):
         return files
     return tuple(map_ahead(partial(_suppress_in_file, storage, run, refused), files))
@@ -80,29 +110,38 @@ def _suppress_in_file(storage: Storage, run: Run, refused: Hashes, file: DataFil
     theirs = pc.and_(theirs, pc.not_equal(rows["status"], str(Status.SUPPRESSED)))
     if not pc.any(theirs).as_py():
         return file
+    titles = _titles(storage, run, file.shard_id, rows)
+    untitled = pc.and_(theirs, pc.equal(titles, ""))
     changed = rows.replace_schema_metadata(None)
-    for name, value in _suppressed_values(storage, run, file.shard_id, rows).items():
+    for name, value in (_SUPPRESSED | {"text": titles}).items():
         field = GENERATIONS.field(name)
         column = pc.if_else(theirs, value, rows[name]).cast(field.type)
         changed = changed.set_column(changed.schema.get_field_index(name), field, column)
+    changed = changed.filter(pc.invert(untitled))
+    _keep_untitled(storage, run, file.shard_id, rows.filter(untitled))
+    if not changed.num_rows:
+        return replace(file, num_rows=0)
     data = parquet_bytes(changed)
     path = f"data/{run.run_id}/{file.shard_id}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
     storage.put_if_absent(f"{run.table_uri}/{path}", data)
-    return replace(file, path=path, size_bytes=len(data), statistics=file_statistics(changed))
+    statistics = file_statistics(changed)
+    return replace(file, path=path, size_bytes=len(data), num_rows=changed.num_rows, statistics=statistics)
 
 
-def _suppressed_values(storage: Storage, run: Run, shard_id: str, rows: pa.Table) -> dict[str, pa.Scalar | pa.Array]:
+def _titles(storage: Storage, run: Run, shard_id: str, rows: pa.Table) -> pa.Array:
+    """What stands in place of each row's text; empty where there is nothing."""
     planned = storage.read_table(run.planned_uri(shard_id), ["content_id", "title"])
     titles = dict(zip(planned["content_id"].to_pylist(), planned["title"].to_pylist(), strict=True))
-    return {
-        "text": pa.chunked_array([[titles[content_id] for content_id in rows["content_id"].to_pylist()]], pa.string()),
-        "status": pa.scalar(str(Status.SUPPRESSED)),
-        "reason": pa.scalar(str(Reason.OPTED_OUT)),
-        "personalized": pa.scalar(False),
-        "arm": pa.scalar(str(Arm.TITLE)),
-        "num_prompt_tokens": pa.scalar(0, pa.int32()),
-        "num_output_tokens": pa.scalar(0, pa.int32()),
-        "mean_logprob": pa.scalar(None, pa.float32()),
-        "finish_reason": pa.scalar(None, pa.string()),
-        "fingerprint": pa.scalar(""),  # so that no later run takes the title for its own text
-    }
+    return pa.array([one_line(titles[content_id]) for content_id in rows["content_id"].to_pylist()], pa.string())
+
+
+def _keep_untitled(storage: Storage, run: Run, shard_id: str, rows: pa.Table) -> None:
+    """A dead letter a row, beside those of earlier publishes of the shard."""
+    if not rows.num_rows:
+        return
+    uri = run.untitled_uri(shard_id)
+    said = DeadLetter("", "", "", ErrorCode.EMPTY_CONTENT, _UNTITLED, shard_id, run.run_id)
+    letters = {key: replace(said, **key._asdict()) for key in request_keys(rows)}
+    if storage.exists(uri):
+        letters |= {key: replace(said, **key._asdict()) for key in request_keys(storage.read_table(uri))}
+    storage.write_table(uri, to_table([letters[key] for key in sorted(letters)], DEAD_LETTERS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from deltalake import CommitProperties, DeltaTable, Schema
@@ -32,6 +32,7 @@ class PublishedVersion:
     num_files: int
     already_published: bool
     num_files_suppressed: int = field(default=0, compare=False)  # files that consent changed
+    num_untitled: int = field(default=0, compare=False)  # rows left out: their users opted out, there is no title
 
 
 def publish(storage: Storage, run: Run, gates: GatesConfig, users_uri: str) -> PublishedVersion:
@@ -39,7 +40,7 @@ def publish(storage: Storage, run: Run, gates: GatesConfig, users_uri: str) -> P
 
     The old version stays as it was until the commit, and readable by number after it. Publishing again what is there
     changes nothing. Raises IncompleteRunError, ConservationError, GateError, or PublishConflictError when the table
-    changed since this call began, or since the version that the run carries rows over from.
+    changed since this call began or, other than by upkeep, since the run did.
     """
     base = open_table(storage, run.table_uri)
     _refuse_other_base(base, run)
@@ -52,19 +53,27 @@ def publish(storage: Storage, run: Run, gates: GatesConfig, users_uri: str) -> P
     files = [file for file in suppressed if file.num_rows]
     digest = digest_of(files)
     published = _published(base, run, files, digest)
-    return published or _commit(storage, run, base, files, _metadata(run, summary, files, num_suppressed))
+    published = published or _commit(storage, run, base, files, _metadata(run, summary, files, num_suppressed))
+    return replace(published, num_untitled=summary.num_rows - published.num_rows)
 
 
 def _refuse_other_base(table: DeltaTable | None, run: Run) -> None:
-    """Rows that were deleted or replaced since an update was made must not come back with those it carries over."""
-    if run.base_version is None:
+    """What was published since a run began is not undone, and rows that were deleted since do not come back."""
+    if run.base_version is None and not run.is_first:
         return
     shown = shown_by(table) if table else None
     if shown is not None and shown.run_id == run.run_id:
         return
-    if table is None or not same_rows_since(table, run.base_version):
-        problem = f"{run.table_uri} was changed since version {run.base_version}, from which run {run.run_id} carries"
-        raise PublishConflictError(f"{problem} rows over. Run jobs.generate again: it starts from the table as it is")
+    if run.base_version is None:
+        if table is None:
+            return
+        problem = f"{run.table_uri} was published first since run {run.run_id} began"
+    else:
+        if table is not None and same_rows_since(table, run.base_version):
+            return
+        problem = f"{run.table_uri} was changed since version {run.base_version}, from which run {run.run_id} began"
+    remedy = "Run jobs.generate again: it starts from the table as it is"
+    raise PublishConflictError(f"{problem}. {remedy}. A run that was published before comes back with jobs.rollback")
 
 
 def _metadata(run: Run, summary: RunSummary, files: list[DataFile], num_suppressed: int) -> dict[str, str]:
@@ -144,6 +153,7 @@ def _after_failure(
         return published
     changed = now is not None and (base is None or now.version() > base.version())
     if changed or isinstance(error, CommitFailedError):
+        _refuse_other_base(now, run)
         problem = f"{run.table_uri} was changed while run {run.run_id} was being published"
         raise PublishConflictError(f"{problem}. Look at its history, then publish again if it should follow") from error
     raise PassingError(said(error)) from error

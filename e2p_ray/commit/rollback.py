@@ -133,8 +133,9 @@ def _goal(storage: Storage, output_uri: str, users_uri: str, version: int, commi
     before = data_files(table)
     _refuse_missing(storage, table_uri, version, before)
     after = _with_consent(storage, output_uri, users_uri, str(commit["run_id"]), before)
-    num_changed = sum(old != new for old, new in zip(before, after, strict=True))
-    return _Goal(version, commit, after, num_changed)
+    pairs = list(zip(before, after, strict=True))
+    files = tuple(new for old, new in pairs if new.num_rows or new == old)  # of some nothing is left
+    return _Goal(version, commit, files, sum(old != new for old, new in pairs))
 
 
 def _refuse_missing(storage: Storage, table_uri: str, version: int, files: Sequence[DataFile]) -> None:

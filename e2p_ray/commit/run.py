@@ -19,6 +19,7 @@ _T = TypeVar("_T")
 _ITEM = TypeVar("_ITEM")
 
 _MAX_AHEAD = 8  # objects fetched at once
+UNTITLED = "-untitled"  # after the shard id
 ARTIFACTS = ("projector_id", "base_model_id", "embedding_space")  # what all texts of a run are made with
 
 
@@ -35,7 +36,8 @@ class Run:
     base_model_id: str
     shard_ids: tuple[str, ...]
     source_id: str = ""  # names plan, settings, projector and base model: that of a full run is its run id
-    base_version: int | None = None  # of the table; the rows that an update carries over are from there
+    base_version: int | None = None  # of the table when the run began: what an update carries over is from there
+    is_first: bool = False  # there was no table then; without this and a version, an older release made the run
 
     def __post_init__(self) -> None:
         checked_id(self.run_id)
@@ -69,6 +71,10 @@ class Run:
     def dead_letter_uri(self, shard_id: str) -> str:
         return f"{self.dead_letters_uri}/{checked_id(shard_id)}.parquet"
 
+    def untitled_uri(self, shard_id: str) -> str:
+        """Dead letters of rows that a publish left out: their users opted out and there is no title to show instead."""
+        return f"{self.dead_letters_uri}/{checked_id(shard_id)}{UNTITLED}.parquet"
+
     def planned_uri(self, shard_id: str) -> str:
         return f"{self.plan_uri}/shards/{checked_id(shard_id)}.parquet"
 
@@ -77,6 +83,11 @@ def run_id_of(plan_id: str, text_hash: str, projector_id: str, base_model_id: st
     """The id of the run of these: 16 hex digits, the same for the same parts."""
     parts = json.dumps([plan_id, text_hash, projector_id, base_model_id], ensure_ascii=False)
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+
+def is_carried(shard_id: str) -> bool:
+    """Whether a shard is of rows that an update carries over or defers: committed already, and never generated."""
+    return shard_id.startswith("carried-")
 
 
 def open_run(storage: Storage, run: Run, resolved_config: dict[str, Any]) -> None:
@@ -95,14 +106,16 @@ def open_run(storage: Storage, run: Run, resolved_config: dict[str, Any]) -> Non
 
 def load_run(storage: Storage, output_uri: str, run_id: str) -> Run:
     """A recorded run; its places are taken below `output_uri`, wherever it was written first."""
-    uri = f"{output_uri.rstrip('/')}/runs/{checked_id(run_id)}"
+    output_uri = output_uri.rstrip("/")
+    uri = f"{output_uri}/runs/{checked_id(run_id)}"
     try:
         record = json.loads(storage.read_bytes(f"{uri}/run.json"))
     except ObjectNotFoundError as error:
         raise ConfigError(f"{uri}: there is no such run. Generate it first, or give another run id") from error
     values = {field.name: record[field.name] for field in fields(Run) if field.name in record}
     values["shard_ids"] = tuple(values["shard_ids"])
-    values |= {"uri": uri, "table_uri": f"{output_uri.rstrip('/')}/generations"}
+    plan = "/".join(values["plan_uri"].split("/")[-2:])  # plans/{plan_key} or updates/{update_id}
+    values |= {"uri": uri, "table_uri": f"{output_uri}/generations", "plan_uri": f"{output_uri}/{plan}"}
     return Run(**values)
 
 

@@ -41,7 +41,7 @@ from deltalake import DeltaTable
 from e2p_ray.commit.data_files import data_files, has_deletion_vectors
 from e2p_ray.commit.history import commits_of, is_published
 from e2p_ray.commit.published import open_table, shown_by
-from e2p_ray.commit.run import map_ahead
+from e2p_ray.commit.run import UNTITLED, map_ahead
 from e2p_ray.errors import IncompatibleError, PublishConflictError
 from e2p_ray.storage import DatedObject, Storage
 from e2p_ray.storage.local import is_unfinished
@@ -217,7 +217,8 @@ class _Search:
         """Objects of a kept folder that belong to no shard of it, and what killed writers left in it."""
         for found in folder.objects:
             *_, place, name = found.info.uri.split("/")
-            is_stray = shard_ids is not None and place in places and name.rpartition(".")[0] not in shard_ids
+            shard_id = name.rpartition(".")[0].removesuffix(UNTITLED)
+            is_stray = shard_ids is not None and place in places and shard_id not in shard_ids
             if is_stray or _is_unfinished(found):
                 yield from self._old(OrphanKind.STRAY_OBJECT, [found])
 

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from e2p_ray.commit.run import ARTIFACTS, Run, map_ahead, pending_shards
+from e2p_ray.commit.run import ARTIFACTS, Run, is_carried, map_ahead, pending_shards
 from e2p_ray.commit.shard import ShardData, describe, key_difference, parse_data, planned_keys, request_keys
 from e2p_ray.commit.spool import HashSpool, hash_rows, is_among
 from e2p_ray.config import GatesConfig
@@ -24,6 +24,7 @@ from e2p_ray.storage import Storage
 
 _MIN_TEXTS = 50  # below this many texts of a task, one text that recurs says nothing
 _NUM_NAMED = 3
+_MAX_FILES_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def verify(storage: Storage, run: Run, *, users: HashSpool | None = None) -> Run
         problem = f"{len(pending)} of {len(run.shard_ids)} shards of run {run.run_id} are not generated"
         raise IncompleteRunError(f"{problem}. Run the same command again to resume")
     with ExitStack() as stack:
-        tally = _Tally(stack, users)
+        tally = _Tally(stack, run, users)
         for checked in map_ahead(partial(_check_shard, storage, run), run.shard_ids):
             tally.add_shard(checked)
         for info in storage.list_objects(f"{run.plan_uri}/dead_letters"):
@@ -90,7 +91,7 @@ def verify(storage: Storage, run: Run, *, users: HashSpool | None = None) -> Run
             problems.append(describe("in more than one place", len(repeated), keys))
         if problems:
             raise ConservationError(f"run {run.run_id}: " + "; ".join(problems))
-        return tally.summary(run)
+        return tally.summary()
 
 
 def check_gates(summary: RunSummary, gates: GatesConfig) -> None:
@@ -125,6 +126,19 @@ def file_statistics(rows: pa.Table) -> str:
         },
         ensure_ascii=False,
     )
+
+
+def bad_files(run: Run, problems: Mapping[str, str]) -> str:
+    """What is wrong with shards' data files, by shard id, and what helps."""
+    named = ", ".join(f"{shard_id} ({problem})" for shard_id, problem in list(problems.items())[:_MAX_FILES_NAMED])
+    data, markers = f"{run.table_uri}/data/{run.run_id}", run.markers_uri
+    remedy = f"Delete data file and marker of each in {data} and {markers}"
+    if len(problems) > _MAX_FILES_NAMED:
+        named += ", ..."
+        remedy += " (or both folders, and everything is generated anew)"
+    if any(map(is_carried, problems)):  # nobody generates these: they are committed while the update is written
+        remedy += f", and {run.plan_uri}/manifest.json"
+    return f"the data file of {len(problems)} shard(s): {named}. {remedy}, and generate again"
 
 
 @dataclass(frozen=True)
@@ -175,20 +189,20 @@ def _same_dead_letters(storage: Storage, run: Run, shard_id: str, shard: ShardDa
 class _Tally:
     """Sums over the shards; memory does not grow with rows."""
 
-    def __init__(self, stack: ExitStack, users: HashSpool | None) -> None:
-        self._stack, self._users = stack, users
+    def __init__(self, stack: ExitStack, run: Run, users: HashSpool | None) -> None:
+        self._stack, self._run, self._users = stack, run, users
         self.keys = stack.enter_context(HashSpool())
         self._texts: dict[str, HashSpool] = {}
         self._counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "reason", "arm", "error_code")}
         self._files: list[DataFile] = []
         self._num_keys = self._num_deferred = 0
-        self._bad_files: list[str] = []
+        self._bad_files: dict[str, str] = {}
         self._num_wrong: Counter[str] = Counter()
         self._some_wrong: dict[str, list[RequestKey]] = {}
 
     def add_shard(self, shard: _Checked) -> None:
         if shard.problem or shard.data is None or shard.file is None:
-            self._bad_files.append(f"{shard.shard_id} ({shard.problem})")
+            self._bad_files[shard.shard_id] = shard.problem or ""
             return
         for kind, keys in shard.differences.items():
             self._num_wrong[kind] += len(keys)
@@ -216,12 +230,11 @@ class _Tally:
     def problems(self) -> list[str]:
         said = [describe(kind, number, self._some_wrong[kind]) for kind, number in self._num_wrong.items()]
         if self._bad_files:
-            shards = ", ".join(self._bad_files[:_NUM_NAMED]) + (", ..." if len(self._bad_files) > _NUM_NAMED else "")
-            remedy = "Delete data file and marker of each and generate again"
-            said.append(f"the data file of {len(self._bad_files)} shard(s): {shards}. {remedy}")
+            said.append(bad_files(self._run, self._bad_files))
         return said
 
-    def summary(self, run: Run) -> RunSummary:
+    def summary(self) -> RunSummary:
+        run = self._run
         plain = {name: dict(sorted(counts.items())) for name, counts in self._counts.items()}
         return RunSummary(
             run_id=run.run_id,

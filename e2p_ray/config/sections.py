@@ -23,8 +23,16 @@ def _no_trailing_slash(uri: str) -> str:
 Uri = Annotated[str, Field(min_length=1), AfterValidator(_no_trailing_slash)]
 
 
+def _same_for_delta(uri: str) -> str:
+    """Readers of Delta tables take a local path for a URL, too: what means something there would lead elsewhere."""
+    found = re.search(r"%[0-9A-Fa-f]{2}|\\" + ("|[#?]" if "://" in uri else ""), uri)
+    if found is not None:
+        raise ValueError(f"Delta Lake would look elsewhere because of {found[0]!r}; name the place without it")
+    return uri
+
+
 class InputsConfig(Section):
-    """Where the input tables are: a Parquet file or a folder of Parquet files each."""
+    """Where the input tables are: a Parquet file or a folder of Parquet files each; links are followed."""
 
     users_uri: Uri
     contents_uri: Uri
@@ -34,7 +42,7 @@ class InputsConfig(Section):
 class OutputConfig(Section):
     """Where the published table, the runs and the plans are written."""
 
-    uri: Uri
+    uri: Annotated[Uri, AfterValidator(_same_for_delta)]
 
     @property
     def table_uri(self) -> str:

@@ -14,10 +14,11 @@ import polars as pl
 from e2p_ray.commit import PublishedVersion, Run, read_markers
 from e2p_ray.commit.consent import refusing
 from e2p_ray.commit.run import summed
+from e2p_ray.commit.verify import bad_files
 from e2p_ray.downstream.pages.html import render_html
 from e2p_ray.downstream.samples import Sample, Samples, SampleText
 from e2p_ray.downstream.terminal import render_terminal
-from e2p_ray.errors import ObjectNotFoundError
+from e2p_ray.errors import ConservationError, InputError, ObjectNotFoundError
 from e2p_ray.plan import Plan
 from e2p_ray.storage import Storage
 
@@ -151,7 +152,7 @@ def build_report(
 ) -> Report:
     """Read a complete run's markers and, one after the other, its data files; memory does not grow with rows.
 
-    `causes` and `num_removed` are those of an update.
+    `causes` and `num_removed` are those of an update. ConservationError for markers whose data file is gone or damaged.
     """
     markers = read_markers(storage, run)
     generated = [marker for marker in markers if marker["stats"]["worker"]]
@@ -231,7 +232,13 @@ def read_report(storage: Storage, run: Run) -> Report | None:
 
 def _shard_rows(storage: Storage, run: Run, shard_id: str) -> pl.DataFrame:
     """A shard's texts with the title and language of their contents."""
-    texts = pl.from_arrow(storage.read_table(run.data_uri(shard_id), _TEXT_COLUMNS))
+    try:
+        texts = pl.from_arrow(storage.read_table(run.data_uri(shard_id), _TEXT_COLUMNS))
+    except (ObjectNotFoundError, InputError) as error:
+        present = {info.uri for info in storage.list_objects(f"{run.table_uri}/data/{run.run_id}")}
+        missing = {name: "is missing" for name in run.shard_ids if run.data_uri(name) not in present}
+        problems = {shard_id: "cannot be read"} | missing
+        raise ConservationError(f"run {run.run_id}: {bad_files(run, problems)}") from error
     contents = pl.from_arrow(storage.read_table(run.planned_uri(shard_id), ["content_id", "title", "language"]))
     assert isinstance(texts, pl.DataFrame), "a table becomes a frame"
     assert isinstance(contents, pl.DataFrame), "a table becomes a frame"

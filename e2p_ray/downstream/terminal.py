@@ -42,6 +42,11 @@ def render_terminal(report: Report) -> str:
         lines.append(
             f"published: {report.version.num_rows:,} rows, version {report.version.version} of {report.table_uri}"
         )
+        if report.version.num_untitled:
+            lines.append(
+                f"left out: {report.version.num_untitled:,} rows of users who opted out, without a title to show "
+                "instead (dead letters of the run). Run jobs.generate again to write them"
+            )
     lines.append(f"report: {report.table_uri.removesuffix('/generations')}/runs/{report.run_id}/report.html")
     return "\n".join(lines)
 

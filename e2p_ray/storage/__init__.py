@@ -107,7 +107,10 @@ class Storage:
         self._place(uri).delete(uri)
 
     def list_objects(self, uri: str) -> Iterator[ObjectInfo]:
-        """Every object below a folder, at any depth, sorted by URI; nothing when the folder is missing."""
+        """Every object below a folder, at any depth, sorted by URI; nothing when the folder is missing.
+
+        Local folders behind links are left out, one that cannot be listed is an error.
+        """
         yield from self._place(uri).list_below(uri.rstrip("/") or "/")
 
     def list_dated(self, uri: str) -> list[DatedObject]:
@@ -165,10 +168,12 @@ class Storage:
     def parquet_files(self, uri: str) -> list[ObjectInfo]:
         """The data files of a table: a folder of *.parquet at any depth, or one file; _names and .names are no data.
 
-        Raises InputError when there is none.
+        Links are followed, each folder is read once. Raises InputError when there is no file, StorageError when a
+        folder cannot be listed or a link leads nowhere.
         """
         folder = uri.rstrip("/")
-        found = [info for info in self.list_objects(folder) if _is_data(info.uri[len(folder) + 1 :])]
+        listed = self._place(folder).list_below(folder, through_links=True)
+        found = [info for info in listed if _is_data(info.uri[len(folder) + 1 :])]
         if not found and not (is_s3(folder) and not split(folder, folder=True)[1]):
             found = [info for info in [self.info(folder)] if info is not None]
         if not found:

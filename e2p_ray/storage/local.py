@@ -34,8 +34,8 @@ def is_unfinished(name: str) -> bool:
 
 
 def refuse_links_out(folder: Path, root: Path) -> None:
-    """StorageError for a link below a folder that leads out of `root`; folders behind links are never listed."""
-    for parent, folders, names in os.walk(folder):
+    """StorageError for a link below a folder that leads out of `root`; only inputs are listed through links."""
+    for parent, folders, names in os.walk(folder, onerror=_refuse_unlisted):
         for path in (Path(parent, name) for name in (*folders, *names)):
             if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
                 raise StorageError(
@@ -85,8 +85,8 @@ class LocalPlace:
         with _errors(uri):
             local_path(uri).unlink(missing_ok=True)
 
-    def list_below(self, uri: str) -> list[ObjectInfo]:
-        return [found.info for found in _walk(uri, lambda name: not is_unfinished(name))]
+    def list_below(self, uri: str, *, through_links: bool = False) -> list[ObjectInfo]:
+        return [found.info for found in _walk(uri, lambda name: not is_unfinished(name), through_links=through_links)]
 
     def list_dated(self, uri: str) -> list[DatedObject]:
         return _walk(uri, lambda _: True)
@@ -101,14 +101,38 @@ def _dated(uri: str, path: Path) -> DatedObject:
     return DatedObject(ObjectInfo(uri, stat.st_size, str(stat.st_mtime_ns)), stat.st_mtime)
 
 
-def _walk(uri: str, is_wanted: Callable[[str], bool]) -> list[DatedObject]:
+def _walk(uri: str, is_wanted: Callable[[str], bool], *, through_links: bool = False) -> list[DatedObject]:
     folder, found = local_path(uri), []
-    with _errors(uri):
-        for parent, _, names in os.walk(folder):
+    # Folders behind links come after all others, each folder once: a loop ends, and files keep their own place's name.
+    tops, seen = [folder], set[tuple[int, int]]()
+    for top in tops:
+        for parent, folders, names in os.walk(top, onerror=_refuse_unlisted):
+            if through_links and not _is_new(parent, seen):
+                folders.clear()
+                continue
+            if through_links:
+                tops += [path for path in (Path(parent, name) for name in sorted(folders)) if path.is_symlink()]
             for path in (Path(parent, name) for name in names if is_wanted(name)):
-                with suppress(FileNotFoundError):  # a writer's, finished or removed meanwhile
+                with _errors(str(path)), suppress(FileNotFoundError):  # a writer's, finished or removed meanwhile
+                    if through_links and path.is_symlink() and not path.exists():
+                        raise StorageError(f"{path}: this link leads nowhere. Mend it or take it out of {uri}")
                     found.append(_dated(f"{uri}/{path.relative_to(folder).as_posix()}", path))
     return sorted(found)
+
+
+def _is_new(folder: str, seen: set[tuple[int, int]]) -> bool:
+    with _errors(folder):
+        stat = os.stat(folder)
+    is_new = (stat.st_dev, stat.st_ino) not in seen
+    seen.add((stat.st_dev, stat.st_ino))
+    return is_new
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    """A folder that cannot be listed is not an empty one; what is gone, or is a file, has nothing below it."""
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        with _errors(str(error.filename)):
+            raise error
 
 
 @contextmanager

@@ -51,8 +51,11 @@ class Place(Protocol):
 
     def delete(self, uri: str) -> None: ...
 
-    def list_below(self, uri: str) -> list[ObjectInfo]:
-        """Every object below a folder, sorted by URI."""
+    def list_below(self, uri: str, *, through_links: bool = False) -> list[ObjectInfo]:
+        """Every object below a folder, sorted by URI; with `through_links`, also in linked folders, each folder once.
+
+        StorageError for a folder that cannot be listed and, with `through_links`, for a link that leads nowhere.
+        """
 
     def list_dated(self, uri: str) -> list[DatedObject]:
         """The same with their times, and with what killed writers left behind, which no other listing shows."""

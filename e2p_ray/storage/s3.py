@@ -94,7 +94,7 @@ class S3Place:
         bucket, key = split(uri)
         self._try(lambda: self._client().delete_object(Bucket=bucket, Key=key), "delete", uri)
 
-    def list_below(self, uri: str) -> list[ObjectInfo]:
+    def list_below(self, uri: str, *, through_links: bool = False) -> list[ObjectInfo]:
         return [found.info for found in self.list_dated(uri)]
 
     def list_dated(self, uri: str) -> list[DatedObject]:

@@ -43,6 +43,8 @@ def _head(report: Report) -> str:
         state = '<span class="pill">not published</span>'
     else:
         state = f'<span class="pill yes">published as version {report.version.version}</span>'
+        if report.version.num_untitled:
+            state += f" without {report.version.num_untitled:,} rows of users who opted out: there is no title to show"
     when = f"{_minute(report.started_at)} to {_minute(report.finished_at)} UTC" if report.started_at else ""
     return f'<h1>Run <code>{escape(report.run_id)}</code></h1><p class="soft">{escape(when)} {state}</p>'
 
