@@ -19,6 +19,7 @@ from deltalake import write_deltalake
 import e2p_ray.update.update
 from e2p_ray.commit import read_published
 from e2p_ray.config import JobConfig
+from e2p_ray.downstream.report import Report
 from e2p_ray.errors import ConfigError, ConservationError, IncompatibleError, InputError, PublishConflictError
 from e2p_ray.plan import read_shard
 from e2p_ray.schema import ErrorCode
@@ -27,7 +28,7 @@ from e2p_ray.update import Limits, Priority
 from e2p_ray.update.write import ShardWriter, write_carried
 from jobs import plan as plan_job
 from jobs.cli import run_job
-from tests.update_world import Key, User, World, content, edit_at_random, make_world, vector, with_task
+from tests.update_world import TASKS, Key, User, World, content, edit_at_random, make_world, vector, with_task
 
 
 def no_engine(config: JobConfig, storage: Storage) -> NoReturn:
@@ -673,6 +674,134 @@ def test_wrong_limits_are_refused(world: World) -> None:
     for column, said in (("clicks", "no such column"), ("source", "expected a number")):
         with pytest.raises(InputError, match=said):
             world.run(Limits(max_requests=1, priority=Priority.parse(column)))
+
+
+# -- limits, and requests that can never be written
+
+
+@pytest.fixture
+def hopeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Not run yet: 36 requests, twelve of them about a content in a language that no prompt is for."""
+    gates = {"max_fallback_share": 1.0, "max_dead_letter_share": 0.5, "max_same_text_share": 1.0}
+    world = make_world(tmp_path, monkeypatch, num_users=6, num_contents=3, gates=gates)
+    world.contents["content-00"] = replace(world.contents["content-00"], language="fr")
+    for user, name in world.candidates:
+        world.candidates[user, name] = 1.0 + (name == "content-00")  # the best and the last of both orders of a score
+    return world
+
+
+def _keys(world: World) -> set[Key]:
+    return {(user, name, task) for user, name in world.candidates for task in TASKS}
+
+
+def _dead(world: World) -> set[Key]:
+    """Those that cannot be written; who has no soft token gets the title in place of a text that fails."""
+    return {
+        key
+        for key in _keys(world)
+        if world.contents[key[1]].language == "fr" and isinstance(world.users[key[0]].state(), tuple)
+    }
+
+
+def _letters(world: World, report: Report) -> dict[Key, dict[str, Any]]:
+    """The dead letters of a run, each key once."""
+    found: dict[Key, dict[str, Any]] = {}
+    for info in world.storage.list_objects(f"{world.config.output.uri}/runs/{report.run_id}/dead_letters"):
+        for row in world.storage.read_table(info.uri).to_pylist():
+            key = (row["user_id"], row["content_id"], row["task"])
+            assert key not in found
+            found[key] = row
+    return found
+
+
+def _tried(world: World, report: Report) -> set[Key]:
+    """What a run itself wrote or failed to write."""
+    letters = _letters(world, report)
+    written = {key for key, row in world.rows().items() if row["run_id"] == report.run_id}
+    assert not written & set(letters)
+    return written | {
+        key
+        for key, row in letters.items()
+        if row["run_id"] == report.run_id and row["error_code"] != ErrorCode.DEFERRED
+    }
+
+
+def _runs(world: World, limits: Limits) -> list[Report]:
+    """The same command until there is nothing to do."""
+    reports = list[Report]()
+    for _ in range(40):
+        report = world.run(limits)
+        assert report.version is not None
+        if report.version.already_published:
+            return reports
+        reports.append(report)
+    raise AssertionError("there is no end to it")
+
+
+@pytest.mark.parametrize("priority", [None, "score", "score:asc"])
+@pytest.mark.parametrize("max_requests", [7, 14, 35])
+def test_requests_that_cannot_be_written_take_a_limit_once(
+    hopeless: World, max_requests: int, priority: str | None
+) -> None:
+    limits = Limits(max_requests=max_requests, priority=Priority.parse(priority) if priority else None)
+    if priority == "score":  # of which a first run would have nothing to show
+        hopeless.candidates["user-003", "content-01"] = 3.0
+    dead, everything, tried = _dead(hopeless), _keys(hopeless), set[Key]()
+    assert (len(dead), len(everything)) == (8, 36)
+    for _ in range(-(-len(everything) // max_requests)):
+        report = hopeless.run(limits)
+        now = _tried(hopeless, report)
+        new = now - tried
+        assert len(new) == min(max_requests, len(everything - tried)), "as many as the limit lets, none of them again"
+        assert now - new <= dead
+        tried |= now
+        assert set(hopeless.rows()) == tried - dead
+        assert set(_letters(hopeless, report)) == everything - (tried - dead)
+        assert report.run_dead_letters.get("no_prompt", 0) == len(dead & tried), (
+            "a letter stays until it is tried again"
+        )
+        assert report.num_deferred == len(everything - tried)
+    assert tried == everything
+    assert not _runs(hopeless, limits)
+
+
+def test_what_failed_before_other_inputs_comes_last_but_is_tried(hopeless: World) -> None:
+    limits, dead = Limits(max_requests=12), _dead(hopeless)
+    first = _runs(hopeless, limits)[-1]
+    assert set(_letters(hopeless, first)) == dead
+    hopeless.contents["content-00"] = content(0)  # it can be written now, and nothing says so
+    for user in hopeless.users:
+        hopeless.candidates[user, "content-09"] = 1.0
+    hopeless.contents["content-09"] = content(9)
+    report = hopeless.run(limits)
+    changed = {key for key in _keys(hopeless) if key[1] == "content-00"} - dead  # titles so far
+    new = {key for key in _keys(hopeless) if key[1] == "content-09"}
+    assert _tried(hopeless, report) == new
+    assert {row["error_code"] for row in _letters(hopeless, report).values()} == {"no_prompt"}
+    assert report.num_deferred == len(changed | dead), "their letters are of other inputs: they wait"
+    report = hopeless.run(limits)
+    assert _tried(hopeless, report) == changed | dead
+    assert set(hopeless.rows()) == set(hopeless.wanted())
+    assert_nothing_to_do(hopeless)
+
+
+def test_time_runs_out_before_requests_that_failed(hopeless: World) -> None:
+    limits, dead = Limits(max_seconds=1e-9), _dead(hopeless)
+    reports = _runs(hopeless, limits)
+    assert set(hopeless.rows()) == _keys(hopeless) - dead
+    assert set(_letters(hopeless, reports[-1])) == dead
+    tries = [row["run_id"] for row in _letters(hopeless, reports[-1]).values()]
+    assert set(tries) <= {report.run_id for report in reports}
+    assert len(reports) <= 2 + len(_keys(hopeless)) // 3, "a shard a run, and the last ones have few requests"
+
+
+def test_control_a_dead_letter_of_a_purged_run_is_one_to_try(hopeless: World) -> None:
+    limits, dead = Limits(max_requests=18), _dead(hopeless)
+    report = hopeless.run(limits)
+    for info in list(hopeless.storage.list_objects(f"{hopeless.config.output.uri}/runs/{report.run_id}")):
+        hopeless.storage.delete(info.uri)
+    _runs(hopeless, limits)
+    assert set(hopeless.rows()) == _keys(hopeless) - dead
 
 
 # -- what would change

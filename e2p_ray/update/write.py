@@ -13,7 +13,8 @@ from e2p_ray.plan import ShardEntry
 from e2p_ray.plan.shards import Slice, pack, shard_uri, write_shard
 from e2p_ray.schema import RequestKey
 from e2p_ray.update.compare import Bucket, UpdateJob
-from e2p_ray.update.kept import commit_kept, old_rows_uri
+from e2p_ray.update.failed import letters_of
+from e2p_ray.update.kept import commit_kept, failed_uri, old_rows_uri
 from e2p_ray.update.planned import CONTENTS
 
 _KEY = list(RequestKey._fields)
@@ -79,6 +80,8 @@ class ShardWriter:
         rows = requests[slices[0].start : slices[-1].stop]
         if old is not None:
             storage.write_table(old_rows_uri(update_uri, shard.shard_id), _rows_of(old, rows))
+            if (failed := letters_of(rows)).num_rows:
+                storage.write_table(failed_uri(update_uri, shard.shard_id), failed)
         self._keys.add(hash_rows(*(rows[name].to_arrow() for name in _KEY)))
         self._shards.append(shard)
 
@@ -92,14 +95,14 @@ def _rows_of(old: pa.Table, requests: pl.DataFrame) -> pa.Table:
 def write_carried(job: UpdateJob, run: Run, bucket: Bucket, deferred: pl.DataFrame, keys: HashSpool) -> list[str]:
     """Commit the rows of a bucket that stay as they are, and its deferred requests; the ids of their shards.
 
-    A deferred request keeps its old row; one that has none becomes a dead letter.
+    A deferred request keeps its old row; one that has none becomes a dead letter, or stays the one that it was.
     """
     carried = bucket.carried.to_frame("at").with_columns(old=pl.lit(False))
     stays = pl.concat([carried, deferred.select("at", old=pl.lit(True)).drop_nulls("at")])
     keys_of = pl.DataFrame(pl.from_arrow(bucket.published.select(_KEY)))[stays["at"]]
     stays = stays.hstack(keys_of).sort("content_id", "task", "user_id")
     rows = bucket.published.take(stays["at"].to_arrow())
-    waiting = deferred.filter(pl.col("at").is_null()).select(_KEY)
+    waiting = deferred.filter(pl.col("at").is_null()).select(*_KEY, "letter")
     keys.add(hash_rows(*(rows[name] for name in _KEY)))
     keys.add(hash_rows(*(waiting[name].to_arrow() for name in _KEY)))
     ids = []
@@ -117,7 +120,7 @@ def _write_planned(
     job: UpdateJob, run: Run, shard_id: str, contents: pl.DataFrame, rows: pa.Table, waiting: pl.DataFrame
 ) -> None:
     """What stands for a planned file: keys and titles."""
-    planned = pl.concat([pl.DataFrame(pl.from_arrow(rows.select(_KEY))), waiting])
+    planned = pl.concat([pl.DataFrame(pl.from_arrow(rows.select(_KEY))), waiting.select(_KEY)])
     planned = planned.join(contents, on="content_id", how="left", maintain_order="left").select(_CARRIED_COLUMNS)
     table = planned.to_arrow(compat_level=pl.CompatLevel.oldest())
     job.storage.write_table(shard_uri(run.plan_uri, shard_id), table)
