@@ -10,7 +10,7 @@ import pyarrow as pa
 from e2p_ray.commit import Run
 from e2p_ray.commit.spool import HashSpool, hash_rows
 from e2p_ray.plan import ShardEntry
-from e2p_ray.plan.shards import Slice, pack, shard_uri, write_shard
+from e2p_ray.plan.shards import Slice, pack, shard_uri, slices_of, text_bytes_of, write_shard
 from e2p_ray.schema import RequestKey
 from e2p_ray.update.compare import Bucket, UpdateJob
 from e2p_ray.update.failed import letters_of
@@ -55,7 +55,7 @@ class ShardWriter:
         requests = pl.concat(self._requests).join(contents.select("content_id", "content"), on="content_id")
         requests = requests.sort("content", "task", "user_id")
         old = pa.concat_tables(self._old) if self._old else None
-        packs = list(pack(list(self._slices(requests)), self._job.requests_per_shard))
+        packs = list(pack(list(self._slices(requests, text_bytes_of(contents))), self._job.requests_per_shard))
         for slices in packs if last else packs[:-1]:
             self._write_one(requests, contents, slices, old)
         rest = requests[packs[-1][0].start :]
@@ -63,13 +63,12 @@ class ShardWriter:
         self._contents = [] if last else [contents.join(rest, on="content_id", how="semi").select(CONTENTS.names())]
         self._old = [] if last or old is None else [_rows_of(old, rest)]
 
-    def _slices(self, requests: pl.DataFrame) -> Iterator[Slice]:
+    def _slices(self, requests: pl.DataFrame, text_bytes: list[int]) -> Iterator[Slice]:
         """Groups: one content and task each, capped."""
         cap = min(self._job.max_group_requests, self._job.requests_per_shard)
         start = 0
         for content, task, size in requests.group_by("content", "task", maintain_order=True).len().iter_rows():
-            for first in range(start, start + size, cap):
-                yield Slice(content, task, first, min(first + cap, start + size))
+            yield from slices_of(content, task, start, start + size, cap, text_bytes[content])
             start += size
 
     def _write_one(
