@@ -20,7 +20,14 @@ import e2p_ray.update.update
 from e2p_ray.commit import read_published
 from e2p_ray.config import JobConfig
 from e2p_ray.downstream.report import Report
-from e2p_ray.errors import ConfigError, ConservationError, IncompatibleError, InputError, PublishConflictError
+from e2p_ray.errors import (
+    ConfigError,
+    ConservationError,
+    GateError,
+    IncompatibleError,
+    InputError,
+    PublishConflictError,
+)
 from e2p_ray.plan import read_shard
 from e2p_ray.schema import ErrorCode
 from e2p_ray.storage import Storage, parquet_bytes
@@ -28,6 +35,8 @@ from e2p_ray.update import Limits, Priority
 from e2p_ray.update.write import ShardWriter, write_carried
 from jobs import plan as plan_job
 from jobs.cli import run_job
+from jobs.generate import dead_letters_left
+from jobs.steps import planned, set_up
 from tests.update_world import TASKS, Key, User, World, content, edit_at_random, make_world, vector, with_task
 
 
@@ -823,3 +832,48 @@ def test_jobs_plan_says_beforehand_what_changes(world: World, capsys: pytest.Cap
     assert (shown["carry over"], shown["remove"]) == (str(carried), str(removed))
     assert world.table().version() == 0
     assert_exact(world, world.run)
+
+
+# -- a gate that is closed from the beginning
+
+
+def _with_ghosts(world: World, num_ghosts: int, share: float) -> None:
+    """Candidates of users whom nobody knows, two requests each, and a gate."""
+    for number in range(num_ghosts):
+        world.candidates[f"ghost-{number}", "content-00"] = 1.0
+    gates = world.config.gates.model_copy(update={"max_dead_letter_share": share})
+    world.config = world.config.model_copy(update={"gates": gates})
+
+
+@pytest.mark.parametrize("options", [{}, {"full": True}, {"publish_it": False}, {"limits": Limits(max_requests=5)}])
+def test_dead_letters_of_the_plan_close_the_gate_before_anything_is_generated(
+    options: dict[str, Any], world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, num_planned = world.rows(), len(world.wanted())
+    _with_ghosts(world, 4, 7 / (num_planned + 8))
+    _change_vector(world)
+    said = rf"^8 of {num_planned + 8} requests cannot .* \(unknown_user 8\); .* more than 7, so .* raise the gate$"
+    with pytest.raises(GateError, match=said) as caught:
+        world.run(engine=no_engine, **options)
+    assert world.rows() == before
+    path, share = str(world.folder / "job.yaml"), ["--gates.max_dead_letter_share"]
+    capsys.readouterr()
+    assert run_job(plan_job.JOB, ["--config", path, *share, f"{7 / (num_planned + 8)}"]) == 0
+    assert str(caught.value) in capsys.readouterr().out
+    assert run_job(plan_job.JOB, ["--config", path, *share, f"{8 / (num_planned + 8)}"]) == 0
+    assert "max_dead_letter_share" not in capsys.readouterr().out
+    _with_ghosts(world, 4, 8 / (num_planned + 8))
+    assert world.run(**options).plan_dead_letters == {"unknown_user": 8}, "the control: exactly what is allowed"
+
+
+def test_what_the_gate_allows_is_what_the_gate_compares(world: World) -> None:
+    """Every share in hundredths of plans of every size: as many as the gate's own comparison lets through."""
+    world.write()
+    made = planned(world.config, set_up(world.config))
+    for num_requests in (0, 1, 3, 29, 100, 350, 10_000):
+        counts = replace(made.counts, num_requests=num_requests, dead_letters={})
+        for hundredths in range(101):
+            _with_ghosts(world, 0, hundredths / 100)
+            most = max(n for n in range(num_requests + 1) if n / max(1, num_requests) <= hundredths / 100)
+            assert dead_letters_left(world.config, replace(made, counts=counts)) == most
+    assert int(0.29 * 100) == 28, "the control: a product that is rounded down"
