@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -877,3 +878,86 @@ def test_what_the_gate_allows_is_what_the_gate_compares(world: World) -> None:
             most = max(n for n in range(num_requests + 1) if n / max(1, num_requests) <= hundredths / 100)
             assert dead_letters_left(world.config, replace(made, counts=counts)) == most
     assert int(0.29 * 100) == 28, "the control: a product that is rounded down"
+
+
+# -- in a larger world
+
+
+NUM_MANY_USERS = 300
+
+
+def _many_users(folder: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Each of 300 users with each of four contents and both tasks: 2,400 requests."""
+    plan = {"requests_per_shard": 150, "max_group_requests": 64}
+    world = make_world(folder, monkeypatch, num_users=NUM_MANY_USERS, num_contents=4, plan=plan)
+    world.candidates = {(user, name): 1.0 for user in world.users for name in world.contents}
+    return world
+
+
+@pytest.fixture(scope="module")
+def first_of_many(tmp_path_factory: pytest.TempPathFactory) -> World:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        made = _many_users(tmp_path_factory.mktemp("many"), monkeypatch)
+        made.run()
+    assert len(made.rows()) == 8 * NUM_MANY_USERS
+    return made
+
+
+def _one_percent(world: World) -> set[Key]:
+    """Three of 300 users; who opted out is none of them, whose vector is not looked at."""
+    users = ["user-017", "user-142", "user-299"]
+    for number, user in enumerate(users):
+        world.users[user] = replace(world.users[user], vector=vector(9000 + number))
+    return {(user, f"content-0{number}", task) for user in users for number in range(4) for task in TASKS}
+
+
+def _one_number_of_a_vector(world: World) -> set[Key]:
+    """The least that float32 can tell, in one of 8 x 300 numbers."""
+    values = np.array(world.users["user-142"].vector, dtype=np.float32)
+    values[5] = np.nextafter(values[5], np.float32(9))
+    world.users["user-142"] = replace(world.users["user-142"], vector=tuple(values.tolist()))
+    return {("user-142", f"content-0{number}", task) for number in range(4) for task in TASKS}
+
+
+def _one_content(world: World) -> set[Key]:
+    world.contents["content-02"] = replace(world.contents["content-02"], body=world.contents["content-02"].body + ".")
+    return {(user, "content-02", task) for user in world.users for task in TASKS}
+
+
+def _one_prompt(world: World) -> set[Key]:
+    """Of one task in one language; the odd contents are Japanese."""
+    _prompt(world)
+    return {(user, name, "headline") for user in world.users for name in ("content-01", "content-03")}
+
+
+def _whole_projector(world: World) -> set[Key]:
+    _projector(world)
+    return {(user, f"content-0{number}", task) for user in world.users for number in range(4) for task in TASKS}
+
+
+@pytest.mark.parametrize(
+    ("edit", "num_changed"),
+    [
+        (_one_percent, 3 * 8),
+        (_one_number_of_a_vector, 8),
+        (_one_content, 600),
+        (_one_prompt, 600),
+        (_whole_projector, 2400),
+    ],
+)
+def test_a_change_among_many_users_writes_these_keys_and_no_other(
+    edit: Callable[[World], set[Key]],
+    num_changed: int,
+    first_of_many: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = _many_users(tmp_path, monkeypatch)
+    shutil.copytree(first_of_many.config.output.uri, world.config.output.uri)
+    world.shown = dict(first_of_many.shown)
+    before, expected = world.rows(), edit(world)
+    assert len(expected) == num_changed
+    assert_exact(world, world.run)
+    after = world.rows()
+    assert {key for key, row in after.items() if row["run_id"] != before[key]["run_id"]} == expected
+    assert {key for key, row in after.items() if row["fingerprint"] != before[key]["fingerprint"]} == expected
