@@ -8,6 +8,7 @@ import sys
 from e2p_ray.batch import EngineFactory
 from e2p_ray.config import JobConfig, ProjectorConfig
 from e2p_ray.downstream.report import Report, render_terminal
+from e2p_ray.errors import ConfigError
 from e2p_ray.update import Limits
 from jobs.cli import Job, run_job
 from jobs.generate import add_limits, generate_run, limits_of
@@ -33,6 +34,8 @@ def backfill_run(
 ) -> Report:
     """`generate_run` with this projector in place of the configured one."""
     if projector_uri is not None:
+        if not projector_uri.strip():
+            raise ConfigError("--projector: give the URI of a projector, or leave it out and set projector.uri")
         config = config.model_copy(update={"projector": ProjectorConfig(uri=projector_uri)})
     return generate_run(config, publish_it=publish_it, engine_factory=engine_factory, limits=limits, action="backfill")
 

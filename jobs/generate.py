@@ -71,8 +71,13 @@ def generate_run(
     if work is None:
         assert table is not None, "without a table there is something to do"
         return _nothing_to_do(config, setup, plan, table)
+    max_dead_letters = dead_letters_left(config, plan)
     batch = run_batch if through_serve is None else partial(run_batch, through_serve=through_serve)
-    report = _done(config, setup, work, publish_it, partial(batch, engine_factory=engine_factory), limits)
+    # An update's share counts the rows that it carries over, too.
+    batch = partial(
+        batch, engine_factory=engine_factory, max_dead_letters=max_dead_letters if work.changes is None else None
+    )
+    report = _done(config, setup, work, publish_it, batch, limits)
     if report.version is not None:
         record(setup.storage, config.output.uri, action, published_ids(work.run, report.version))
     return report
@@ -103,14 +108,7 @@ def _done(
     num_requests = work.changes.num_to_write if work.changes else work.plan.counts.num_requests
     say(f"run {run.run_id}: {num_requests:,} requests in {len(work.plan.shards):,} shards")
     with ProgressLine() as progress:
-        summary = batch(
-            config,
-            storage,
-            run,
-            on_progress=progress,
-            max_seconds=limits.max_seconds,
-            max_dead_letters=_max_dead_letters(config, work),
-        )
+        summary = batch(config, storage, run, on_progress=progress, max_seconds=limits.max_seconds)
     _defer(setup, run, summary)
     changes = work.changes or Changes()
     report = build_report(
@@ -127,13 +125,22 @@ def _done(
     return report
 
 
-def _max_dead_letters(config: JobConfig, work: Work) -> int | None:
-    """What the gate leaves to the shards of a full run; an update's share counts the rows that it carries over, too."""
-    if work.changes is not None:
-        return None
-    counts, num_planned = work.plan.counts, sum(work.plan.counts.dead_letters.values())
-    allowed = int(config.gates.max_dead_letter_share * (counts.num_requests + num_planned))
-    return max(allowed - num_planned, 0)
+def dead_letters_left(config: JobConfig, plan: Plan) -> int:
+    """How many more dead letters than its plan's a run may have for the gate; GateError when those are too many."""
+    planned = plan.counts.dead_letters
+    num_planned, limit = sum(planned.values()), config.gates.max_dead_letter_share
+    num_requests = plan.counts.num_requests + num_planned
+    allowed = round(limit * num_requests)
+    if allowed / max(1, num_requests) > limit:  # as the gate compares: a product rounded down can be one too few
+        allowed -= 1
+    if num_planned > allowed:
+        codes = ", ".join(f"{code} {number:,}" for code, number in sorted(planned.items(), key=lambda item: -item[1]))
+        raise GateError(
+            f"{num_planned:,} of {num_requests:,} requests cannot be written, whatever is generated ({codes}); "
+            f"gates.max_dead_letter_share {limit:g} forbids to publish with more than {allowed:,}, so nothing is "
+            f"generated. Look at {plan.uri}/dead_letters; mend the input tables, or raise the gate"
+        )
+    return allowed - num_planned
 
 
 def _defer(setup: Setup, run: Run, summary: BatchSummary) -> None:
@@ -216,7 +223,8 @@ JOB = Job(
     "new version is published. `jobs.plan` says beforehand what would change. What a limit leaves keeps its old row\n"
     "(or is a dead letter `deferred` until it has one); the same command goes on with it.\n"
     "Interrupted at any point, the same command resumes: only shards that are not committed yet are generated.\n"
-    "Exit code 4: complete but not published (a gate, or the table was changed meanwhile); 5: shards are left.",
+    "Exit code 4: complete but not published (a gate, or the table was changed meanwhile), or not begun (the\n"
+    "plan has more dead letters than gates.max_dead_letter_share allows, also for --no-publish); 5: shards are left.",
     config=JobConfig,
     call=generate,
     add_options=_options,

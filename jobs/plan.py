@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from e2p_ray.commit import PublishedTable, read_published
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
-from e2p_ray.errors import RowError
+from e2p_ray.errors import GateError, RowError
 from e2p_ray.plan import Plan, read_shard
 from e2p_ray.update import Changes, Limits, survey
 from jobs.cli import Job, run_job
+from jobs.generate import dead_letters_left
 from jobs.steps import Setup, full_run, planned, say, set_up, source_id_of, update_job, update_run
 from jobs.tables import bytes_text, duration_text, print_pairs, print_table
 
@@ -66,6 +67,8 @@ def plan(config: JobConfig, options: argparse.Namespace) -> None:
         if rows_per_s
         else "unknown: no run has been reported yet; give --rows-per-s"
     )
+    if closed := _closed_gate(config, made):
+        pairs["gate"] = closed
     print_pairs(pairs)
     rows = [("no soft token: " + reason, f"{number:,}") for reason, number in sorted(counts.reasons.items())]
     rows += [("dead letter: " + code, f"{number:,}") for code, number in sorted(counts.dead_letters.items())]
@@ -73,6 +76,15 @@ def plan(config: JobConfig, options: argparse.Namespace) -> None:
         print_table(("not personalised", "requests"), rows)
     if table is not None and changes is not None:
         _print_changes(table, changes)
+
+
+def _closed_gate(config: JobConfig, made: Plan) -> str | None:
+    """Why no run of this plan could be published, whatever is generated."""
+    try:
+        dead_letters_left(config, made)
+    except GateError as error:
+        return str(error)
+    return None
 
 
 def _changes(config: JobConfig, setup: Setup, made: Plan, table: PublishedTable | None) -> Changes | None:
@@ -167,7 +179,8 @@ JOB = Job(
     prog="jobs.plan",
     description="Write the plan of a run under output.uri and say what the run would do: requests, groups, shards,\n"
     "tokens with and without sharing, bytes, and what cannot be personalised; where a table is published, also what\n"
-    "would be written anew and why, carried over and removed. Nothing is generated.",
+    "would be written anew and why, carried over and removed, and whether its dead letters alone close a gate.\n"
+    "Nothing is generated.",
     config=JobConfig,
     call=plan,
     add_options=_options,

@@ -131,3 +131,12 @@ def test_without_a_new_projector_nothing_is_to_be_done(world: World) -> None:
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """Not run yet, and without Ray."""
     return make_world(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("uri", ["", " "])
+def test_an_empty_projector_is_a_wrong_option(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world(tmp_path, monkeypatch)
+    assert run_job(backfill.JOB, ["--config", str(world.folder / "job.yaml"), "--projector", uri]) == 2
+    assert "--projector: give the URI of a projector" in capsys.readouterr().err

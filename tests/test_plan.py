@@ -21,7 +21,7 @@ import ray
 
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import IncompatibleError, InputError, ShardError
-from e2p_ray.plan import Plan, largest_first, load_plan, make_plan, read_shard
+from e2p_ray.plan import Plan, inputs, largest_first, load_plan, make_plan, read_shard
 from e2p_ray.plan.inputs import stable_hash
 from e2p_ray.schema import DEAD_LETTERS, Group, Reason, planned_schema
 from e2p_ray.storage import Storage
@@ -230,6 +230,33 @@ def test_groups_and_shards_keep_their_bounds(tmp_path: Path) -> None:
         assert [request.key for request in group.requests] == sorted(request.key for request in group.requests)
 
 
+def test_long_texts_close_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard has its texts once a request: their bytes are bounded, and shards within the bound stay what they are."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # another process would not see the bound
+    users = [user(f"u{number:02d}") for number in range(30)]
+    pairs = [candidate(one["user_id"], f"c{number}") for one in users for number in range(6)]
+    short = World(users, [content(f"c{number}", body="本" * 10) for number in range(6)], pairs)
+    plan = plan_world(short, tmp_path / "a", requests_per_shard=400)
+    monkeypatch.setattr("e2p_ray.plan.shards._MAX_TEXT_BYTES", 30 * 6 * 2 * len("title" + 3 * "b" * 10))
+    assert shard_ids(plan_world(short, tmp_path / "b", requests_per_shard=400)) == shard_ids(plan), "just within it"
+    assert len(plan.shards) == 1
+    for max_bytes, num_requests in ((30 * 35, 30), (35 * 20, 20), (100, 2), (35, 1), (1, 1)):
+        monkeypatch.setattr("e2p_ray.plan.shards._MAX_TEXT_BYTES", max_bytes)
+        bounded = plan_world(short, tmp_path / str(max_bytes), requests_per_shard=400)
+        assert_as_reference(bounded, short)
+        sizes = [entry.num_requests for entry in bounded.shards]
+        assert max(sizes) == num_requests
+        assert bounded.counts.num_groups == 12 * -(-30 // num_requests)
+    mixed = replace(short, contents=[*short.contents[1:], content("c0", body="long" * 500)])
+    monkeypatch.setattr("e2p_ray.plan.shards._MAX_TEXT_BYTES", 30 * 35 * 4)
+    groups = groups_of(plan_world(mixed, tmp_path / "mixed", requests_per_shard=400))
+    assert {len(group.requests) for found in groups.values() for group in found} == {2, 30}
+    assert all(
+        sum(len(g.requests) * len((g.content.title + g.content.body).encode()) for g in found) <= 30 * 35 * 4
+        for found in groups.values()
+    )
+
+
 def test_which_row_of_a_user_or_content_is_taken(tmp_path: Path) -> None:
     later = START + timedelta(seconds=1)
     world = World(
@@ -329,6 +356,63 @@ def test_a_file_with_another_schema_is_named(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(path).drop_columns("personalize"), path)
     with pytest.raises(InputError, match=rf"{path}, column 'personalize'"):
         plan_of(job(tmp_path / "in", tmp_path / "out"))
+
+
+# -- bytes that are no text
+
+
+SHIFT_JIS = "港に新しい橋".encode("shift_jis")
+
+
+def broken(column: pa.ChunkedArray, row: int) -> pa.Array:
+    """The column with such bytes in one row, as a writer that does not look makes it."""
+    values = [None if value is None else value.encode() for value in column.to_pylist()]
+    values[row] = SHIFT_JIS
+    data = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(data), data.buffers())
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        ("users", "user_id"),
+        ("users", "embedding_space"),
+        ("contents", "content_id"),
+        ("contents", "title"),
+        ("contents", "body"),
+        ("contents", "language"),
+        ("candidates", "user_id"),
+        ("candidates", "content_id"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary"])
+def test_bytes_that_are_no_text_are_named(table: str, column: str, kind: str, tmp_path: Path) -> None:
+    """In the second of three row groups: the row is the file's."""
+    contents = [content(f"c{number}") for number in range(9)]
+    world = World([user(f"u{n}") for n in range(9)], contents, [candidate(f"u{n}", f"c{n}") for n in range(9)])
+    config = job(world.write(tmp_path / "in"), tmp_path / "out")
+    path = tmp_path / "in" / table / "part-00000.parquet"
+    rows = pq.read_table(path)
+    values = broken(rows[column], 4)
+    if kind == "large_string":
+        values = values.view(pa.binary()).cast(pa.large_binary()).view(pa.large_string())
+    elif kind == "dictionary":
+        values = pa.DictionaryArray.from_arrays(pa.array(range(9), pa.int32()), values)
+    changed = rows.set_column(rows.schema.get_field_index(column), column, values)
+    pq.write_table(changed, path, row_group_size=3)
+    with pytest.raises(InputError, match=f"{path}, column '{column}', row 4: not UTF-8. Write it anew") as caught:
+        plan_of(config)
+    assert caught.value.exit_code == 3
+    pq.write_table(rows, path, row_group_size=3)
+    assert plan_of(config).counts.num_requests == 18, "the control"
+
+
+def test_strings_of_one_row_group_may_pass_what_an_array_holds() -> None:
+    """Arrays of `string` end at 2 GiB: what is put together is cast before, dictionaries and views too."""
+    for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        chunks = pa.chunked_array([pa.array(["a", None], kind), pa.array(["日本", ""], kind)])
+        plain = inputs._plain(chunks)
+        assert (plain.type, plain.to_pylist()) == (pa.large_string(), ["a", None, "日本", ""])
 
 
 def test_wrong_projector_is_not_a_matter_of_bad_rows(tmp_path: Path) -> None:

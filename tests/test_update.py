@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -19,7 +20,15 @@ from deltalake import write_deltalake
 import e2p_ray.update.update
 from e2p_ray.commit import PublishedVersion, load_run, publish, read_published
 from e2p_ray.config import JobConfig
-from e2p_ray.errors import ConfigError, ConservationError, IncompatibleError, InputError, PublishConflictError
+from e2p_ray.downstream.report import Report
+from e2p_ray.errors import (
+    ConfigError,
+    ConservationError,
+    GateError,
+    IncompatibleError,
+    InputError,
+    PublishConflictError,
+)
 from e2p_ray.plan import read_shard
 from e2p_ray.schema import ErrorCode
 from e2p_ray.storage import Storage, parquet_bytes
@@ -27,7 +36,9 @@ from e2p_ray.update import Limits, Priority
 from e2p_ray.update.write import ShardWriter, write_carried
 from jobs import plan as plan_job
 from jobs.cli import run_job
-from tests.update_world import Key, User, World, content, edit_at_random, make_world, vector, with_task
+from jobs.generate import dead_letters_left
+from jobs.steps import planned, set_up
+from tests.update_world import TASKS, Key, User, World, content, edit_at_random, make_world, vector, with_task
 
 
 def no_engine(config: JobConfig, storage: Storage) -> NoReturn:
@@ -766,6 +777,134 @@ def test_wrong_limits_are_refused(world: World) -> None:
             world.run(Limits(max_requests=1, priority=Priority.parse(column)))
 
 
+# -- limits, and requests that can never be written
+
+
+@pytest.fixture
+def hopeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Not run yet: 36 requests, twelve of them about a content in a language that no prompt is for."""
+    gates = {"max_fallback_share": 1.0, "max_dead_letter_share": 0.5, "max_same_text_share": 1.0}
+    world = make_world(tmp_path, monkeypatch, num_users=6, num_contents=3, gates=gates)
+    world.contents["content-00"] = replace(world.contents["content-00"], language="fr")
+    for user, name in world.candidates:
+        world.candidates[user, name] = 1.0 + (name == "content-00")  # the best and the last of both orders of a score
+    return world
+
+
+def _keys(world: World) -> set[Key]:
+    return {(user, name, task) for user, name in world.candidates for task in TASKS}
+
+
+def _dead(world: World) -> set[Key]:
+    """Those that cannot be written; who has no soft token gets the title in place of a text that fails."""
+    return {
+        key
+        for key in _keys(world)
+        if world.contents[key[1]].language == "fr" and isinstance(world.users[key[0]].state(), tuple)
+    }
+
+
+def _letters(world: World, report: Report) -> dict[Key, dict[str, Any]]:
+    """The dead letters of a run, each key once."""
+    found: dict[Key, dict[str, Any]] = {}
+    for info in world.storage.list_objects(f"{world.config.output.uri}/runs/{report.run_id}/dead_letters"):
+        for row in world.storage.read_table(info.uri).to_pylist():
+            key = (row["user_id"], row["content_id"], row["task"])
+            assert key not in found
+            found[key] = row
+    return found
+
+
+def _tried(world: World, report: Report) -> set[Key]:
+    """What a run itself wrote or failed to write."""
+    letters = _letters(world, report)
+    written = {key for key, row in world.rows().items() if row["run_id"] == report.run_id}
+    assert not written & set(letters)
+    return written | {
+        key
+        for key, row in letters.items()
+        if row["run_id"] == report.run_id and row["error_code"] != ErrorCode.DEFERRED
+    }
+
+
+def _runs(world: World, limits: Limits) -> list[Report]:
+    """The same command until there is nothing to do."""
+    reports = list[Report]()
+    for _ in range(40):
+        report = world.run(limits)
+        assert report.version is not None
+        if report.version.already_published:
+            return reports
+        reports.append(report)
+    raise AssertionError("there is no end to it")
+
+
+@pytest.mark.parametrize("priority", [None, "score", "score:asc"])
+@pytest.mark.parametrize("max_requests", [7, 14, 35])
+def test_requests_that_cannot_be_written_take_a_limit_once(
+    hopeless: World, max_requests: int, priority: str | None
+) -> None:
+    limits = Limits(max_requests=max_requests, priority=Priority.parse(priority) if priority else None)
+    if priority == "score":  # of which a first run would have nothing to show
+        hopeless.candidates["user-003", "content-01"] = 3.0
+    dead, everything, tried = _dead(hopeless), _keys(hopeless), set[Key]()
+    assert (len(dead), len(everything)) == (8, 36)
+    for _ in range(-(-len(everything) // max_requests)):
+        report = hopeless.run(limits)
+        now = _tried(hopeless, report)
+        new = now - tried
+        assert len(new) == min(max_requests, len(everything - tried)), "as many as the limit lets, none of them again"
+        assert now - new <= dead
+        tried |= now
+        assert set(hopeless.rows()) == tried - dead
+        assert set(_letters(hopeless, report)) == everything - (tried - dead)
+        assert report.run_dead_letters.get("no_prompt", 0) == len(dead & tried), (
+            "a letter stays until it is tried again"
+        )
+        assert report.num_deferred == len(everything - tried)
+    assert tried == everything
+    assert not _runs(hopeless, limits)
+
+
+def test_what_failed_before_other_inputs_comes_last_but_is_tried(hopeless: World) -> None:
+    limits, dead = Limits(max_requests=12), _dead(hopeless)
+    first = _runs(hopeless, limits)[-1]
+    assert set(_letters(hopeless, first)) == dead
+    hopeless.contents["content-00"] = content(0)  # it can be written now, and nothing says so
+    for user in hopeless.users:
+        hopeless.candidates[user, "content-09"] = 1.0
+    hopeless.contents["content-09"] = content(9)
+    report = hopeless.run(limits)
+    changed = {key for key in _keys(hopeless) if key[1] == "content-00"} - dead  # titles so far
+    new = {key for key in _keys(hopeless) if key[1] == "content-09"}
+    assert _tried(hopeless, report) == new
+    assert {row["error_code"] for row in _letters(hopeless, report).values()} == {"no_prompt"}
+    assert report.num_deferred == len(changed | dead), "their letters are of other inputs: they wait"
+    report = hopeless.run(limits)
+    assert _tried(hopeless, report) == changed | dead
+    assert set(hopeless.rows()) == set(hopeless.wanted())
+    assert_nothing_to_do(hopeless)
+
+
+def test_time_runs_out_before_requests_that_failed(hopeless: World) -> None:
+    limits, dead = Limits(max_seconds=1e-9), _dead(hopeless)
+    reports = _runs(hopeless, limits)
+    assert set(hopeless.rows()) == _keys(hopeless) - dead
+    assert set(_letters(hopeless, reports[-1])) == dead
+    tries = [row["run_id"] for row in _letters(hopeless, reports[-1]).values()]
+    assert set(tries) <= {report.run_id for report in reports}
+    assert len(reports) <= 2 + len(_keys(hopeless)) // 3, "a shard a run, and the last ones have few requests"
+
+
+def test_control_a_dead_letter_of_a_purged_run_is_one_to_try(hopeless: World) -> None:
+    limits, dead = Limits(max_requests=18), _dead(hopeless)
+    report = hopeless.run(limits)
+    for info in list(hopeless.storage.list_objects(f"{hopeless.config.output.uri}/runs/{report.run_id}")):
+        hopeless.storage.delete(info.uri)
+    _runs(hopeless, limits)
+    assert set(hopeless.rows()) == _keys(hopeless) - dead
+
+
 # -- what would change
 
 
@@ -785,3 +924,131 @@ def test_jobs_plan_says_beforehand_what_changes(world: World, capsys: pytest.Cap
     assert (shown["carry over"], shown["remove"]) == (str(carried), str(removed))
     assert world.table().version() == 0
     assert_exact(world, world.run)
+
+
+# -- a gate that is closed from the beginning
+
+
+def _with_ghosts(world: World, num_ghosts: int, share: float) -> None:
+    """Candidates of users whom nobody knows, two requests each, and a gate."""
+    for number in range(num_ghosts):
+        world.candidates[f"ghost-{number}", "content-00"] = 1.0
+    gates = world.config.gates.model_copy(update={"max_dead_letter_share": share})
+    world.config = world.config.model_copy(update={"gates": gates})
+
+
+@pytest.mark.parametrize("options", [{}, {"full": True}, {"publish_it": False}, {"limits": Limits(max_requests=5)}])
+def test_dead_letters_of_the_plan_close_the_gate_before_anything_is_generated(
+    options: dict[str, Any], world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, num_planned = world.rows(), len(world.wanted())
+    _with_ghosts(world, 4, 7 / (num_planned + 8))
+    _change_vector(world)
+    said = rf"^8 of {num_planned + 8} requests cannot .* \(unknown_user 8\); .* more than 7, so .* raise the gate$"
+    with pytest.raises(GateError, match=said) as caught:
+        world.run(engine=no_engine, **options)
+    assert world.rows() == before
+    path, share = str(world.folder / "job.yaml"), ["--gates.max_dead_letter_share"]
+    capsys.readouterr()
+    assert run_job(plan_job.JOB, ["--config", path, *share, f"{7 / (num_planned + 8)}"]) == 0
+    assert str(caught.value) in capsys.readouterr().out
+    assert run_job(plan_job.JOB, ["--config", path, *share, f"{8 / (num_planned + 8)}"]) == 0
+    assert "max_dead_letter_share" not in capsys.readouterr().out
+    _with_ghosts(world, 4, 8 / (num_planned + 8))
+    assert world.run(**options).plan_dead_letters == {"unknown_user": 8}, "the control: exactly what is allowed"
+
+
+def test_what_the_gate_allows_is_what_the_gate_compares(world: World) -> None:
+    """Every share in hundredths of plans of every size: as many as the gate's own comparison lets through."""
+    world.write()
+    made = planned(world.config, set_up(world.config))
+    for num_requests in (0, 1, 3, 29, 100, 350, 10_000):
+        counts = replace(made.counts, num_requests=num_requests, dead_letters={})
+        for hundredths in range(101):
+            _with_ghosts(world, 0, hundredths / 100)
+            most = max(n for n in range(num_requests + 1) if n / max(1, num_requests) <= hundredths / 100)
+            assert dead_letters_left(world.config, replace(made, counts=counts)) == most
+    assert int(0.29 * 100) == 28, "the control: a product that is rounded down"
+
+
+# -- in a larger world
+
+
+NUM_MANY_USERS = 300
+
+
+def _many_users(folder: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    """Each of 300 users with each of four contents and both tasks: 2,400 requests."""
+    plan = {"requests_per_shard": 150, "max_group_requests": 64}
+    world = make_world(folder, monkeypatch, num_users=NUM_MANY_USERS, num_contents=4, plan=plan)
+    world.candidates = {(user, name): 1.0 for user in world.users for name in world.contents}
+    return world
+
+
+@pytest.fixture(scope="module")
+def first_of_many(tmp_path_factory: pytest.TempPathFactory) -> World:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        made = _many_users(tmp_path_factory.mktemp("many"), monkeypatch)
+        made.run()
+    assert len(made.rows()) == 8 * NUM_MANY_USERS
+    return made
+
+
+def _one_percent(world: World) -> set[Key]:
+    """Three of 300 users; who opted out is none of them, whose vector is not looked at."""
+    users = ["user-017", "user-142", "user-299"]
+    for number, user in enumerate(users):
+        world.users[user] = replace(world.users[user], vector=vector(9000 + number))
+    return {(user, f"content-0{number}", task) for user in users for number in range(4) for task in TASKS}
+
+
+def _one_number_of_a_vector(world: World) -> set[Key]:
+    """The least that float32 can tell, in one of 8 x 300 numbers."""
+    values = np.array(world.users["user-142"].vector, dtype=np.float32)
+    values[5] = np.nextafter(values[5], np.float32(9))
+    world.users["user-142"] = replace(world.users["user-142"], vector=tuple(values.tolist()))
+    return {("user-142", f"content-0{number}", task) for number in range(4) for task in TASKS}
+
+
+def _one_content(world: World) -> set[Key]:
+    world.contents["content-02"] = replace(world.contents["content-02"], body=world.contents["content-02"].body + ".")
+    return {(user, "content-02", task) for user in world.users for task in TASKS}
+
+
+def _one_prompt(world: World) -> set[Key]:
+    """Of one task in one language; the odd contents are Japanese."""
+    _prompt(world)
+    return {(user, name, "headline") for user in world.users for name in ("content-01", "content-03")}
+
+
+def _whole_projector(world: World) -> set[Key]:
+    _projector(world)
+    return {(user, f"content-0{number}", task) for user in world.users for number in range(4) for task in TASKS}
+
+
+@pytest.mark.parametrize(
+    ("edit", "num_changed"),
+    [
+        (_one_percent, 3 * 8),
+        (_one_number_of_a_vector, 8),
+        (_one_content, 600),
+        (_one_prompt, 600),
+        (_whole_projector, 2400),
+    ],
+)
+def test_a_change_among_many_users_writes_these_keys_and_no_other(
+    edit: Callable[[World], set[Key]],
+    num_changed: int,
+    first_of_many: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = _many_users(tmp_path, monkeypatch)
+    shutil.copytree(first_of_many.config.output.uri, world.config.output.uri)
+    world.shown = dict(first_of_many.shown)
+    before, expected = world.rows(), edit(world)
+    assert len(expected) == num_changed
+    assert_exact(world, world.run)
+    after = world.rows()
+    assert {key for key, row in after.items() if row["run_id"] != before[key]["run_id"]} == expected
+    assert {key for key, row in after.items() if row["fingerprint"] != before[key]["fingerprint"]} == expected

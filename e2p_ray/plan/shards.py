@@ -23,6 +23,9 @@ from e2p_ray.schema import Content, Group, Reason, Request, RequestKey, planned_
 from e2p_ray.storage import Storage, parquet_bytes
 
 _WRITE_THREADS = 4
+# A shard has its contents' texts once a request. Arrow's strings end at 2 GiB a column, and a shard is in memory as a
+# whole. The 4,096 requests that a shard has at most by default come to this with texts of 128 KiB on average.
+_MAX_TEXT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Slice(NamedTuple):
     task: str
     start: int
     stop: int
+    num_text_bytes: int  # title and body, once a request
 
 
 def shard_uri(plan_uri: str, shard_id: str) -> str:
@@ -67,43 +71,56 @@ def cut(join: ContentJoin, cutting: Cutting) -> Iterator[list[Slice]]:
     """The groups of every shard. A change in one bucket of contents leaves the others as they are."""
     buckets = bucket_of(join.contents["content_hash"].to_numpy(), cutting.num_buckets).tolist()
     counts = np.bincount(join.requests["content"], minlength=len(buckets))
-    stops = np.cumsum(counts).tolist()
+    stops, text_bytes = np.cumsum(counts).tolist(), text_bytes_of(join.contents)
+    cap = min(cutting.max_group_requests, cutting.requests_per_shard)
     start, slices = 0, list[Slice]()
     for content, stop in enumerate(stops):
         if content and buckets[content] != buckets[content - 1]:
             yield from _pack(slices, cutting.requests_per_shard)
             slices = []
-        slices += _slices(content, start, stop, cutting)
+        for task in cutting.tasks:
+            slices += slices_of(content, task, start, stop, cap, text_bytes[content])
         start = stop
     yield from _pack(slices, cutting.requests_per_shard)
 
 
-def _slices(content: int, start: int, stop: int, cutting: Cutting) -> Iterator[Slice]:
-    cap = min(cutting.max_group_requests, cutting.requests_per_shard)
-    for task in cutting.tasks:
-        for first in range(start, stop, cap):
-            yield Slice(content, task, first, min(first + cap, stop))
+def text_bytes_of(contents: pl.DataFrame) -> list[int]:
+    """The bytes of every content's title and body."""
+    sizes = contents.select(pl.col("title").str.len_bytes().cast(pl.Int64) + pl.col("body").str.len_bytes())
+    return sizes.to_series().to_list()
+
+
+def slices_of(content: int, task: str, start: int, stop: int, max_requests: int, text_bytes: int) -> Iterator[Slice]:
+    """The groups of one content and task; few requests each where a text is so long that more are no shard."""
+    cap = max(1, min(max_requests, _MAX_TEXT_BYTES // max(1, text_bytes)))
+    for first in range(start, stop, cap):
+        last = min(first + cap, stop)
+        yield Slice(content, task, first, last, (last - first) * text_bytes)
 
 
 def _pack(slices: list[Slice], requests_per_shard: int) -> Iterator[list[Slice]]:
-    """One shard, or several in a row where the bucket holds more than twice what is aimed at."""
+    """One shard, or several in a row where the bucket holds more than twice what is aimed at, or too long texts."""
     total = sum(piece.stop - piece.start for piece in slices)
-    if total > 2 * requests_per_shard:
+    if total > 2 * requests_per_shard or sum(piece.num_text_bytes for piece in slices) > _MAX_TEXT_BYTES:
         yield from pack(slices, requests_per_shard)
     elif slices:
         yield slices
 
 
 def pack(slices: Sequence[Slice], requests_per_shard: int) -> Iterator[list[Slice]]:
-    """Shards of no more requests than this, in order, each as full as its groups allow; a group is never cut."""
-    current, num_requests = list[Slice](), 0
+    """Shards of no more requests than this, in order, each as full as its groups allow; a group is never cut.
+
+    Nor are there more than 512 MiB of titles and bodies in one, each counted once a request.
+    """
+    current, num_requests, num_bytes = list[Slice](), 0, 0
     for piece in slices:
         size = piece.stop - piece.start
-        if current and num_requests + size > requests_per_shard:
+        is_full = num_requests + size > requests_per_shard or num_bytes + piece.num_text_bytes > _MAX_TEXT_BYTES
+        if current and is_full:
             yield current
-            current, num_requests = [], 0
+            current, num_requests, num_bytes = [], 0, 0
         current.append(piece)
-        num_requests += size
+        num_requests, num_bytes = num_requests + size, num_bytes + piece.num_text_bytes
     if current:
         yield current
 
@@ -241,13 +258,14 @@ def read_shard(storage: Storage, plan_uri: str, shard_id: str) -> list[Group]:
     """The groups of one shard; ShardError when the file is not what a plan writes."""
     table = read_planned(storage, plan_uri, shard_id)
     vectors = _user_embeddings(table["user_embedding"])
-    names = ("user_id", "content_id", "task", "title", "body", "language", "reason", "draft")
-    columns = {name: table[name].to_pylist() for name in names}
-    edges = np.flatnonzero(np.diff(table["group"].to_numpy(), prepend=-1, append=-1)).tolist()
+    columns = {name: table[name].to_pylist() for name in ("user_id", "reason", "draft")}
+    edges = np.flatnonzero(np.diff(table["group"].to_numpy(), prepend=-1, append=-1))
+    # Once a group, not once a row: a long text would be copied for each.
+    heads = table.select(["content_id", "title", "body", "language", "task"]).take(edges[:-1]).to_pylist()
     groups = []
-    for start, stop in pairwise(edges):
-        content = Content(*(columns[name][start] for name in ("content_id", "title", "body", "language")))
-        task = columns["task"][start]
+    for (start, stop), head in zip(pairwise(edges.tolist()), heads, strict=True):
+        task = head.pop("task")
+        content = Content(**head)
         requests = tuple(
             Request(
                 RequestKey(columns["user_id"][row], content.content_id, task),

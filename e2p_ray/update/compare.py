@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from e2p_ray.commit import PublishedTable
+from e2p_ray.commit import PublishedTable, Run
 from e2p_ray.commit.spool import HashSpool, hash_rows
 from e2p_ray.fingerprint import FINGERPRINT_CHARS, PART_CHARS
 from e2p_ray.plan import Plan, ShardEntry
@@ -22,7 +22,8 @@ from e2p_ray.plan.plan import plan_buckets
 from e2p_ray.schema import GENERATIONS, Arm, RequestKey
 from e2p_ray.storage import Storage
 from e2p_ray.update.buckets import PRIORITIES, BucketSpool, spool_priorities, spool_published
-from e2p_ray.update.limits import Priority
+from e2p_ray.update.failed import FAILED, LETTER, spool_failed, with_letters
+from e2p_ray.update.limits import Limits
 from e2p_ray.update.planned import CONTENTS, REQUESTS, PlannedRows, SettingsOf, read_planned_rows
 
 _KEY = list(RequestKey._fields)
@@ -71,7 +72,7 @@ class Bucket(NamedTuple):
     """The plan and the table, as far as they are about the contents of one bucket.
 
     `changed` has the columns of `REQUESTS` and `at` (the row of `published` with its key, or null), `cause` (null where
-    only the known users can tell), `draft`, `priority`; `carried` are rows of `published`.
+    only the known users can tell), `draft`, `priority`, `letter` (see failed.py); `carried` are rows of `published`.
     """
 
     number: int
@@ -85,17 +86,22 @@ class Bucket(NamedTuple):
 class Comparison:
     """Goes through plan and table bucket by bucket, as often as it is asked; use it in a `with`."""
 
-    def __init__(self, job: UpdateJob, priority: Priority | None = None) -> None:
+    def __init__(self, job: UpdateJob, run: Run | None = None, limits: Limits | None = None) -> None:
+        """`run` is the one to come; what comes first and last in it matters under limits only."""
         self.job = job
+        priority = limits.priority if limits else None
         self.num_buckets = job.num_buckets()
         with ExitStack() as stack:
             self.users = stack.enter_context(HashSpool())  # of all published rows
             self._published = stack.enter_context(BucketSpool(GENERATIONS, self.num_buckets))
             self._priorities = stack.enter_context(BucketSpool(PRIORITIES, self.num_buckets)) if priority else None
+            self._failed = stack.enter_context(BucketSpool(FAILED, self.num_buckets)) if limits else None
             if job.table is not None:
                 spool_published(job.storage, job.table, self._published, self.users)
             if priority is not None and self._priorities is not None:
                 spool_priorities(job.storage, job.candidates_uri, priority, self._priorities)
+            if job.table is not None and run is not None and self._failed is not None:
+                spool_failed(job.storage, job.table, run, self._failed)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Comparison:
@@ -138,7 +144,7 @@ class Comparison:
         return Bucket(
             number=number,
             contents=planned.contents,
-            changed=self._with_priority(number, changed),
+            changed=self._with_letters(number, self._with_priority(number, changed)),
             carried=rows.filter(is_carried)["at"].sort(),
             published=published,
             num_removed=old.select(_KEY).unique().join(planned.requests, on=_KEY, how="anti").height,
@@ -182,3 +188,8 @@ class Comparison:
         found = pl.DataFrame(pl.from_arrow(self._priorities.rows(number)))
         best = found.group_by("user_id", "content_id").agg(pl.col("priority").min())
         return changed.join(best, on=["user_id", "content_id"], how="left", maintain_order="left")
+
+    def _with_letters(self, number: int, changed: pl.DataFrame) -> pl.DataFrame:
+        if self._failed is None:
+            return changed.with_columns(letter=pl.lit(None, dtype=LETTER))
+        return with_letters(changed, self._failed.rows(number))

@@ -10,7 +10,8 @@ from e2p_ray.commit import Run
 from e2p_ray.plan.shards import shard_uri
 from e2p_ray.schema import RequestKey
 from e2p_ray.storage import Storage
-from e2p_ray.update.kept import commit_kept, old_rows_uri
+from e2p_ray.update.failed import FAILED, with_letters
+from e2p_ray.update.kept import commit_kept, failed_folder, failed_uri, old_rows_uri
 
 _KEY = list(RequestKey._fields)
 
@@ -20,12 +21,13 @@ def defer_shards(storage: Storage, run: Run, shard_ids: Sequence[str]) -> int:
 
     Returns the number of requests that were deferred. A worker that commits one of them first is kept.
     """
-    num_requests = 0
+    with_failed = {info.uri for info in storage.list_objects(failed_folder(run.plan_uri))}
+    num_deferred = 0
     for shard_id in shard_ids:
         planned = pl.DataFrame(pl.from_arrow(storage.read_table(shard_uri(run.plan_uri, shard_id), _KEY)))
-        uri = old_rows_uri(run.plan_uri, shard_id)
-        rows = storage.read_table(uri)
+        rows = storage.read_table(old_rows_uri(run.plan_uri, shard_id))
         waiting = planned.join(pl.DataFrame(pl.from_arrow(rows.select(_KEY))), on=_KEY, how="anti")
-        commit_kept(storage, run, shard_id, rows, waiting, num_carried=0)
-        num_requests += planned.height
-    return num_requests
+        uri = failed_uri(run.plan_uri, shard_id)
+        failed = storage.read_table(uri) if uri in with_failed else FAILED.empty_table()
+        num_deferred += commit_kept(storage, run, shard_id, rows, with_letters(waiting, failed), num_carried=0)
+    return num_deferred

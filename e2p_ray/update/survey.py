@@ -13,10 +13,17 @@ import polars as pl
 
 from e2p_ray.commit.spool import HashSpool, hash_rows
 from e2p_ray.update.compare import Bucket, Cause, Comparison, UpdateJob
+from e2p_ray.update.failed import is_settled
 from e2p_ray.update.limits import Limits
 
 _MAX_TIERS = 8  # each content is prefilled once a tier
 DEFERRED = -1
+_UNTRIED, _SETTLED = 0, 2  # standings: how much there is to say against trying a request now
+_RANK = (
+    pl.col("priority").fill_null(np.inf),
+    pl.col("at").is_null().alias("is_new"),
+    (pl.col("letter").is_not_null().cast(pl.Int8) + is_settled().cast(pl.Int8)).alias("standing"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Changes:
     num_carried: int = 0  # requests whose published row still holds
     num_removed: int = 0  # published rows that are wanted no more
     num_deferred: int = 0  # of the requests that need a new text, those beyond the limit
+    num_settled: int = 0  # those beyond it whose last try, with all the same, came to a dead letter
 
     @property
     def num_changed(self) -> int:
@@ -34,7 +42,7 @@ class Changes:
 
     @property
     def num_to_write(self) -> int:
-        return self.num_changed - self.num_deferred
+        return self.num_changed - self.num_deferred - self.num_settled
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,7 +74,7 @@ def survey(job: UpdateJob, say: Callable[[str], None]) -> Changes:
 def count(comparison: Comparison, limits: Limits, say: Callable[[str], None]) -> tuple[Changes, Order]:
     """One way through all buckets."""
     causes, num_carried, num_removed = Counter[str](), 0, 0
-    priorities, are_new = [], []
+    ranks = list[pl.DataFrame]()
     with HashSpool() as undecided:
         for bucket in comparison.buckets():
             counted = bucket.changed["cause"].value_counts().drop_nulls("cause")
@@ -75,16 +83,17 @@ def count(comparison: Comparison, limits: Limits, say: Callable[[str], None]) ->
             undecided.add(hash_rows(unknown["user_id"].to_arrow()))
             num_carried, num_removed = num_carried + len(bucket.carried), num_removed + bucket.num_removed
             if limits:
-                priorities.append(bucket.changed["priority"].fill_null(np.inf).to_numpy())
-                are_new.append(bucket.changed["at"].is_null().to_numpy())
+                ranks.append(bucket.changed.select(_RANK))
             _say_progress(comparison, bucket, say)
         causes.update(_of_new_pairs(undecided, comparison.users))
     changes = Changes({c: causes[c] for c in map(str, Cause) if causes[c]}, num_carried, num_removed)
     if not limits:
         return changes, Order()
-    order = _order(np.concatenate(priorities), np.concatenate(are_new), limits, comparison.job.requests_per_shard)
-    assert order.tiers is not None, "limits give tiers"
-    return replace(changes, num_deferred=int((order.tiers == DEFERRED).sum())), order
+    ranked = pl.concat(ranks)
+    order = _order(ranked, limits, comparison.job.requests_per_shard)
+    are_settled = ranked.filter(order.of(0, ranked.height) == DEFERRED)["standing"] == _SETTLED
+    num_settled = int(are_settled.sum())
+    return replace(changes, num_deferred=len(are_settled) - num_settled, num_settled=num_settled), order
 
 
 def _say_progress(comparison: Comparison, bucket: Bucket, say: Callable[[str], None]) -> None:
@@ -106,22 +115,22 @@ def _of_new_pairs(undecided: HashSpool, known_users: HashSpool) -> Counter[str]:
     )
 
 
-def _order(
-    priorities: npt.NDArray[np.float64], are_new: npt.NDArray[np.bool_], limits: Limits, requests_per_shard: int
-) -> Order:
-    """By priority; of equals first those that have no text at all, then as they lie.
+def _order(ranks: pl.DataFrame, limits: Limits, requests_per_shard: int) -> Order:
+    """By priority, those that failed before last; of equals first those that have no text at all, then as they lie.
 
-    Without a priority contents stay whole as far as they can: the new requests are one tier, the others another.
+    Without a priority contents stay whole as far as they can: new requests are one tier, those that have a text
+    another, those that failed before the last.
     """
-    num_rows = len(priorities)
-    ranked = np.lexsort((np.arange(num_rows), ~are_new, priorities))
+    num_rows = ranks.height
+    priorities, are_new, standings = (ranks[name].to_numpy() for name in ("priority", "is_new", "standing"))
+    ranked = np.lexsort((np.arange(num_rows), ~are_new, priorities, standings))
     num_chosen = min(num_rows, limits.max_requests or num_rows)
     chosen = ranked[:num_chosen]
     tiers = np.full(num_rows, DEFERRED, dtype=np.int8)
     if limits.max_seconds is None:
         num_tiers, places = 1, np.zeros(num_chosen, dtype=np.int8)
     elif limits.priority is None:
-        num_tiers, places = 2, (~are_new[chosen]).astype(np.int8)
+        num_tiers, places = 3, np.where(standings[chosen] > _UNTRIED, 2, ~are_new[chosen]).astype(np.int8)
     else:
         num_tiers = max(1, min(_MAX_TIERS, num_chosen // requests_per_shard))
         places = (np.arange(num_chosen) * num_tiers // max(num_chosen, 1)).astype(np.int8)

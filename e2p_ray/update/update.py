@@ -62,7 +62,7 @@ def make_update(job: UpdateJob, run: Run, limits: Limits, say: Callable[[str], N
     if job.storage.exists(manifest_uri(run.plan_uri)):
         say(f"the update {run.plan_uri} is finished already")
         return load_update(job.storage, run.plan_uri)
-    with Comparison(job, limits.priority) as comparison:
+    with Comparison(job, run, limits) as comparison:
         changes, order = count(comparison, limits, say)
         if job.table is not None and job.table.shown and not (changes.num_changed or changes.num_removed):
             return None
@@ -70,6 +70,7 @@ def make_update(job: UpdateJob, run: Run, limits: Limits, say: Callable[[str], N
     say(
         f"{changes.num_to_write:,} requests need a new text, {changes.num_carried:,} rows are carried over, "
         f"{changes.num_removed:,} removed, {changes.num_deferred:,} deferred"
+        + (f", {changes.num_settled:,} stay dead letters" if changes.num_settled else "")
     )
     return update
 

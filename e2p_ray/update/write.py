@@ -10,10 +10,11 @@ import pyarrow as pa
 from e2p_ray.commit import Run
 from e2p_ray.commit.spool import HashSpool, hash_rows
 from e2p_ray.plan import ShardEntry
-from e2p_ray.plan.shards import Slice, pack, shard_uri, write_shard
+from e2p_ray.plan.shards import Slice, pack, shard_uri, slices_of, text_bytes_of, write_shard
 from e2p_ray.schema import RequestKey
 from e2p_ray.update.compare import Bucket, UpdateJob
-from e2p_ray.update.kept import commit_kept, old_rows_uri
+from e2p_ray.update.failed import letters_of
+from e2p_ray.update.kept import commit_kept, failed_uri, old_rows_uri
 from e2p_ray.update.planned import CONTENTS
 
 _KEY = list(RequestKey._fields)
@@ -54,7 +55,7 @@ class ShardWriter:
         requests = pl.concat(self._requests).join(contents.select("content_id", "content"), on="content_id")
         requests = requests.sort("content", "task", "user_id")
         old = pa.concat_tables(self._old) if self._old else None
-        packs = list(pack(list(self._slices(requests)), self._job.requests_per_shard))
+        packs = list(pack(list(self._slices(requests, text_bytes_of(contents))), self._job.requests_per_shard))
         for slices in packs if last else packs[:-1]:
             self._write_one(requests, contents, slices, old)
         rest = requests[packs[-1][0].start :]
@@ -62,13 +63,12 @@ class ShardWriter:
         self._contents = [] if last else [contents.join(rest, on="content_id", how="semi").select(CONTENTS.names())]
         self._old = [] if last or old is None else [_rows_of(old, rest)]
 
-    def _slices(self, requests: pl.DataFrame) -> Iterator[Slice]:
+    def _slices(self, requests: pl.DataFrame, text_bytes: list[int]) -> Iterator[Slice]:
         """Groups: one content and task each, capped."""
         cap = min(self._job.max_group_requests, self._job.requests_per_shard)
         start = 0
         for content, task, size in requests.group_by("content", "task", maintain_order=True).len().iter_rows():
-            for first in range(start, start + size, cap):
-                yield Slice(content, task, first, min(first + cap, start + size))
+            yield from slices_of(content, task, start, start + size, cap, text_bytes[content])
             start += size
 
     def _write_one(
@@ -79,6 +79,8 @@ class ShardWriter:
         rows = requests[slices[0].start : slices[-1].stop]
         if old is not None:
             storage.write_table(old_rows_uri(update_uri, shard.shard_id), _rows_of(old, rows))
+            if (failed := letters_of(rows)).num_rows:
+                storage.write_table(failed_uri(update_uri, shard.shard_id), failed)
         self._keys.add(hash_rows(*(rows[name].to_arrow() for name in _KEY)))
         self._shards.append(shard)
 
@@ -92,14 +94,14 @@ def _rows_of(old: pa.Table, requests: pl.DataFrame) -> pa.Table:
 def write_carried(job: UpdateJob, run: Run, bucket: Bucket, deferred: pl.DataFrame, keys: HashSpool) -> list[str]:
     """Commit the rows of a bucket that stay as they are, and its deferred requests; the ids of their shards.
 
-    A deferred request keeps its old row; one that has none becomes a dead letter.
+    A deferred request keeps its old row; one that has none becomes a dead letter, or stays the one that it was.
     """
     carried = bucket.carried.to_frame("at").with_columns(old=pl.lit(False))
     stays = pl.concat([carried, deferred.select("at", old=pl.lit(True)).drop_nulls("at")])
     keys_of = pl.DataFrame(pl.from_arrow(bucket.published.select(_KEY)))[stays["at"]]
     stays = stays.hstack(keys_of).sort("content_id", "task", "user_id")
     rows = bucket.published.take(stays["at"].to_arrow())
-    waiting = deferred.filter(pl.col("at").is_null()).select(_KEY)
+    waiting = deferred.filter(pl.col("at").is_null()).select(*_KEY, "letter")
     keys.add(hash_rows(*(rows[name] for name in _KEY)))
     keys.add(hash_rows(*(waiting[name].to_arrow() for name in _KEY)))
     ids = []
@@ -117,7 +119,7 @@ def _write_planned(
     job: UpdateJob, run: Run, shard_id: str, contents: pl.DataFrame, rows: pa.Table, waiting: pl.DataFrame
 ) -> None:
     """What stands for a planned file: keys and titles."""
-    planned = pl.concat([pl.DataFrame(pl.from_arrow(rows.select(_KEY))), waiting])
+    planned = pl.concat([pl.DataFrame(pl.from_arrow(rows.select(_KEY))), waiting.select(_KEY)])
     planned = planned.join(contents, on="content_id", how="left", maintain_order="left").select(_CARRIED_COLUMNS)
     table = planned.to_arrow(compat_level=pl.CompatLevel.oldest())
     job.storage.write_table(shard_uri(run.plan_uri, shard_id), table)
