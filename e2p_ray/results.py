@@ -31,14 +31,20 @@ _MAX_KEPT_PARTS = 256  # hashes of contents, whose requests come one after the o
 
 _MESSAGES = {
     ErrorCode.NULL_KEY: "the user id is empty",
-    ErrorCode.EMPTY_CONTENT: "no text was accepted and the content has no title to publish instead",
+    ErrorCode.EMPTY_CONTENT: (
+        "no text was accepted, or the content leaves the prompt empty; and it has no title to publish instead"
+    ),
     ErrorCode.NO_PROMPT: "the task has no prompt for the content's language; add tasks.<task>.prompts.<language>",
     ErrorCode.PROMPT_TOO_LONG: (
-        "the prompt leaves no room in the model's window; shorten the template or lower max_content_tokens"
+        "the template's own words leave the content no room in the model's window; shorten them or lower "
+        "tasks.<task>.sampling.max_new_tokens"
     ),
     ErrorCode.NON_FINITE_LOGITS: "the model gave NaN or Inf; try dtype float32, and check the projector",
     ErrorCode.CANCELLED: "nobody waited for it any more",
-    ErrorCode.OUT_OF_MEMORY: "one request alone did not fit; lower max_content_tokens or raise engine.max_bytes",
+    ErrorCode.OUT_OF_MEMORY: (
+        "one request alone did not fit beside the model; lower tasks.<task>.max_content_tokens or engine.max_bytes, or "
+        "give its worker more memory"
+    ),
 }
 
 

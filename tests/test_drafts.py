@@ -157,6 +157,30 @@ def test_a_text_told_meanwhile_becomes_a_guess_of_rows_that_began_like_it() -> N
     assert unlike_it.is_idle
 
 
+def test_the_nearest_user_s_text_is_guessed_first_and_then_the_most_common_ones() -> None:
+    drafts = Drafts(tiny_models.byte_tokenizer(), tiny_models.EOS, Experience())
+    row = first_row(engine_of(GREEDY))
+
+    def of(*user: float) -> Row:
+        return replace(row, user_embedding=np.array(user, np.float32))
+
+    north, east, south, shared = (1, 9), (2, 9), (3, 9), (4, 9)
+    for user, text in (((0, 1), north), ((1, 0), east), ((0, -1), south)):
+        drafts.tell(of(*user), text)
+    for teller in (replace(row, user_embedding=None), of(5, 5), of(0.9, 0), of(0, -0.9)):
+        drafts.tell(teller, shared)
+    expected = {(0.1, 0.8): north, (0.8, 0.1): east, (0.2, -0.7): south}
+    for place, text in expected.items():
+        draft = drafts.of(of(*place))
+        assert draft.guess == text
+        draft.follow([shared[0]])
+        assert draft.guess == shared, "what began otherwise goes on with another"
+        others = drafts._told_of(row).order_for(np.array(place, np.float32))
+        assert others[:2] == [text, shared]
+        assert sorted(others) == [north, east, south, shared]
+    assert drafts.of(replace(row, user_embedding=None)).guess == shared, "the control: without a user the common one"
+
+
 def test_drafts_that_never_hold_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a pass costs little besides its tokens, guesses stop; where it costs much, they go on."""
     monkeypatch.setattr(decode, "measure_overhead_tokens", lambda base: 64)

@@ -242,7 +242,7 @@ def test_greedy_texts_equal_hf_generate(name: str) -> None:
             sequence = torch.cat([left, soft])[None]
             output = model.generate(inputs_embeds=sequence, max_new_tokens=8, do_sample=False)
             expected = tokenizer.decode(output[0], skip_special_tokens=True).lstrip()
-            assert texts[request.key] == expected.removesuffix("\ufffd")
+            assert texts[request.key] == expected.rstrip("\ufffd")
 
 
 def test_an_architecture_that_does_not_fit_is_refused_by_name() -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from e2p_ray.config import TaskConfig
+from e2p_ray.engine import teaching
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.fake import FakeEngine
+from e2p_ray.engine.lesson import Batch, Lesson, LessonRow
 from e2p_ray.engine.manifest import Layout
+from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.prefixes import PrefixStore
+from e2p_ray.engine.row import Row
 from e2p_ray.schema import ErrorCode, FinishReason, Group, RequestKey, TextScore
 from tests import tiny_models
 
@@ -68,6 +76,74 @@ def test_scores_equal_a_plain_forward_pass(layout: Layout, cue_after: str, max_r
             assert found[request.key].num_tokens == len(texts[request.key].encode()) + 1
             swapped.append(abs(plain_logprob(model, engine, group, other, texts[request.key]) - expected))
     assert max(swapped) > 0.1, "the control must fail: another user's soft token gives another score"
+
+
+def test_a_text_ends_with_the_tokenizer_s_own_end_token_whichever_else_end_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As projectors learn it; a model's generation config may name others before it (Llama 3, Qwen 2.5)."""
+    groups, texts = cases()
+    expected = scores(tiny_models.engine_of(LLAMA), groups, texts)
+    model = tiny_models.random_model(LLAMA)
+    model.generation_config.eos_token_id = [7, tiny_models.EOS]
+    engine = tiny_models.engine_of(LLAMA, model=model)
+    assert scores(engine, groups, texts) == expected
+    draft = engine._decoder._new_drafts()  # type: ignore[misc]
+    assert draft._given(replace(next(rows_of(engine, groups)), draft="ab"))[0][-1] == tiny_models.EOS
+    assert engine._decoder._stopping.is_end(np.array([7, tiny_models.EOS, 8])).tolist() == [True, True, False]
+    monkeypatch.setattr(engine._scorer, "_end", [7])
+    assert scores(engine, groups, texts) != expected, "the control: it matters which"
+
+
+def rows_of(engine: Engine, groups: list[Group]) -> Iterator[Row]:
+    return (row for row in engine._rows(groups) if isinstance(row, Row))
+
+
+def logits_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many are made in each call from now on."""
+    sizes, plain = list[int](), BaseModel.logits
+
+    def watched(self: BaseModel, hidden: Tensor) -> Tensor:
+        sizes.append(len(hidden) * self.vocab_size)
+        return plain(self, hidden)
+
+    monkeypatch.setattr(BaseModel, "logits", watched)
+    return sizes
+
+
+def test_logits_of_some_tokens_at_a_time_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the vocabulary: what is not learned from needs no more than these logits at once."""
+    sizes = logits_at_once(monkeypatch)
+    groups, texts = cases()
+    expected, whole = scores(tiny_models.engine_of(LLAMA), groups, texts), sizes.copy()
+    sizes.clear()
+    most = 10 * tiny_models.VOCAB_SIZE
+    monkeypatch.setattr(teaching, "_MAX_LOGITS", most)
+    found = scores(tiny_models.engine_of(LLAMA), groups, texts)
+    for key, score in expected.items():
+        assert found[key].logprob == pytest.approx(score.logprob, abs=1e-4)
+    assert max(sizes) <= most < max(whole), "the control: they were made at once"
+    assert sum(sizes) == sum(whole)
+
+
+def test_what_is_learned_from_has_all_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, projector = BaseModel(tiny_models.random_model(LLAMA)), tiny_models.random_projector(LLAMA.hidden_size)
+    rows = [LessonRow(tiny_models.user_embedding(at), (), [5, 6, 7 + at, tiny_models.EOS]) for at in range(3)]
+    batch = Batch.of([Lesson((1, 2, 3), tuple(rows))], 1, base.device)
+    store = PrefixStore(base, 1 << 20)
+    prefixes = teaching.prefixes_of(store, base, [(1, 2, 3)])
+    users = batch.user_embeddings
+    assert users is not None
+    sizes = logits_at_once(monkeypatch)
+    monkeypatch.setattr(teaching, "_MAX_LOGITS", 5 * base.vocab_size)
+    soft = projector(users).requires_grad_()
+    losses = teaching.row_losses(base, soft, prefixes, batch)
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    assert sizes == [12 * base.vocab_size]
+    assert soft.grad is not None
+    with torch.no_grad():
+        torch.testing.assert_close(teaching.row_losses(base, soft, prefixes, batch), losses.detach())
+    assert sizes == [size * base.vocab_size for size in (12, 5, 5, 2)]
 
 
 def test_scores_agree_with_what_generation_says_of_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:

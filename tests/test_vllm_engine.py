@@ -170,7 +170,7 @@ def hf_texts(folder: Path, engine: VllmEngine, given: list[Group], *, swap: int 
             mask = torch.ones(embeds.shape[:2], dtype=torch.long)
             ids = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=8, do_sample=False)
             text = tokenizer.decode(ids[0].tolist(), skip_special_tokens=True)
-            found[request.key] = str(text).lstrip().removesuffix("\ufffd")
+            found[request.key] = str(text).lstrip().rstrip("\ufffd")
     return found
 
 

@@ -98,7 +98,7 @@ class SamplingConfig(Section):
     repetition_penalty: float = Field(1.0, ge=1, description="1: none; divides the logits of tokens already written")
     no_repeat_ngram_tokens: int = Field(0, ge=0, description="0: off; n-grams of this length never repeat")
     max_new_tokens: int = Field(32, ge=1)
-    max_chars: int | None = Field(None, ge=1)
+    max_chars: int | None = Field(None, ge=1, description="a text that gets longer ends, cut to so many; null: no cap")
     stop: tuple[str, ...] = ("\n",)
     seed: int = 0
 

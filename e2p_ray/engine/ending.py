@@ -31,7 +31,7 @@ def _ended(wave: Wave, stopping: Stopping, slots: _Ints, num_tokens: _Ints) -> l
     """Which of these rows end with their first num_tokens (n,) tokens. Text is looked at only where it could matter."""
     last = wave.written[slots, num_tokens - 1]
     wave.num_chars[slots] += stopping.max_chars_of(last)
-    by_text = (wave.num_chars[slots] >= wave.max_chars[slots]) | stopping.may_stop(wave.stops[slots], last)
+    by_text = (wave.num_chars[slots] > wave.max_chars[slots]) | stopping.may_stop(wave.stops[slots], last)
     look = np.flatnonzero(by_text | (last < 0) | stopping.is_end(last) | (num_tokens >= wave.max_new[slots]))
     found = []
     for slot, count, may_by_text in zip(

@@ -57,7 +57,9 @@ class Engine(PromptedEngine):
         stopping = Stopping(tokenizer, base.vocab_size, ends, samplings)
         projector = projector.to(base.device)
         bounds = bounds_on(base.device, config)
-        new_drafts = functools.partial(Drafts, tokenizer, ends[0] if ends else None, Experience())
+        # That which projectors learn to end a text with; the others only end what the model writes.
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(ends), None)
+        new_drafts = functools.partial(Drafts, tokenizer, end, Experience())
         self._decoder = Decoder(
             base,
             projector,
@@ -71,7 +73,7 @@ class Engine(PromptedEngine):
             projector,
             tokenizer,
             self.layout,
-            end_token=ends[0] if ends else None,
+            end_token=end,
             store=self._decoder.store,
             max_rows=min(bounds.max_rows, MAX_SCORED_ROWS),
         )

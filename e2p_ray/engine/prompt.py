@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -15,6 +16,12 @@ from e2p_ray.engine.manifest import Layout
 from e2p_ray.errors import ConfigError, RowError
 from e2p_ray.schema import Content, ErrorCode
 
+_MAX_KEPT = 256  # contents' segments: second tries and the texts that users share ask for them again
+# Of a text longer than the room only a head is made into tokens. Its end is not that of the whole text, so tokens there
+# may differ; how far back is bounded where a tokenizer splits words first, and elsewhere not known to be more than a
+# few. So many more are made than are kept.
+_MARGIN_TOKENS = 64
+_CHARS_PER_TOKEN = 6  # more than most texts have: the head is made once
 _PLACEHOLDER = re.compile(r"\{(title|body)\}")
 
 
@@ -79,6 +86,14 @@ class PromptLayout:
         self._num_soft_tokens = num_soft_tokens
         self._max_positions = max_positions
         self._start = tuple(_start_tokens(tokenizer))
+        self._kept = lru_cache(_MAX_KEPT)(self._made)
+        for name, task in tasks.items():
+            max_new_tokens = task.sampling.max_new_tokens
+            if max_new_tokens + num_soft_tokens >= max_positions:
+                raise ConfigError(
+                    f"tasks.{name}.sampling.max_new_tokens is {max_new_tokens}: with {num_soft_tokens} soft tokens it "
+                    f"leaves no room for a prompt in the base model's window of {max_positions} tokens. Lower it"
+                )
 
     def with_tasks(self, tasks: Mapping[str, TaskConfig]) -> PromptLayout:
         """The same layout for other tasks."""
@@ -105,28 +120,44 @@ class PromptLayout:
         return self._tasks[task].prompt_id(language, self._layout, self._num_soft_tokens)
 
     def segments(self, content: Content, task: str) -> Segments:
-        """The token ids for one content and task. Raises RowError without a template, or without room for it."""
+        """The token ids for one content and task; those of the last few contents are kept.
+
+        Raises RowError without a template, without room for it, or where there is nothing to be put into it.
+        """
         template = self.template(task, content.language)
         config = self._tasks[task]
+        return self._kept(content, template, config.max_content_tokens, config.sampling.max_new_tokens)
+
+    def _made(
+        self, content: Content, template: PromptTemplate, max_content_tokens: int, max_new_tokens: int
+    ) -> Segments:
         head = [*self._start, *self._encode(template.head)]
         before, after = self._encode(template.cue_before), self._encode(template.cue_after)
-        used = len(head) + len(before) + len(after) + self._num_soft_tokens + config.sampling.max_new_tokens
-        room = min(config.max_content_tokens, self._max_positions - used)
+        used = len(head) + len(before) + len(after) + self._num_soft_tokens + max_new_tokens
+        room = min(max_content_tokens, self._max_positions - used)
         if room < 1:
             raise RowError(
                 ErrorCode.PROMPT_TOO_LONG,
-                f"cues and {config.sampling.max_new_tokens} new tokens leave no room for the content in a window of "
+                f"cues and {max_new_tokens} new tokens leave no room for the content in a window of "
                 f"{self._max_positions} tokens",
             )
         values = {"title": content.title, "body": content.body}
-        text = _PLACEHOLDER.sub(lambda match: values[match[1]], template.content)
-        body = self._encode_data(text)
-        truncated = len(body) > room
-        if truncated:
-            body = self._cut(body, room)
+        body, truncated = self._fitting(_PLACEHOLDER.sub(lambda match: values[match[1]], template.content), room)
+        if not (head or body or before or after):
+            raise RowError(ErrorCode.EMPTY_CONTENT, f"the prompt of content {content.content_id!r} is empty")
         if self._layout == "soft_first":
             return Segments((), (*head, *body, *before, *after), truncated)
         return Segments(LeftPart((*head, *body, *before)), tuple(after), truncated, len(head) + len(body))
+
+    def _fitting(self, text: str, room: int) -> tuple[list[int], bool]:
+        """A text's first tokens, at most `room`, and whether that is not all of them."""
+        num_chars = (room + _MARGIN_TOKENS) * _CHARS_PER_TOKEN
+        while True:
+            ids = self._encode_data(text[:num_chars])
+            if num_chars >= len(text) or len(ids) >= room + _MARGIN_TOKENS:
+                break
+            num_chars *= 2
+        return (self._cut(ids, room), True) if len(ids) > room else (ids, False)
 
     def _encode(self, text: str) -> list[int]:
         """Our own template text: special tokens written in it are meant."""
@@ -138,11 +169,11 @@ class PromptLayout:
 
     def _cut(self, ids: list[int], room: int) -> list[int]:
         """Keep the head, and do not end within a character of several byte tokens."""
-        ids = ids[:room]
-        for _ in range(3):
-            if len(ids) > 1 and str(self._tokenizer.decode(ids[-4:])).endswith("\ufffd"):
-                ids = ids[:-1]
-        return ids
+        # All are looked at: a tokenizer may show a whole run of bytes as unknown whose first or last ones are missing.
+        for num_tokens in range(room, max(room - 4, 0), -1):
+            if not str(self._tokenizer.decode(ids[:num_tokens])).endswith("\ufffd"):
+                return ids[:num_tokens]
+        return ids[:room]
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

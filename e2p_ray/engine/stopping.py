@@ -12,6 +12,7 @@ from e2p_ray.config import SamplingConfig
 from e2p_ray.schema import FinishReason
 
 _PARTIAL = "\ufffd"  # what a tokenizer shows for the bytes of an unfinished character
+_MAX_UNFINISHED = 4  # tokens of one: three of its bytes, and an end token behind them
 
 
 class Stopping:
@@ -60,27 +61,36 @@ class Stopping:
         return found
 
     def reason(self, tokens: npt.NDArray[np.int64], sampling: SamplingConfig) -> FinishReason | None:
-        """Whether the text of these tokens has reached a stop string or its cap on characters."""
-        text = self._decode(tokens)
-        if _first_stop(text, sampling.stop) is not None:
-            return FinishReason.STOP_STRING
-        if sampling.max_chars is not None and len(text.lstrip()) >= sampling.max_chars:
+        """Whether the text of these tokens has reached a stop string, or has more characters than it may have."""
+        text, at = self._until_stop(tokens, sampling)
+        if sampling.max_chars is not None and len(text) > sampling.max_chars:
             return FinishReason.MAX_CHARS
-        return None
+        return None if at is None else FinishReason.STOP_STRING
 
     def text(self, tokens: npt.NDArray[np.int64], sampling: SamplingConfig) -> str:
         """The text of these tokens, without leading white space, cut at the first stop string and the cap."""
-        text = self._decode(tokens)
-        at = _first_stop(text, sampling.stop)
-        if at is not None:
-            text = text[:at]
-        text = text.lstrip()
-        if sampling.max_chars is not None:
-            text = text[: sampling.max_chars]
-        return text.removesuffix(_PARTIAL)
+        return self._until_stop(tokens, sampling)[0][: sampling.max_chars]
 
-    def _decode(self, tokens: npt.NDArray[np.int64]) -> str:
-        return str(self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True))
+    def _until_stop(self, tokens: npt.NDArray[np.int64], sampling: SamplingConfig) -> tuple[str, int | None]:
+        """The text without leading white space up to its first stop string, and where that begins."""
+        text = self._whole_characters(tokens.tolist())
+        at = _first_stop(text, sampling.stop)
+        return text[:at].lstrip(), at
+
+    def _whole_characters(self, tokens: list[int]) -> str:
+        """Their text without an unfinished character at its end.
+
+        A tokenizer that spells characters in bytes shows a whole run of them as unknown while its last character is
+        unfinished, those before it included: without that one's bytes, they are there.
+        """
+        text = self._decode(tokens)
+        if not text.endswith(_PARTIAL):
+            return text
+        shorter = (self._decode(tokens[:-num_bytes]) for num_bytes in range(1, _MAX_UNFINISHED + 1))
+        return max((found.rstrip(_PARTIAL) for found in (text, *shorter)), key=len)
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _first_stop(text: str, stop: tuple[str, ...]) -> int | None:

@@ -21,6 +21,10 @@ from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.shared_prefix import Prefix
 
+# At once, where nothing is learned: 64 MiB in float32, and as much again for the cross-entropy. That is 128 tokens of
+# a vocabulary of 128,000: products over fewer would read a head's weights too often.
+_MAX_LOGITS = 1 << 24
+
 
 def prefixes_of(store: PrefixStore, base: BaseModel, lefts: Sequence[tuple[int, ...]]) -> list[Prefix]:
     """Keys and values of the tokens before the soft token, of length 0 where there are none."""
@@ -109,10 +113,19 @@ def row_losses(base: BaseModel, soft: Tensor | None, prefixes: Sequence[Prefix],
     real = at < (batch.counted * (at + 1)).amax(1, keepdim=True)
     step = TeachingStep(prefixes, batch.num_rows, real)
     hidden = base.hidden(embedded[real][None], step.position_ids, step)[0]
-    logits = base.logits(hidden[batch.counted[real]]).float()
-    losses = nn.functional.cross_entropy(logits, batch.labels[batch.counted], reduction="none")
+    losses = _token_losses(base, hidden[batch.counted[real]], batch.labels[batch.counted])
     row = torch.nonzero(batch.counted)[:, 0]
     return losses.new_zeros(len(batch.weights)).index_add(0, row, losses)
+
+
+def _token_losses(base: BaseModel, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy (T,) of the labels behind hidden states (T, d_model).
+
+    Without gradient some tokens at a time: of a large vocabulary, the logits of all are gigabytes that no bound knows.
+    """
+    size = len(labels) if torch.is_grad_enabled() else max(_MAX_LOGITS // base.vocab_size, 1)
+    parts = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+    return torch.cat([nn.functional.cross_entropy(base.logits(h).float(), at, reduction="none") for h, at in parts])
 
 
 @torch.no_grad()

@@ -217,7 +217,7 @@ class VllmEngine(PromptedEngine):
         last = tokens[-1:]
         state.num_chars += int(self._stopping.max_chars_of(last)[0])
         is_end, is_last = bool(self._stopping.is_end(last)[0]), len(tokens) >= sampling.max_new_tokens
-        long = sampling.max_chars is not None and state.num_chars >= sampling.max_chars
+        long = sampling.max_chars is not None and state.num_chars > sampling.max_chars
         reason = None
         may_stop = bool(self._stopping.may_stop(self._stopping.number_of(sampling.stop), last)[0])
         if is_end or is_last or long or may_stop:

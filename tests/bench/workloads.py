@@ -265,4 +265,4 @@ def soft_tokens(pairs: Sequence[Pair], projector: Projector) -> torch.Tensor:
 def texts_of(tokens: Sequence[Sequence[int]]) -> list[str]:
     """Tokens as text, as the engine gives it."""
     decoded = wide_tokenizer().batch_decode(tokens, skip_special_tokens=True)
-    return [str(text).lstrip().removesuffix("\ufffd") for text in decoded]
+    return [str(text).lstrip().rstrip("\ufffd") for text in decoded]
