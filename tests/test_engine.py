@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig
 
 from e2p_ray.config import TaskConfig
+from e2p_ray.engine.admission import Admission, Bounds
 from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.model import BaseModel
@@ -253,6 +254,55 @@ class TestTrouble:
         assert found[poison].error_code is ErrorCode.OUT_OF_MEMORY
         assert found[poison].text == ""
 
+    def test_once_it_is_given_up_waves_are_as_large_as_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        groups = messy_groups(4)
+        poison = groups[1].requests[0].key
+        plain = Decoder._enter
+
+        def limited(self: Decoder, wave: Any, rows: Any, prefixes: Any) -> None:
+            if any(row.key == poison for row in rows):
+                raise MemoryError("made by the test")
+            plain(self, wave, rows, prefixes)
+
+        def next_call() -> tuple[Bounds, int]:
+            """Bounds after a call with that row, and the steps of one without it."""
+            with monkeypatch.context() as patch:
+                patch.setattr(Decoder, "_enter", limited)
+                engine = engine_of(LLAMA)
+                assert [key for key, item in run(engine, groups).items() if item.error_code] == [poison]
+            bounds, num_steps = engine._decoder.bounds, engine.stats.num_steps
+            run(engine, groups)
+            return bounds, engine.stats.num_steps - num_steps
+
+        fresh = engine_of(LLAMA)
+        run(fresh, groups)
+        bounds, num_steps = next_call()
+        assert bounds == fresh._decoder.bounds
+        assert num_steps <= fresh.stats.num_steps + 1
+        monkeypatch.setattr(Admission, "passed", lambda *_: None)
+        bounds, num_steps = next_call()
+        assert bounds.max_rows == 1, "the control"
+        assert num_steps > 5 * fresh.stats.num_steps, "the control"
+
+    def test_waves_grow_again_when_memory_comes_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        groups = messy_groups()
+        engine = engine_of(LLAMA, max_rows=16)
+        given, expected = engine._decoder.bounds, texts(run(engine, groups))
+        plain = BaseModel.hidden
+
+        def limited(self: BaseModel, inputs_embeds: Any, position_ids: Any, step: Any) -> Any:
+            if isinstance(step, RowsStep) and inputs_embeds.shape[1] > 5:
+                raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+            return plain(self, inputs_embeds, position_ids, step)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(BaseModel, "hidden", limited)
+            assert texts(run(engine, groups)) == expected
+        assert engine._decoder.bounds.max_rows < 16
+        for _ in range(3):
+            assert texts(run(engine, groups)) == expected
+        assert engine._decoder.bounds == given
+
     def test_other_errors_are_not_taken_for_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(*args: Any) -> None:
             raise RuntimeError("shape mismatch")
@@ -349,6 +399,21 @@ class TestTrouble:
         del stream
         assert texts(run(engine, groups)) == expected
 
+    @pytest.mark.parametrize("max_rows", [4, 64])
+    def test_generators_that_are_read_by_turns_or_left_take_nothing_from_each_other(self, max_rows: int) -> None:
+        both = [[group(content, range(at, at + 20))] for at, content in enumerate(tiny_models.contents(2))]
+        expected = [texts(run(engine_of(LLAMA), groups)) for groups in both]
+        engine = engine_of(LLAMA, max_rows=max_rows)
+        pairs = list(zip(*map(engine.generate, both), strict=True))
+        assert [texts({one.key: one for one in found}) for found in zip(*pairs, strict=True)] == expected
+        left = engine.generate(both[0])
+        next(left)
+        second = engine.generate(both[1])
+        found = [next(second)]
+        del left  # closes it
+        found += second
+        assert texts({one.key: one for one in found}) == expected[1]
+
     def test_a_second_call_over_the_same_content_costs_no_second_prefill(self) -> None:
         groups = messy_groups(5)
         engine = engine_of(LLAMA)
@@ -386,6 +451,28 @@ def test_memory_bound_limits_the_wave(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes.clear()
     assert texts(run(engine_of(LLAMA, max_rows=64, max_bytes=1 << 20), groups)) == expected
     assert 1 <= sizes[0] < unbounded
+
+
+@pytest.mark.parametrize("num_waves", [1, 2])
+def test_less_memory_than_was_thought_is_found_out_ever_more_rarely(num_waves: int) -> None:
+    bounds = Bounds(4096, 1 << 30)
+    admission = Admission(BaseModel(tiny_models.random_model(LLAMA)), 1, bounds, num_waves)
+
+    def num_failures(num_passes: int, room: int) -> int:
+        found = 0
+        for _ in range(num_passes):
+            num_rows = admission.bounds.max_rows
+            if num_rows * admission.num_waves <= room:
+                admission.passed(num_rows)
+            else:
+                found += admission.halve(4096)
+        return found
+
+    assert num_failures(1000, room=700) <= 3 + np.log2(1000 / 32 + 1)
+    assert num_failures(31_000, room=700) <= 5, "each only after twice as many passes as the one before"
+    assert admission.bounds.max_rows in (512, 1024)
+    assert num_failures(40_000, room=4096) == 0
+    assert admission.bounds.times(admission.num_waves) == bounds, "the control"
 
 
 class TestSecondTask:

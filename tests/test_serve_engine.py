@@ -15,9 +15,12 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from e2p_ray.config import JobConfig
+from e2p_ray.config import EngineConfig, JobConfig
+from e2p_ray.engine import admission
+from e2p_ray.engine import engine as engine_module
 from e2p_ray.engine.engine import Engine, load_engine
 from e2p_ray.engine.manifest import resolve_base_model
+from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.projector import Projector
 from e2p_ray.errors import IncompatibleError
 from e2p_ray.loaded import LoadedGenerator
@@ -171,6 +174,23 @@ def test_another_projector_shares_the_prefixes_and_no_text(engine: Engine) -> No
     )
     with pytest.raises(IncompatibleError, match="x@1"):
         engine.with_projector(stranger)
+
+
+def test_another_projector_gets_the_same_bounds_though_less_memory_is_free_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here on the CPU, told that it is a card with 64 GiB free, of which the running engine fills its share."""
+    gpu, plain, held = torch.device("cuda"), admission.bounds_on, list[int]()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((64 << 30) - sum(held), 80 << 30))
+    monkeypatch.setattr(engine_module, "bounds_on", lambda device, config: plain(gpu, config))
+    config, base = EngineConfig(max_rows=8), BaseModel(tiny_models.random_model(LLAMA))
+    made = Engine(base, random_projector(LLAMA.hidden_size), tiny_models.byte_tokenizer(), {"headline": task()}, config)
+    given = made._decoder.bounds
+    held.append(given.max_bytes // 2)
+    assert plain(gpu, config) != given, "the control: with nothing handed on it would be less"
+    assert made._decoder._admission.halve(8), "less for some time: that is not handed on either"
+    for seed in (2, 3):
+        made = made.with_projector(random_projector(LLAMA.hidden_size, seed=seed))
+        assert made._decoder.bounds == given
+    assert made.with_bounds(4, 1)._decoder.bounds.max_bytes == given.max_bytes // 2
 
 
 # -- a whole service over a tiny model ---------------------------------------------------------------------------------

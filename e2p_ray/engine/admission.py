@@ -49,21 +49,70 @@ def bounds_on(device: torch.device, config: EngineConfig) -> Bounds:
 _MAX_LONGER = 1.25
 
 
-class Admission:
-    """Keeps waves within their bounds, which shrink when memory runs out."""
+# Passes of waves that are at least half full, after which a size counts as one that works, and a larger one is tried.
+_PATIENCE_PASSES = 32
 
-    def __init__(self, base: BaseModel, num_soft_tokens: int, bounds: Bounds) -> None:
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """Each wave's rows at most, and how many waves take turns."""
+
+    max_rows: int
+    num_waves: int
+
+
+class Admission:
+    """Keeps waves within their bounds, which shrink when memory runs out, and grow again.
+
+    A size is doubled after some passes. Where that fails, it is tried again after twice as many: on a machine that has
+    less memory than it was taken for, it fails as often as the number of passes doubles.
+    """
+
+    def __init__(self, base: BaseModel, num_soft_tokens: int, bounds: Bounds, num_waves: int) -> None:
+        """Of `bounds` for all waves together."""
         self._base, self._num_soft = base, num_soft_tokens
-        self.bounds = bounds
+        self.bounds = bounds.shared(num_waves)  # each wave's
+        self.num_waves = num_waves
+        self._given = self._proven = _Size(self.bounds.max_rows, num_waves)
+        self._num_passes, self._patience_passes = 0, _PATIENCE_PASSES
+        self._is_trial, self._has_given_up = False, False
         self._spare: SuffixSlots | None = None
 
     def halve(self, num_rows: int) -> bool:
-        """Go on with half as many rows as were tried; False when it was a single one."""
+        """Go on with half as many rows as were tried, in one wave; False when it was a single one."""
         self._spare = None
-        if self.bounds.max_rows == 1:
-            return False
-        self.bounds = replace(self.bounds, max_rows=min(self.bounds.max_rows, max(num_rows, 2)) // 2)
-        return True
+        if self._is_trial:
+            self._patience_passes *= 2
+        was_alone = self.bounds.max_rows * self.num_waves == 1
+        self._resize(_Size(max(min(self.bounds.max_rows, num_rows) // 2, 1), 1))
+        return not was_alone
+
+    def gave_up(self) -> None:
+        """A row did not fit alone: perhaps all others do, together. The next pass that goes well shows that."""
+        self._has_given_up = True
+
+    def passed(self, num_rows: int) -> None:
+        """A pass over a wave of so many rows went well."""
+        if self._has_given_up:
+            self._has_given_up = False
+            self._resize(self._proven)
+        elif 2 * num_rows >= self.bounds.max_rows:
+            self._num_passes += 1
+            if self._num_passes == self._patience_passes:
+                self._grow()
+
+    def _grow(self) -> None:
+        if self._is_trial:
+            self._patience_passes = _PATIENCE_PASSES
+        self._proven = size = _Size(self.bounds.max_rows, self.num_waves)
+        if size.max_rows < self._given.max_rows:
+            self._resize(_Size(min(2 * size.max_rows, self._given.max_rows), size.num_waves), is_trial=True)
+        elif size != self._given:
+            self._resize(self._given, is_trial=True)
+
+    def _resize(self, size: _Size, *, is_trial: bool = False) -> None:
+        self.bounds, self.num_waves = replace(self.bounds, max_rows=size.max_rows), size.num_waves
+        self._num_passes, self._is_trial = 0, is_trial
 
     def fitting(self, pending: Iterable[Row], wave: Wave | None, store: PrefixStore) -> list[Row]:
         """The waiting rows that the bounds allow now; at least one when there is no wave. Makes room in the store."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -47,6 +48,16 @@ _Ints = npt.NDArray[np.int64]
 _MAX_CPU_LOGITS = 192
 
 
+@dataclass(slots=True, eq=False)
+class _Call:
+    """What one call of `run` has in hand."""
+
+    waves: Waves
+    drafts: Drafts | None
+    pending: deque[Row] = field(default_factory=deque)
+    tried_alone: Row | None = None
+
+
 class Decoder:
     """Runs rows through the base model in waves. Completions come as they finish, in no order.
 
@@ -66,15 +77,12 @@ class Decoder:
         self._base, self._projector, self._stopping = base, projector, stopping
         self.listener: Listener | None = None
         self._new_drafts = new_drafts
-        self._drafts: Drafts | None = None
         self._num_soft = projector.manifest.num_soft_tokens
         self.stats = EngineStats()
         self.store = store or PrefixStore(base, bounds.max_bytes // 2)
-        self._pending: deque[Row] = deque()
-        self._num_waves, self._looks_later = num_waves(base.device, bounds.max_rows), looks_later(base.device)
-        self._waves = Waves(self._num_waves)
-        self._admission = Admission(base, self._num_soft, bounds.shared(self._num_waves))
-        self._tried_alone: Row | None = None
+        self.given_bounds, self._looks_later = bounds, looks_later(base.device)
+        self._admission = Admission(base, self._num_soft, bounds, num_waves(base.device, bounds.max_rows))
+        self._call = _Call(Waves(self._admission.num_waves), None)
 
     def with_bounds(self, bounds: Bounds) -> Decoder:
         """Another decoder over the same model and projector; one of the two may run within the other's pauses."""
@@ -82,48 +90,66 @@ class Decoder:
 
     @property
     def bounds(self) -> Bounds:
-        """How large all waves together may get: what was given, or less once memory has run out."""
-        return self._admission.bounds.times(self._num_waves)
+        """How large all waves together may get now: what was given, or less for some time once memory has run out."""
+        return self._admission.bounds.times(self._admission.num_waves)
 
     def run(self, rows: Iterable[Row | Completion | None]) -> Iterator[Completion]:
         """Decode every row; completions are handed on. None: no row waits now, more may come while others are decoded.
 
         Out of memory halves the wave, down to one row, which then becomes an error. The listener may decode other rows
-        between two steps: these have waves of their own, and these ones go on then.
+        between two steps: these have waves of their own, and these ones go on then. So it is with calls that are read
+        by turns, or left: none takes another's rows.
         """
         source = iter(rows)
-        outer = self._pending, self._waves, self._drafts
-        self._pending, self._waves = deque(), Waves(self._num_waves)
-        self._drafts = None if self._new_drafts is None else self._new_drafts()
-        try:
-            while (refused := self._fill(source)) or self._has_rows():
-                yield from refused
-                if self.listener is not None:
+        call = _Call(Waves(self._admission.num_waves), None if self._new_drafts is None else self._new_drafts())
+        while True:
+            with self._within(call):
+                found = self._fill(source)
+                is_done = not found and not self._has_rows()
+            if is_done:
+                return
+            yield from found
+            if self.listener is not None:
+                with self._within(call):
                     self.listener.between_steps()
-                    yield from self._drop(self.listener.cancelled())
-                if not self._has_rows():
-                    continue
-                ended: list[Ended] = []
-                given_up: list[Completion] = []
-                try:
-                    self._advance(ended)
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    given_up = self._shrink()
-                if self.listener is not None:
-                    self._tell(self.listener)
-                yield from [*map(self._completion, ended), *given_up]
+                    found = self._drop(self.listener.cancelled())
+                yield from found
+            with self._within(call):
+                found = self._step()
+            yield from found
+
+    @contextmanager
+    def _within(self, call: _Call) -> Iterator[None]:
+        """This call's turn; never while its reader has the floor, who may read another one or close this one then."""
+        outer, self._call = self._call, call
+        try:
+            yield
         finally:
-            self._pending, self._waves, self._drafts = outer
+            self._call = outer
+
+    def _step(self) -> list[Completion]:
+        """One wave's turn, and what came of it."""
+        if not self._has_rows():
+            return []
+        ended: list[Ended] = []
+        given_up: list[Completion] = []
+        try:
+            self._advance(ended)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            given_up = self._shrink()
+        if self.listener is not None:
+            self._tell(self.listener)
+        return [*map(self._completion, ended), *given_up]
 
     def _has_rows(self) -> bool:
-        return bool(self._pending) or any(True for _ in self._waves)
+        return bool(self._call.pending) or any(True for _ in self._call.waves)
 
     def _fill(self, source: Iterator[Row | Completion | None]) -> list[Completion]:
         """Keep a wave's worth of rows waiting; completions among them are returned."""
-        rows, completions = rows_at_hand(source, self.bounds.max_rows - len(self._pending))
-        self._pending += rows
+        rows, completions = rows_at_hand(source, self.bounds.max_rows - len(self._call.pending))
+        self._call.pending += rows
         return completions
 
     def _advance(self, ended: list[Ended]) -> None:
@@ -132,57 +158,61 @@ class Decoder:
         On a GPU the next pass is launched before anybody reads the texts that the last one ended: it runs while they
         are made, checked and written.
         """
-        self._waves.turn(len(self._pending), self._admission.bounds.max_rows)
+        self._call.waves.turn(len(self._call.pending), self._admission.bounds.max_rows)
         if self._looks_later:
-            ended += self._retire(self._waves.current)
+            ended += self._retire(self._call.waves.current)
             self._go_on()
         else:
             self._go_on()
-            ended += self._retire(self._waves.current)
+            ended += self._retire(self._call.waves.current)
 
     def _go_on(self) -> None:
         """Rows that wait come in, or those that run get their next tokens."""
-        wave, max_rows = self._waves.current, self._admission.bounds.max_rows
+        wave, max_rows = self._call.waves.current, self._admission.bounds.max_rows
         num_rows = 0 if wave is None else len(wave)
         # Where more wait than there is room for, in batches: a pass and a prefill for each that leaves would cost more.
-        room = self._waves.share(len(self._pending), max_rows)
-        all_fit = num_rows + len(self._pending) <= room
-        if self._pending and (all_fit or num_rows <= room // 2) and self._admit(room):
-            return
-        assert wave is not None or not self._pending, "there are rows, and one alone may always come in"
-        if wave is not None:
-            self._pass(wave, 0)
+        room = self._call.waves.share(len(self._call.pending), max_rows)
+        all_fit = num_rows + len(self._call.pending) <= room
+        if not (self._call.pending and (all_fit or num_rows <= room // 2) and self._admit(room)):
+            assert wave is not None or not self._call.pending, "there are rows, and one alone may always come in"
+            if wave is not None:
+                self._pass(wave, 0)
+        if (wave := self._call.waves.current) is not None:
+            self._admission.passed(len(wave))
+            self._call.waves.grow(self._admission.num_waves)
 
     def _shrink(self) -> list[Completion]:
         """Put the wave's rows back and go on with half as many; a row that does not fit twice, alone, is given up.
 
         The first time, guesses or what was kept of other rows may have been in its way.
         """
-        rows = [*(row for wave in self._waves for row in wave.rows), *self._pending]
-        self._num_waves, self._drafts = 1, None  # guesses make passes larger
-        self._waves = Waves(self._num_waves)
+        rows = [*(row for wave in self._call.waves for row in wave.rows), *self._call.pending]
+        self._call.drafts = None  # guesses make passes larger
         self.store.trim(0)
-        self._pending = deque(rows)
-        if self._admission.halve(len(rows)):
+        self._call.pending = deque(rows)
+        halved = self._admission.halve(len(rows))
+        self._call.waves = Waves(self._admission.num_waves)
+        if halved:
             return []
-        if self._tried_alone is not rows[0]:
-            self._tried_alone = rows[0]
+        if self._call.tried_alone is not rows[0]:
+            self._call.tried_alone = rows[0]
             return []
-        return [self._error(self._pending.popleft(), ErrorCode.OUT_OF_MEMORY)]
+        self._admission.gave_up()
+        return [self._error(self._call.pending.popleft(), ErrorCode.OUT_OF_MEMORY)]
 
     # -- rows come in ------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def _admit(self, room: int) -> bool:
         """Take as many waiting rows as fit into a wave of `room`, prefill what they need, choose their first tokens."""
-        wave = self._waves.current
+        wave = self._call.waves.current
         free = room - (0 if wave is None else len(wave))
-        rows = self._admission.fitting(islice(self._pending, free), wave, self.store)
+        rows = self._admission.fitting(islice(self._call.pending, free), wave, self.store)
         if not rows:
             return False
         if wave is None:
             self.stats = replace(self.stats, num_waves=self.stats.num_waves + 1)
-        wave = self._waves.current = self._admission.wave_for(rows, min(len(self._pending), room), wave)
+        wave = self._call.waves.current = self._admission.wave_for(rows, min(len(self._call.pending), room), wave)
         computed = self.store.num_computed_tokens
         prefixes = self.store.get([row.segments.left for row in rows], [row.segments.num_stem for row in rows])
         self._count(prefix=self.store.num_computed_tokens - computed)
@@ -195,11 +225,11 @@ class Decoder:
 
     def _enter(self, wave: Wave, rows: list[Row], prefixes: list[Prefix | None]) -> None:
         """From those that wait into the wave, without any token in its slots yet."""
-        drafts = [self._drafts.of(row) if self._drafts is not None else None for row in rows]
+        drafts = [self._call.drafts.of(row) if self._call.drafts is not None else None for row in rows]
         stops = [self._stopping.number_of(row.sampling.stop) for row in rows]
         wave.add(rows, drafts, prefixes, [row.num_visible(self._num_soft) for row in rows], stops)
         for _ in rows:
-            self._pending.popleft()
+            self._call.pending.popleft()
 
     # -- one pass ----------------------------------------------------------------------------------------------------
 
@@ -214,7 +244,7 @@ class Decoder:
         new = wave.rows[begun:]
         num_own = np.array([*[1] * (begun - first), *(row.num_suffix_tokens(self._num_soft) for row in new)])
         room = (wave.max_new - wave.num_written)[first:num_rows] - 1
-        ahead = self._ahead(wave.drafts[first:], room, others_wait=bool(self._pending))
+        ahead = self._ahead(wave.drafts[first:], room, others_wait=bool(self._call.pending))
         counts = num_own + [len(tokens) for tokens in ahead]
         step = RowsStep(wave.slots, first, wave.num_own[first:num_rows], counts, wave.readers(first))
         embeds = self._embeds(wave.last_tokens(first, begun), new, num_own, ahead, step)
@@ -257,9 +287,9 @@ class Decoder:
 
     def _ahead(self, drafts: Sequence[RowDraft | None], room: _Ints, *, others_wait: bool) -> list[TokenIds]:
         """For each row the tokens to try in the next pass."""
-        if self._drafts is None or not any(draft is not None and draft.guess is not None for draft in drafts):
+        if self._call.drafts is None or not any(draft is not None and draft.guess is not None for draft in drafts):
             return [()] * len(drafts)
-        share = self._drafts.saved_share(len(drafts), others_wait=others_wait)
+        share = self._call.drafts.saved_share(len(drafts), others_wait=others_wait)
         needed = chance_needed(len(drafts), self._overhead_tokens(), share)
         spaces = room.tolist()
         return [() if d is None else d.ahead(needed, space) for d, space in zip(drafts, spaces, strict=True)]
@@ -303,7 +333,7 @@ class Decoder:
 
     def _follow(self, wave: Wave, first: int, end: int) -> None:
         """Show the drafts of rows in these slots what they have written, unless none of all has use for it."""
-        if self._drafts is None or wave.num_told_when_idle == self._drafts.num_told:
+        if self._call.drafts is None or wave.num_told_when_idle == self._call.drafts.num_told:
             return
         are_idle = end - first == len(wave)
         counts = wave.num_written[first:end].tolist()
@@ -311,7 +341,7 @@ class Decoder:
             if draft is not None:
                 draft.follow(written[len(draft.written) : count].tolist())
                 are_idle = are_idle and draft.is_idle
-        wave.num_told_when_idle = self._drafts.num_told if are_idle else None
+        wave.num_told_when_idle = self._call.drafts.num_told if are_idle else None
 
     def _likeliest(self, wave: Wave, rows: _Ints, hidden: Tensor, places: _Ints, max_rows: int) -> Likeliest | None:
         """The likeliest tokens behind these packed places, where that is all their rows ask for and loops find them."""
@@ -354,7 +384,7 @@ class Decoder:
             wave.remove(slots)
         if not len(wave):
             self._admission.ended(wave)
-            self._waves.end(wave)
+            self._call.waves.end(wave)
 
     @torch.inference_mode()
     def _drop(self, keys: Set[RequestKey]) -> list[Completion]:
@@ -362,10 +392,10 @@ class Decoder:
         if not keys:
             return []
         # What is on its way is looked at first: it says which rows it belongs to by their slots.
-        ended = [one for wave in [*self._waves] for one in self._retire(wave)]
-        dropped = [row for row in self._pending if row.key in keys]
-        self._pending = deque(row for row in self._pending if row.key not in keys)
-        for wave in [*self._waves]:
+        ended = [one for wave in [*self._call.waves] for one in self._retire(wave)]
+        dropped = [row for row in self._call.pending if row.key in keys]
+        self._call.pending = deque(row for row in self._call.pending if row.key not in keys)
+        for wave in [*self._call.waves]:
             slots = [slot for slot, row in enumerate(wave.rows) if row.key in keys]
             dropped += [wave.rows[slot] for slot in slots]
             self._leave(wave, slots)
@@ -375,7 +405,7 @@ class Decoder:
     def _tell(self, listener: Listener) -> None:
         """What the streamed rows have written so far."""
         keys = listener.streamed()
-        for wave in self._waves if keys else ():
+        for wave in self._call.waves if keys else ():
             for slot, row in enumerate(wave.rows):
                 if row.key in keys:
                     listener.on_text(row.key, self._stopping.text(wave.tokens(slot), row.sampling))
@@ -384,8 +414,8 @@ class Decoder:
         row, tokens = ended.row, ended.tokens
         if ended.reason is FinishReason.ERROR:
             return self._error(row, ErrorCode.NON_FINITE_LOGITS)
-        if self._drafts is not None:
-            self._drafts.tell(row, tuple(tokens.tolist()))
+        if self._call.drafts is not None:
+            self._call.drafts.tell(row, tuple(tokens.tolist()))
         return Completion(
             key=row.key,
             text=self._stopping.text(tokens, row.sampling),

@@ -42,6 +42,7 @@ class Engine(PromptedEngine):
         *,
         retry_temperature: float = 0.7,
         store: PrefixStore | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         super().__init__(
             projector.manifest,
@@ -56,7 +57,7 @@ class Engine(PromptedEngine):
         ends = _end_tokens(base, tokenizer)
         stopping = Stopping(tokenizer, base.vocab_size, ends, samplings)
         projector = projector.to(base.device)
-        bounds = bounds_on(base.device, config)
+        bounds = bounds or bounds_on(base.device, config)
         # That which projectors learn to end a text with; the others only end what the model writes.
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(ends), None)
         new_drafts = functools.partial(Drafts, tokenizer, end, Experience())
@@ -93,7 +94,7 @@ class Engine(PromptedEngine):
 
     def with_bounds(self, max_rows: int, max_prefill_tokens: int) -> Self:
         """See `ServingEngine.with_bounds`."""
-        other, bounds = copy.copy(self), self._decoder.bounds
+        other, bounds = copy.copy(self), self._decoder.given_bounds
         other._decoder = self._decoder.with_bounds(
             Bounds(min(max_rows, bounds.max_rows), bounds.max_bytes // 2, max_prefill_tokens)
         )
@@ -102,7 +103,8 @@ class Engine(PromptedEngine):
     def with_projector(self, projector: Projector) -> Engine:
         """An engine for another projector on the same base model, sharing model and prefixes with this one.
 
-        A prefix is what stands left of the soft token: no projector has a part in it. Raises IncompatibleError for a
+        A prefix is what stands left of the soft token: no projector has a part in it. The bounds are this one's, whose
+        own prefixes and slots would count as memory that is not free. Raises IncompatibleError for a
         projector of another base model or tokenizer.
         """
         mine = self._manifest
@@ -115,6 +117,7 @@ class Engine(PromptedEngine):
             self._config,
             retry_temperature=self._retry_temperature,
             store=self._decoder.store,
+            bounds=self._decoder.given_bounds,
         )
 
     def generate(self, groups: Iterable[Group | None]) -> Iterator[Completion]:

@@ -33,6 +33,10 @@ class Waves:
     def __init__(self, num: int) -> None:
         self._places: deque[Wave | None] = deque([None] * num)
 
+    def grow(self, num: int) -> None:
+        """So many may take turns from now on, or as many as before if these were more."""
+        self._places.extend([None] * (num - len(self._places)))
+
     @property
     def current(self) -> Wave | None:
         return self._places[0]
