@@ -50,8 +50,8 @@ JOB = Job(
     description="Write anew what another projector changes, with the published texts as drafts: a draft is verified\n"
     "in one pass instead of being decoded, and the texts are the same as without drafts. Otherwise the same as\n"
     "jobs.generate: rows that still hold are carried over, one new version is published, limits leave the rest for\n"
-    "the next run of the same command, and an interrupted run resumes. The report says how many texts changed and\n"
-    "what share of the drafts was accepted.",
+    "the next run of the same command, and an interrupted run resumes. The report says how many texts changed,\n"
+    "what share of the drafts was accepted, and estimates the time that drafts and carried rows saved.",
     config=JobConfig,
     call=backfill,
     add_options=_options,

@@ -5,14 +5,15 @@ import re
 import shutil
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from e2p_ray.commit import PublishedVersion, Run, ShardStats, commit_shard, open_run
+from e2p_ray.commit import PublishedVersion, Run, ShardStats, commit_shard, open_run, read_markers
 from e2p_ray.downstream.pages.charts import histogram, number_text, stacked
 from e2p_ray.downstream.report import Report, build_report, render_html, render_terminal, write_report
 from e2p_ray.plan import Plan, make_plan, read_shard
@@ -54,24 +55,30 @@ def _generation(request: Request, group: Group, run: Run) -> Generation:
     )
 
 
-def _commit_all(storage: Storage, run: Run) -> Counter[str]:
-    """Every shard with made-up texts, its first request a dead letter; what was committed, by status."""
+def _commit_all(storage: Storage, run: Run, *, carries_last: bool = False, **drafts: int) -> Counter[str]:
+    """Every shard with made-up texts, its first request a dead letter; what was committed, by status.
+
+    `carries_last`: the rows of the last shard are an earlier run's. `drafts`: more of every other shard's statistics.
+    """
     committed: Counter[str] = Counter()
     for number, shard_id in enumerate(run.shard_ids):
         groups = read_shard(storage, run.plan_uri, shard_id)
         rows = [_generation(request, group, run) for group in groups for request in group.requests]
         first = rows.pop(0)
         letter = DeadLetter(*first.key, ErrorCode.NON_FINITE_LOGITS, "made up", shard_id, run.run_id)
+        is_carried = carries_last and shard_id == run.shard_ids[-1]
+        more = {"num_carried": len(rows)} if is_carried else drafts
         stats = ShardStats(
             num_requests=len(rows) + 1,
             num_prompt_tokens=100 * (len(rows) + 1),
             num_computed_tokens=20 * (len(rows) + 1),
-            num_output_tokens=8 * len(rows),
+            num_output_tokens=0 if is_carried else 8 * len(rows),
             num_truncated=1,
             seconds_s=2.0,
             started_at=_START + timedelta(seconds=number // 2),
             finished_at=_START + timedelta(seconds=number // 2 + 2),
-            worker=f"host:{number % 2}",
+            worker="" if is_carried else f"host:{number % 2}",
+            **more,
         )
         commit_shard(storage, run, shard_id, rows, [letter], stats)
         committed.update(str(row.status) for row in rows)
@@ -88,7 +95,11 @@ class Finished(NamedTuple):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("report")
+    return _finish(tmp_path_factory.mktemp("report"))
+
+
+def _finish(folder: Path, **committed_as: Any) -> Finished:
+    """A published run of a small job."""
     config, _ = write_small_job(folder)
     storage = Storage(config.storage)
     contents = contents_table(6)
@@ -108,7 +119,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         tuple(shard.shard_id for shard in plan.shards),
     )
     open_run(storage, run, config.resolved())
-    committed = _commit_all(storage, run)
+    committed = _commit_all(storage, run, **committed_as)
     report = build_report(storage, run, plan, config.resolved()).with_version(PublishedVersion(3, 9, 2, False))
     write_report(storage, run, report)
     return Finished(run, plan, report, committed)
@@ -244,6 +255,51 @@ def test_rows_that_consent_left_out_are_named(finished: Finished) -> None:
     report = finished.report.with_version(PublishedVersion(3, 7, 2, False, num_untitled=2))
     assert f"left out: 2 {said}" in render_terminal(report)
     assert f"without 2 {said}" in render_html(report)
+
+
+def test_time_saved_is_reckoned_from_the_markers(tmp_path: Path) -> None:
+    drafts = {"num_drafts": 3, "num_texts_kept": 2, "num_draft_tokens": 40, "num_accepted_tokens": 30}
+    run, _, report, _ = _finish(tmp_path, carries_last=True, **drafts)
+    markers = read_markers(Storage(), run)
+    ours = [marker for marker in markers if marker["stats"]["worker"]]
+    assert len(ours) == len(markers) - 1 > 1
+    started = min(datetime.fromisoformat(marker["stats"]["started_at"]) for marker in ours)
+    finished = max(datetime.fromisoformat(marker["stats"]["finished_at"]) for marker in ours)
+    seconds_s = (finished - started).total_seconds()
+    num_rows = sum(marker["num_rows"] for marker in ours)
+    num_carried = sum(marker["stats"]["num_carried"] for marker in markers)
+    carrying_s = num_carried * seconds_s / num_rows
+    drafts_s = 30 * len(ours) * seconds_s / (8 * num_rows)  # eight tokens a row
+    read = json.loads(Path(run.uri, "report.json").read_text(encoding="utf-8"))
+    assert read["estimated_saved_by_carrying_s"] == pytest.approx(carrying_s)
+    assert read["estimated_saved_by_drafts_s"] == pytest.approx(drafts_s)
+    said = f"about {carrying_s:,.1f} s by carried rows, about {drafts_s:,.1f} s by drafts"
+    assert f"\ntime saved, estimated at this run's pace: {said}\n" in render_terminal(report)
+    page = re.sub(r"<[^>]+>", "|", render_html(report)).replace("&#x27;", "'")
+    for name, estimate_s in (("carried rows", carrying_s), ("drafts", drafts_s)):
+        assert f"seconds saved by {name}, estimated at this run's pace||about {estimate_s:,.1f}|" in page
+
+
+def test_a_first_run_shows_how_its_drafts_fared(tmp_path: Path) -> None:
+    """Other users' texts of the same content were its drafts: nothing was published before it."""
+    _, plan, report, _ = _finish(tmp_path, num_draft_tokens=40, num_accepted_tokens=30)
+    assert not report.is_update
+    num_tokens = 40 * len(plan.shards)
+    assert f"\ndrafts: 75.0% of {num_tokens} draft tokens accepted\n" in render_terminal(report)
+    page = render_html(report)
+    assert page.count("draft tokens accepted") == 1
+    assert f"{num_tokens * 3 // 4} of {num_tokens} (75.0%)" in page
+    assert "What changed" not in page
+
+
+def test_without_drafts_and_carried_rows_no_time_was_saved(finished: Finished) -> None:
+    read = json.loads(Path(finished.run.uri, "report.json").read_text(encoding="utf-8"))
+    assert read["estimated_saved_by_carrying_s"] is read["estimated_saved_by_drafts_s"] is None
+    for shown in (render_terminal(finished.report), render_html(finished.report)):
+        assert "draft tokens" not in shown
+        assert "saved" not in shown
+    nothing_written = replace(finished.report, num_carried=9, num_rows_generated=0)
+    assert nothing_written.estimated_saved_by_carrying_s is None, "nothing to reckon by"
 
 
 def test_charts_hold_every_count() -> None:

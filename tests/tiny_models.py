@@ -248,14 +248,23 @@ def save_model_folder(config: PreTrainedConfig, folder: Path) -> Path:
     return _saved(random_model(config), folder)
 
 
-@torch.no_grad()
 def save_model_of_letters(config: PreTrainedConfig, folder: Path) -> Path:
     """The same with one that writes letters and spaces only, so that its texts are texts."""
     model = random_model(config)
-    letters = byte_tokenizer().encode(" abcdefghijklmnopqrstuvwxyz", add_special_tokens=False)
-    weight = model.get_output_embeddings().weight
-    weight[[token for token in range(len(weight)) if token not in letters]] = 0.0
+    keep_letters_only(model, byte_tokenizer(), " abcdefghijklmnopqrstuvwxyz")
     return _saved(model, folder)
+
+
+@torch.no_grad()
+def keep_letters_only(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, letters: str) -> None:
+    """Let a random model write these alone: all other tokens' logits are zero, and one letter's is above that.
+
+    With tied weights all other tokens' embeddings are zero as well.
+    """
+    weight = model.get_output_embeddings().weight
+    silent = torch.ones(len(weight), dtype=torch.bool)
+    silent[tokenizer.encode(letters, add_special_tokens=False)] = False
+    weight[silent] = 0.0
 
 
 def _saved(model: PreTrainedModel, folder: Path) -> Path:

@@ -27,7 +27,7 @@ def render_terminal(report: Report) -> str:
         if counts:
             ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
             lines.append(f"{title}: " + ", ".join(f"{name} {number:,}" for name, number in ordered))
-    lines += _update_lines(report)
+    lines += _update_lines(report) + _draft_lines(report)
     lines.append(
         f"speed: {report.rows_per_s:,.1f} rows/s, {report.tokens_per_s:,.0f} tokens/s "
         f"over {report.generating_s:,.1f} s on {report.num_workers} worker(s)"
@@ -53,7 +53,7 @@ def render_terminal(report: Report) -> str:
 
 def _update_lines(report: Report) -> list[str]:
     """What a run changed of the table that was published before it; nothing for any other run."""
-    if not (report.causes or report.num_carried or report.num_removed or report.num_deferred):
+    if not report.is_update:
         return []
     parts = (
         f"{report.num_rows_generated:,} rows written, {report.num_carried:,} carried over",
@@ -62,11 +62,23 @@ def _update_lines(report: Report) -> list[str]:
     lines = [f"update: {', '.join(parts)}"]
     if report.causes:
         lines.append("causes: " + ", ".join(f"{name} {number:,}" for name, number in report.causes.items()))
-    if report.num_drafts:
-        lines.append(
-            f"drafts: {report.num_drafts - report.num_texts_kept:,} texts changed, {report.num_texts_kept:,} are the "
-            f"same; {report.acceptance:.1%} of {report.num_draft_tokens:,} draft tokens accepted"
-        )
     if report.num_deferred:
         lines.append(f"left: {report.num_deferred:,} requests. Run the same command again to go on with them")
+    return lines
+
+
+def _draft_lines(report: Report) -> list[str]:
+    """How drafts fared, those that other users' texts made as well, and the time saved; nothing without either."""
+    lines, parts = [], []
+    if report.num_drafts:
+        num_changed = report.num_drafts - report.num_texts_kept
+        parts.append(f"{num_changed:,} texts changed, {report.num_texts_kept:,} are the same")
+    if report.num_draft_tokens:
+        parts.append(f"{report.acceptance:.1%} of {report.num_draft_tokens:,} draft tokens accepted")
+    if parts:
+        lines.append(f"drafts: {'; '.join(parts)}")
+    saved = {"carried rows": report.estimated_saved_by_carrying_s, "drafts": report.estimated_saved_by_drafts_s}
+    said = [f"about {seconds_s:,.1f} s by {name}" for name, seconds_s in saved.items() if seconds_s is not None]
+    if said:
+        lines.append(f"time saved, estimated at this run's pace: {', '.join(said)}")
     return lines

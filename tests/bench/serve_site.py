@@ -17,7 +17,6 @@ from urllib.error import URLError
 import numpy as np
 import polars as pl
 import pytest
-import torch
 import yaml
 
 import jobs.generate
@@ -28,7 +27,7 @@ from e2p_ray.serve.front import unused_ports
 from e2p_ray.storage import Storage
 from jobs.generate import generate_run
 from tests.bench.workloads import CUE, LIVELY, Case, groups_of, llama_30m, wide_tokenizer
-from tests.tiny_models import EMBEDDING_DIM, random_model, random_projector
+from tests.tiny_models import EMBEDDING_DIM, keep_letters_only, random_model, random_projector
 from tests.update_world import serial_batch
 
 TOKEN = "token-of-the-bench"
@@ -113,16 +112,10 @@ def _write_tables(config: JobConfig, num_contents: int, published: Sequence[str]
 
 
 def _write_model(config: JobConfig, folder: Path) -> None:
-    """A Llama of 30 M that writes letters alone, so that a text read back is the tokens it was written as.
-
-    The embeddings of all other tokens are zero, and with tied weights so are their logits; one letter's is above that.
-    """
+    """A Llama of 30 M that writes letters alone, so that a text read back is the tokens it was written as."""
     model = random_model(llama_30m(LIVELY), attention="sdpa")
     tokenizer = wide_tokenizer()
-    silent = torch.ones(model.config.vocab_size, dtype=torch.bool)
-    silent[tokenizer.encode(_LETTERS, add_special_tokens=False)] = False
-    with torch.no_grad():
-        model.get_input_embeddings().weight[silent] = 0.0
+    keep_letters_only(model, tokenizer, _LETTERS)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     base = resolve_base_model(config.base_model, Storage())

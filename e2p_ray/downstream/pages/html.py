@@ -107,7 +107,7 @@ def _outcome(report: Report) -> str:
 
 def _update(report: Report) -> str:
     """What the run changed of the table that was published before."""
-    if not (report.causes or report.num_carried or report.num_removed or report.num_deferred):
+    if not report.is_update:
         return ""
     causes = _counts_table("Why requests needed a new text", "cause", report.causes)
     kinds = (
@@ -118,9 +118,21 @@ def _update(report: Report) -> str:
         ("written, other than before", report.num_drafts - report.num_texts_kept),
         ("written, the same as before", report.num_texts_kept),
     )
-    rows = [(name, f"{number:,}") for name, number in kinds]
-    rows.append(("draft tokens accepted", f"{report.num_accepted_tokens:,} of {report.num_draft_tokens:,}"))
+    rows = [*((name, f"{number:,}") for name, number in kinds), *_saved(report)]
     return section("What changed", grid((f"<div><h3>Rows</h3>{_table(('rows', 'number'), rows)}</div>", causes)))
+
+
+def _saved(report: Report) -> list[tuple[str, str]]:
+    """How drafts fared, and the time that they and carried rows saved; nothing without either."""
+    rows = []
+    if report.num_draft_tokens:
+        accepted = f"{report.num_accepted_tokens:,} of {report.num_draft_tokens:,} ({report.acceptance:.1%})"
+        rows.append(("draft tokens accepted", accepted))
+    saved = {"carried rows": report.estimated_saved_by_carrying_s, "drafts": report.estimated_saved_by_drafts_s}
+    for name, seconds_s in saved.items():
+        if seconds_s is not None:
+            rows.append((f"seconds saved by {name}, estimated at this run's pace", f"about {seconds_s:,.1f}"))
+    return rows
 
 
 def _counts_table(title: str, name: str, counts: Mapping[str, int]) -> str:
@@ -170,6 +182,7 @@ def _throughput(report: Report) -> str:
         ("groups / shards", f"{report.num_groups:,} / {report.num_shards:,}"),
         ("workers", f"{report.num_workers:,}"),
         ("seconds at work", f"{report.generating_s:,.1f}"),
+        *(() if report.is_update else _saved(report)),
     )
     left, right = f"<div><h3>Rows a second</h3>{chart}</div>", f"<div>{_table(('work', 'number'), rows)}</div>"
     return section("Throughput and sharing", grid((left, right)))
