@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,8 +23,11 @@ from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.shared_prefix import SuffixSlots
 from e2p_ray.engine.wave import Ended, Wave
 from e2p_ray.errors import ConfigError
+from e2p_ray.generate import Generator
+from e2p_ray.plan import make_plan, read_shard
 from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, Request, RequestKey
-from tests import tiny_models
+from e2p_ray.storage import Storage
+from tests import plan_world, tiny_models
 from tests.tiny_models import engine_of, group, task
 
 LLAMA = LlamaConfig(**tiny_models.common())
@@ -521,6 +525,41 @@ class TestSecondTask:
             len(engine.layout.segments(item.content, item.task).left) for item in self.groups("headline", "teaser")
         ]
         assert engine.stats.num_prefix_tokens == sum(lefts)
+
+
+def test_over_the_shards_of_a_plan_each_content_is_computed_once(tmp_path: Path) -> None:
+    """One worker, one shard after the other: a hot content lies in several of them, and its groups in all of these."""
+    users = [plan_world.user(f"u{n:02d}", tiny_models.user_embedding(n).tolist()) for n in range(24)]
+    contents = {content.content_id: content for content in tiny_models.contents(5)}
+    rows = [plan_world.content(c.content_id, c.title, c.body, language=c.language) for c in contents.values()]
+    pairs = [(n, "c0") for n in range(24)] + [(n * 4 + k, f"c{k}") for k in range(1, 5) for n in range(5 - k)]
+    candidates = [plan_world.candidate(f"u{n:02d}", name) for n, name in pairs]
+    world = plan_world.World(users, rows, candidates)
+    tasks = {"explanation": task("\nWhy:", max_new_tokens=3), "headline": task("\nHeadline:", max_new_tokens=3)}
+    config = plan_world.job(world.write(tmp_path / "in"), tmp_path / "out", requests_per_shard=12, max_group_requests=6)
+    config = config.model_copy(update={"tasks": tasks})
+    storage = Storage()
+    space = {"embedding_space": plan_world.SPACE, "embedding_dim": tiny_models.EMBEDDING_DIM}
+    plan = make_plan(config, storage, **space)  # type: ignore[arg-type]
+    shards = [read_shard(storage, plan.uri, entry.shard_id) for entry in plan.shards]
+    assert sum(any(one.content.content_id == "c0" for one in groups) for groups in shards) >= 4
+
+    def computed(engine: Engine) -> int:
+        generator = Generator(engine, config, "run")
+        for groups in shards:
+            generations, dead_letters = generator.generate(groups)
+            assert (len(generations), len(dead_letters)) == (sum(len(one.requests) for one in groups), 0)
+        return engine.stats.num_prefix_tokens
+
+    engine = engine_of(LLAMA, tasks=tasks, max_rows=8)
+    once = 0
+    for content in contents.values():
+        first, second = (engine.layout.segments(content, name) for name in tasks)
+        once += len(first.left) + len(second.left) - second.num_stem
+    assert computed(engine) == once
+    without_room = engine_of(LLAMA, tasks=tasks, max_rows=8)
+    without_room._decoder.store.max_bytes = 0
+    assert computed(without_room) > 2 * once, "the control"
 
 
 def test_a_left_part_is_found_by_its_ids_and_hashed_once() -> None:
