@@ -15,7 +15,7 @@ from e2p_ray.config import JobConfig
 from e2p_ray.downstream.report import Report, build_report, read_report, render_terminal, with_consent, write_report
 from e2p_ray.errors import ConfigError, GateError
 from e2p_ray.plan import Plan
-from e2p_ray.update import Changes, Limits, Priority, defer_shards, make_update
+from e2p_ray.update import Changes, Limits, Priority, as_of_last_change, defer_shards, make_update
 from jobs.cli import Job, run_job
 from jobs.progress import ProgressLine
 from jobs.steps import Setup, full_run, opened_run, planned, say, set_up, source_id_of, update_job, update_run
@@ -87,6 +87,7 @@ def _work(
     config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None, full: bool, limits: Limits
 ) -> Work | None:
     """What is to be done; None when the published table needs no change."""
+    table = table and as_of_last_change(setup.storage, table)
     if full or (table is None and not limits):
         return Work(full_run(config, setup, plan, again=table), plan)
     run = update_run(config, setup, plan, table, limits)

@@ -12,7 +12,7 @@ from e2p_ray.config import JobConfig
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
 from e2p_ray.errors import GateError, RowError
 from e2p_ray.plan import Plan, read_shard
-from e2p_ray.update import Changes, Limits, survey
+from e2p_ray.update import Changes, Limits, as_of_last_change, survey
 from jobs.cli import Job, run_job
 from jobs.generate import dead_letters_left
 from jobs.steps import Setup, full_run, planned, say, set_up, source_id_of, update_job, update_run
@@ -101,7 +101,7 @@ def _run_id(config: JobConfig, setup: Setup, made: Plan, table: PublishedTable |
         return full_run(config, setup, made).run_id
     if not (changes.num_changed or changes.num_removed):
         return f"none: version {table.version} shows this already"
-    return update_run(config, setup, made, table, Limits()).run_id
+    return update_run(config, setup, made, as_of_last_change(setup.storage, table), Limits()).run_id
 
 
 def _print_changes(table: PublishedTable, changes: Changes) -> None:

@@ -547,12 +547,47 @@ def test_a_limited_first_run_does_not_take_the_place_of_a_whole_one(
     assert world.rows() == rows
 
 
-def test_upkeep_before_publishing_is_no_conflict(world: World) -> None:
-    _change_vector(world)
-    world.run(publish_it=False)
+def _upkeep(world: World) -> None:
     world.table().optimize.compact()
-    assert world.table().version() == 1
+    world.table().alter.set_table_properties({"delta.logRetentionDuration": "interval 60 days"})
+    assert world.table().version() == 2
+
+
+def test_upkeep_before_publishing_throws_nothing_away(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    _change_vector(world)
+    run_id = world.run(publish_it=False).run_id
+    _upkeep(world)
+    capsys.readouterr()
+    assert run_job(plan_job.JOB, ["--config", str(world.folder / "job.yaml")]) == 0
+    assert run_id in capsys.readouterr().out
+    report = None
+
+    def resumed() -> Any:
+        nonlocal report
+        report = world.run(engine=no_engine)
+        return _recount(world)
+
+    assert_exact(world, resumed)
+    assert report is not None
+    assert report.run_id == run_id
+
+
+def test_upkeep_before_a_full_run_goes_on_throws_nothing_away(world: World) -> None:
+    run_id = world.run(full=True, publish_it=False).run_id
+    _upkeep(world)
+    assert world.run(full=True, engine=no_engine).run_id == run_id
+    assert world.table().version() == 3
+    assert world.run(full=True).run_id != run_id, "the control: the table's rows are others now"
+
+
+def test_control_a_delete_among_upkeep_is_another_update(world: World) -> None:
+    _change_vector(world)
+    run_id = world.run(publish_it=False).run_id
+    world.table().delete("user_id = 'user-005'")
+    world.table().optimize.compact()
+    world.shown = {key: wanted for key, wanted in world.shown.items() if key[0] != "user-005"}
     assert_exact(world, world.run)
+    assert run_id not in {row["run_id"] for row in world.rows().values()}
 
 
 def test_a_restored_version_is_the_one_that_is_compared(world: World) -> None:
