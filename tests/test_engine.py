@@ -457,6 +457,31 @@ def test_memory_bound_limits_the_wave(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 1 <= sizes[0] < unbounded
 
 
+def test_memory_does_not_grow_with_the_users_of_a_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of slots, prefixes, what is written, and what waits: beyond a wave, users add none."""
+    content, found, plain = tiny_models.contents(1)[0], list[int](), Decoder._choose
+
+    def watched(self: Decoder, wave: Wave, *rest: Any) -> Any:
+        kept = [*self.store._kept.values(), *(prefix for prefix in wave.prefixes if prefix is not None)]
+        tensors = [*wave.slots.keys, *wave.slots.values, *(one for prefix in kept for one in prefix.keys)]
+        parts = [one.untyped_storage() for one in tensors]
+        num_rows = len(self._call.pending) + len(wave.rows)
+        num_bytes = sum({part.data_ptr(): part.nbytes() for part in parts}.values())
+        found.append(num_bytes + wave.written.nbytes + wave.logprobs.nbytes + 1000 * num_rows)
+        return plain(self, wave, *rest)
+
+    monkeypatch.setattr(Decoder, "_choose", watched)
+
+    def most_bytes(num_users: int, max_rows: int) -> int:
+        found.clear()
+        assert len(run(engine_of(LLAMA, max_rows=max_rows), [group(content, range(num_users))])) == num_users
+        return max(found)
+
+    few, many = most_bytes(16, 8), most_bytes(128, 8)
+    assert many == few
+    assert most_bytes(128, 32) > 2 * few, "the control"
+
+
 @pytest.mark.parametrize("num_waves", [1, 2])
 def test_less_memory_than_was_thought_is_found_out_ever_more_rarely(num_waves: int) -> None:
     bounds = Bounds(4096, 1 << 30)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from e2p_ray.engine import decode
+from e2p_ray.engine import engine as engine_module
 from e2p_ray.engine.compiled import has_loops
+from e2p_ray.engine.contract import EngineStats
 from e2p_ray.engine.decode import Decoder
+from e2p_ray.engine.drafts import Drafts
 from e2p_ray.engine.greedy import GreedyHead, Likeliest
 from e2p_ray.engine.packed import PackedLinear, can_pack
-from e2p_ray.engine.wave import Wave
-from e2p_ray.schema import Completion, ErrorCode
+from e2p_ray.engine.row import Row
+from e2p_ray.engine.wave import Ended, Wave
+from e2p_ray.schema import Completion, ErrorCode, RequestKey
 from tests import tiny_models
 from tests.test_compiled_loops import TOLERANCE, difference, random
 
@@ -121,3 +127,62 @@ def test_rows_without_finite_logits_end_as_errors(monkeypatch: pytest.MonkeyPatc
     lost = {one.key for one in found if one.error_code is ErrorCode.NON_FINITE_LOGITS}
     assert 0 < len(lost) < len(found)
     assert [one for one in found if one.key not in lost] == [one for one in expected if one.key not in lost]
+
+
+class ExactDrafts(Drafts):
+    """A draft is token ids, as a tokenizer that reads all texts back would make of it."""
+
+    def _given(self, row: Row) -> list[tuple[int, ...]]:
+        return [tuple(map(int, row.draft.split()))] if row.draft else []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_of_exact_tokens_change_no_text(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right ones are accepted, wrong ones cost tokens; all of it in the compiled loops."""
+    monkeypatch.setattr(decode, "measure_overhead_tokens", lambda base: 1024)  # every guess that may hold is tried
+    monkeypatch.setattr(engine_module, "Drafts", ExactDrafts)
+    tokens, num_greedy, plain, choose = dict[RequestKey, list[int]](), 0, Decoder._completion, GreedyHead.__call__
+
+    def completed(self: Decoder, ended: Ended) -> Completion:
+        tokens[ended.row.key] = ended.tokens.tolist()
+        return plain(self, ended)
+
+    def chosen(self: GreedyHead, hidden: Tensor, max_rows: int) -> Likeliest:
+        nonlocal num_greedy
+        num_greedy += len(hidden)
+        return choose(self, hidden, max_rows)
+
+    monkeypatch.setattr(Decoder, "_completion", completed)
+    monkeypatch.setattr(GreedyHead, "__call__", chosen)
+    tasks = {"headline": tiny_models.task(max_new_tokens=16)}
+    groups = [tiny_models.group(one, range(12), without=[at]) for at, one in enumerate(tiny_models.contents(3))]
+
+    def written(drafts: Mapping[RequestKey, list[int]]) -> tuple[dict[RequestKey, list[int]], EngineStats]:
+        """All tokens, with the drafts that are not empty."""
+        model = tiny_models.random_model(LLAMA).to(dtype)
+        engine = tiny_models.engine_of(LLAMA, tasks=tasks, max_rows=64, model=model, drafts=bool(drafts))
+        engine._decoder._base.pack()
+        if engine._decoder._base.greedy is None:
+            pytest.skip("with AMX products of bfloat16 are not ours")
+        drafted = [
+            replace(one, requests=tuple(
+                replace(request, draft=" ".join(map(str, drafts.get(request.key, ())))) for request in one.requests
+            ))
+            for one in groups
+        ]  # fmt: skip
+        tokens.clear()
+        assert not [one for one in engine.generate(drafted) if one.error_code]
+        return dict(tokens), engine.stats
+
+    expected, plain_stats = written({})
+    right, right_stats = written(expected)
+    assert right == expected
+    assert right_stats.num_accepted_tokens > 0.9 * right_stats.num_draft_tokens > 0
+    assert right_stats.num_steps < 0.7 * plain_stats.num_steps
+    other = {key: found[:2] + [(token + 1) % 250 for token in found[2:]] for key, found in expected.items()}
+    wrong, wrong_stats = written(other)
+    assert wrong == expected
+    assert wrong_stats.num_draft_tokens > 2 * wrong_stats.num_accepted_tokens
+    assert plain_stats.num_draft_tokens == 0
+    assert num_greedy > sum(map(len, expected.values())) * 2, "no logits in between"
+    assert right != {key: expected[next(iter(expected))] for key in expected}, "the control: texts differ"

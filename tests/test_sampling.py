@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from e2p_ray.config import SamplingConfig
+from e2p_ray.engine import sampling as sampling_module
 from e2p_ray.engine.sampling import RowSampling, choose, philox, stream_key, uniforms
 from e2p_ray.schema import RequestKey
 
@@ -134,3 +137,29 @@ def test_a_large_vocabulary_is_cut_as_defined(top_k: int, top_p: float) -> None:
         for n in range(0, 200, 20)
     ]
     assert [int(item.tokens[0]) for item in one_by_one] == expected[::20]
+
+
+@pytest.mark.parametrize("size", [1, 3, 40])
+def test_rows_sampled_some_at_a_time_get_the_same_tokens(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    logits = torch.from_numpy(rng.standard_normal((9, 3000), np.float32))
+    configs = [SamplingConfig(temperature=0.9 * (at % 3 > 0), top_p=0.5 if at % 4 else 1.0) for at in range(9)]
+    sampling = RowSampling.of([(config, at) for at, config in enumerate(configs)])
+    written, num_written = np.zeros((9, 4), np.int64), np.zeros(9, np.int64)
+    expected = choose(logits.clone(), sampling, written, num_written).fetched()
+    widest, plain = 0, sampling_module._sample
+
+    def watched(some: torch.Tensor, *rest: Any) -> torch.Tensor:
+        nonlocal widest
+        widest = max(widest, len(some))
+        return plain(some, *rest)
+
+    monkeypatch.setattr(sampling_module, "_sample", watched)
+    choose(logits.clone(), sampling, written, num_written)
+    assert widest == 6, "the control"
+    monkeypatch.setattr(sampling_module, "_MAX_SAMPLED", {"cpu": size * 3000})
+    widest = 0
+    found = choose(logits.clone(), sampling, written, num_written).fetched()
+    assert widest == min(size, 6)
+    assert (found.tokens == expected.tokens).all()
+    assert (found.logprobs == expected.logprobs).all()

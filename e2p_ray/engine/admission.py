@@ -117,32 +117,43 @@ class Admission:
     def fitting(self, pending: Iterable[Row], wave: Wave | None, store: PrefixStore) -> list[Row]:
         """The waiting rows that the bounds allow now; at least one when there is no wave. Makes room in the store."""
         num_rows, max_tokens = (len(wave), wave.slots.max_tokens) if wave is not None else (0, 0)
-        prefixes = {row.segments.left for row in wave.rows} if wave is not None else set()
-        num_prefix_tokens = sum(map(len, prefixes))
+        # The memories that prefixes of these rows keep, whole, and what is still to be computed.
+        kept = dict(prefix.memory for prefix in wave.prefixes if prefix is not None) if wave is not None else {}
+        new = set[tuple[int, ...]]()
+        num_kept_bytes, num_new_bytes, num_computed = sum(kept.values()), 0, 0
         fitting: list[Row] = []
-        num_computed = 0
         for row in pending:
+            left, prefix = row.segments.left, store.use(row.segments.left)
             longest = max(max_tokens, self._num_slot_tokens(row))
-            more = 0 if row.segments.left in prefixes else len(row.segments.left)
+            memory, num_bytes = (0, 0) if prefix is None else prefix.memory
+            more_kept = 0 if memory in kept else num_bytes
+            more_new = store.bytes_of(len(left)) if prefix is None and left not in new else 0
             count = num_rows + len(fitting) + 1
-            num_bytes = count * self._row_bytes(longest) + store.bytes_of(num_prefix_tokens + more)
-            if count > self.bounds.max_rows or (num_bytes > self.bounds.max_bytes and count > 1):
+            total = count * self._row_bytes(longest) + num_kept_bytes + num_new_bytes + more_kept + more_new
+            if count > self.bounds.max_rows or (total > self.bounds.max_bytes and count > 1):
                 break
-            if more and self.bounds.max_prefill_tokens is not None and not store.has(row.segments.left):
-                if num_computed and num_computed + more > self.bounds.max_prefill_tokens:
+            if more_new and self.bounds.max_prefill_tokens is not None:
+                if num_computed and num_computed + len(left) > self.bounds.max_prefill_tokens:
                     break
-                num_computed += more
+                num_computed += len(left)
             fitting.append(row)
-            prefixes.add(row.segments.left)
-            max_tokens, num_prefix_tokens = longest, num_prefix_tokens + more
-        store.trim(max(self.bounds.max_bytes - (num_rows + len(fitting)) * self._row_bytes(max_tokens), 0))
+            kept[memory] = num_bytes
+            if more_new:
+                new.add(left)
+            max_tokens, num_kept_bytes, num_new_bytes = longest, num_kept_bytes + more_kept, num_new_bytes + more_new
+        taken = (num_rows + len(fitting)) * self._row_bytes(max_tokens) + num_new_bytes
+        taken += sum(num_bytes for memory, num_bytes in kept.items() if not store.holds(memory))
+        store.trim(max(self.bounds.max_bytes - taken, 0))
         return fitting
 
     def _num_slot_tokens(self, row: Row) -> int:
         return row.num_suffix_tokens(self._num_soft) + row.sampling.max_new_tokens
 
     def _row_bytes(self, num_tokens: int) -> int:
-        """Slots, logits (three times: as they are, controlled, normalised) and a step's activations of one row."""
+        """Slots, logits (three times: as they are, controlled, normalised) and a step's activations of one row.
+
+        What sampling makes of logits is of some rows at a time, however many there are.
+        """
         base = self._base
         kv_bytes = base.kv_bytes_per_token * base.own_dtype.itemsize // base.dtype.itemsize
         return num_tokens * kv_bytes + 12 * base.vocab_size + 64 * base.d_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -36,9 +36,12 @@ def prefill_tokens(device: torch.device) -> int:
 class PrefixStore:
     """Keys and values by token ids, least recently used dropped first beyond `max_bytes`.
 
-    Rows hold the `Prefix` they read, so dropping one here never takes it from a row. The ids are the whole key: layout
-    and cue are part of them, and a store belongs to one base model. A content's second task begins as its first one
-    did, with its stem, and only its cue is computed.
+    What was computed together lies in one memory, which counts until the last of it is dropped. Where half of it or
+    less is kept, this gets memory of its own. Rows hold the `Prefix` they read, so dropping one here never takes
+    it from a row.
+
+    The ids are the whole key: layout and cue are part of them, and a store belongs to one base model. A content's
+    second task begins as its first one did, with its stem, and only its cue is computed.
     """
 
     def __init__(self, base: BaseModel, max_bytes: int) -> None:
@@ -46,21 +49,24 @@ class PrefixStore:
         self._kept: OrderedDict[TokenIds, Prefix] = OrderedDict()
         self._with_stem: dict[TokenIds, TokenIds] = {}  # a kept left part for every stem
         self._stem_of: dict[TokenIds, TokenIds] = {}
-        self._num_kept_tokens = 0
+        self._beside: dict[int, set[TokenIds]] = {}  # the kept left parts in every memory
+        self.num_bytes = 0  # of these memories
         self.num_computed_tokens = 0
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of what is kept."""
-        return self.bytes_of(self._num_kept_tokens)
 
     def bytes_of(self, num_tokens: int) -> int:
         """Bytes that the keys and values of so many tokens take."""
         return num_tokens * self._base.kv_bytes_per_token
 
-    def has(self, left: TokenIds) -> bool:
-        """Whether a left part's prefix is kept."""
-        return left in self._kept
+    def use(self, left: TokenIds) -> Prefix | None:
+        """A left part's prefix where it is kept: no longer the least recently used one."""
+        found = self._kept.get(left)
+        if found is not None:
+            self._kept.move_to_end(left)
+        return found
+
+    def holds(self, memory: int) -> bool:
+        """Whether this memory counts among the store's."""
+        return memory in self._beside
 
     def get(self, lefts: Sequence[TokenIds], num_stems: Sequence[int] | None = None) -> list[Prefix | None]:
         """The prefix of every left part, None for an empty one; those not kept are computed, alike lengths together.
@@ -88,16 +94,44 @@ class PrefixStore:
     def trim(self, max_bytes: int) -> None:
         """Drop the least recently used until no more than this is kept."""
         while self._kept and self.num_bytes > max_bytes:
-            left, _ = self._kept.popitem(last=False)
-            self._num_kept_tokens -= len(left)
+            left, prefix = self._kept.popitem(last=False)
             stem = self._stem_of.pop(left)
             if self._with_stem.get(stem) == left:
                 del self._with_stem[stem]
+            self._release(left, prefix)
+            # What is used once leaves as it came, neighbours one after the other: nothing is copied for them.
+            beside, oldest = self._beside.get(prefix.memory[0], set()), next(iter(self._kept), None)
+            if (oldest not in beside or len(self._beside) == 1) and self._is_half_dropped(beside, prefix):
+                self._move_out(beside)
+
+    def _is_half_dropped(self, beside: Set[TokenIds], prefix: Prefix) -> bool:
+        return 0 < 2 * self.bytes_of(sum(map(len, beside))) <= prefix.memory[1]
+
+    def _move_out(self, lefts: Set[TokenIds]) -> None:
+        for left in [*lefts]:
+            prefix = self._kept[left]
+            self._kept[left] = copy = prefix.alone()
+            self._hold(left, copy)
+            self._release(left, prefix)
+
+    def _hold(self, left: TokenIds, prefix: Prefix) -> None:
+        memory, num_bytes = prefix.memory
+        if memory not in self._beside:
+            self._beside[memory] = set()
+            self.num_bytes += num_bytes
+        self._beside[memory].add(left)
+
+    def _release(self, left: TokenIds, prefix: Prefix) -> None:
+        memory, num_bytes = prefix.memory
+        self._beside[memory].remove(left)
+        if not self._beside[memory]:
+            del self._beside[memory]
+            self.num_bytes -= num_bytes
 
     def _keep(self, left: TokenIds, stem: TokenIds, prefix: Prefix) -> None:
         if left not in self._kept:
             self._kept[left] = prefix
-            self._num_kept_tokens += len(left)
+            self._hold(left, prefix)
             self._stem_of[left] = stem
             if stem:
                 self._with_stem.setdefault(stem, left)

@@ -41,6 +41,21 @@ class Prefix:
         """(num_layers, 2), where keys and values are: the loops ask in every step of all that read it."""
         return addresses_of(self.keys, self.values)
 
+    @cached_property
+    def memory(self) -> tuple[int, int]:
+        """Which memory it is part of, and the bytes there: a view keeps all of what it was cut from."""
+        parts = {
+            part.data_ptr(): part.nbytes() for part in (one.untyped_storage() for one in (*self.keys, *self.values))
+        }
+        return self.keys[0].untyped_storage().data_ptr(), sum(parts.values())
+
+    def alone(self) -> Prefix:
+        """A copy that keeps nothing but itself."""
+        keys, values = (
+            [one.clone(memory_format=torch.contiguous_format) for one in part] for part in (self.keys, self.values)
+        )
+        return Prefix(tuple(keys), tuple(values), self.length)
+
 
 class PrefillDoneError(Exception):
     """Raised out of a prefill's last layer: of it only keys and values are wanted, not what they lead to.
@@ -113,7 +128,7 @@ class PrefillStep:
         return attention(queries.to(keys.dtype), keys, values, shape, causal=True, visible=visible)[0]
 
     def prefixes(self) -> list[Prefix]:
-        """The prefix of every content in the batch, views of it."""
+        """The prefix of every content in the batch, views of it: what one of them keeps, see `Prefix.memory`."""
         batch = PrefillBatch(tuple(self._keys), tuple(self._values))
         found = []
         for row, length in enumerate(self.lengths):

@@ -52,7 +52,7 @@ class Wave:
         self.num_fresh = np.zeros(size, np.int64)  # tokens that the last pass wrote
         self.sampling = RowSampling.of([])
         self.launched: list[Launched] = []  # passes whose tokens nobody has looked at
-        self._prefixes: list[Prefix | None] = []
+        self.prefixes: list[Prefix | None] = []
         self._visible: list[int] = []
         self._readers: Readers | None = None
 
@@ -90,7 +90,7 @@ class Wave:
         self.rows += rows
         self.drafts += drafts
         self.num_told_when_idle = None
-        self._prefixes += prefixes
+        self.prefixes += prefixes
         self._visible += visible
         self._readers = None
         self.num_own[span] = self.num_written[span] = self.num_chars[span] = self.num_fresh[span] = 0
@@ -102,9 +102,9 @@ class Wave:
     def readers(self, first: int = 0) -> Readers:
         """Which rows from `first` on read which prefix; those of all are kept until rows come or go."""
         if first:
-            return Readers.of(self._prefixes[first:], self._visible[first:])
+            return Readers.of(self.prefixes[first:], self._visible[first:])
         if self._readers is None:
-            self._readers = Readers.of(self._prefixes, self._visible)
+            self._readers = Readers.of(self.prefixes, self._visible)
         return self._readers
 
     def last_tokens(self, first: int, end: int) -> _Ints:
@@ -154,7 +154,7 @@ class Wave:
         self.sampling = self.sampling.take(order)
         self.rows = [self.rows[slot] for slot in order]
         self.drafts = [self.drafts[slot] for slot in order]
-        self._prefixes = [self._prefixes[slot] for slot in order]
+        self.prefixes = [self.prefixes[slot] for slot in order]
         self._visible = [self._visible[slot] for slot in order]
         self._readers = None
 
