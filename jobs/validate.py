@@ -9,7 +9,7 @@ import os
 import sys
 
 from e2p_ray.config import JobConfig
-from e2p_ray.engine.manifest import CONFIG_FILE
+from e2p_ray.engine.manifest import CONFIG_FILE, REFERENCE_FILE, WEIGHTS_FILE
 from e2p_ray.errors import ConfigError, IncompatibleError, ObjectNotFoundError
 from e2p_ray.plan.inputs import scan_inputs
 from e2p_ray.storage import is_s3
@@ -51,15 +51,13 @@ def _check_projector(config: JobConfig, setup: Setup) -> None:
 
     The engine looks again, and into the weights; here torch is not even imported.
     """
-    for name, digest in setup.manifest.files.items():
+    for name in (WEIGHTS_FILE, REFERENCE_FILE):
         place = f"{config.projector.uri}/{name}"
         try:
             data = setup.storage.read_bytes(place)
         except ObjectNotFoundError as error:
-            raise IncompatibleError(
-                f"{place}: config.json names it, and it is not there. Copy the artifact again"
-            ) from error
-        if hashlib.sha256(data).hexdigest() != digest:
+            raise IncompatibleError(f"{place}: is not there. Copy the artifact again") from error
+        if hashlib.sha256(data).hexdigest() != setup.manifest.files.get(name):
             raise IncompatibleError(f"{place}: not the file that config.json names. Copy the artifact again")
     base = json.loads((setup.base.path / CONFIG_FILE).read_bytes())
     width = base.get("hidden_size") or base.get("n_embd") or setup.manifest.d_model  # else the engine will say

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -174,7 +173,8 @@ def test_what_is_wrong_is_said_with_its_exit_code(
     [
         ("nothing", ""),
         ("cut", "model.safetensors: not the file that config.json names"),
-        ("removed", "model.safetensors: config.json names it, and it is not there"),
+        ("removed", "model.safetensors: is not there. Copy the artifact again"),
+        ("unnamed", "model.safetensors: not the file that config.json names"),
         ("narrower base", "makes soft tokens of width 4, the base model's tokens have 2"),
     ],
 )
@@ -185,12 +185,9 @@ def test_the_projector_s_files_and_width_are_looked_at(
     storage, folder = Storage(), Path(config.projector.uri)
     width = 2 if change == "narrower base" else 4
     (tmp_path / "base" / "config.json").write_text(json.dumps({"hidden_size": width}), encoding="utf-8")
-    weights = folder / "model.safetensors"
-    weights.write_bytes(b"weights")
-    manifest = replace(
-        read_manifest(storage, config.projector.uri),
-        base_model_id=resolve_base_model(config.base_model, storage).base_model_id,
-    ).with_files({weights.name: hashlib.sha256(b"weights").hexdigest()})
+    weights, base_model_id = folder / "model.safetensors", resolve_base_model(config.base_model, storage).base_model_id
+    manifest = replace(read_manifest(storage, config.projector.uri), base_model_id=base_model_id)
+    manifest = manifest.with_files({} if change == "unnamed" else manifest.files)
     (folder / "config.json").write_text(manifest.to_json(), encoding="utf-8")
     if change == "cut":
         weights.write_bytes(b"weight")
