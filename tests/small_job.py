@@ -116,6 +116,15 @@ def write_base_model(folder: Path) -> Path:
     return folder
 
 
+def write_projector(storage: Storage, uri: str, manifest: ProjectorManifest) -> None:
+    """The artifact of a manifest, whole but for weights that could be loaded."""
+    files = dict.fromkeys((WEIGHTS_FILE, REFERENCE_FILE), b"nothing that could be loaded")
+    for name, data in files.items():
+        storage.write_bytes(f"{uri}/{name}", data)
+    manifest = manifest.with_files({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    storage.write_bytes(f"{uri}/config.json", manifest.to_json().encode())
+
+
 def write_small_job(
     folder: Path,
     *,
@@ -155,9 +164,6 @@ def _write_world(storage: Storage, config: JobConfig, num_users: int, num_conten
     storage.write_table(config.inputs.contents_uri, contents_table(num_contents))
     storage.write_table(config.inputs.candidates_uri, candidates_table(num_users, num_contents, per_user))
     base = resolve_base_model(config.base_model, storage)
-    files = dict.fromkeys((WEIGHTS_FILE, REFERENCE_FILE), b"nothing that could be loaded")
-    for name, data in files.items():
-        storage.write_bytes(f"{config.projector.uri}/{name}", data)
     manifest = ProjectorManifest(
         embedding_dim=DIM,
         embedding_space=SPACE,
@@ -165,5 +171,5 @@ def _write_world(storage: Storage, config: JobConfig, num_users: int, num_conten
         base_model_id=base.base_model_id,
         tokenizer_hash=base.tokenizer_hash,
         output_rms=1.0,
-    ).with_files({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
-    storage.write_bytes(f"{config.projector.uri}/config.json", manifest.to_json().encode())
+    )
+    write_projector(storage, config.projector.uri, manifest)
