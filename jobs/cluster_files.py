@@ -13,8 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-from e2p_ray.config import JobConfig, ServeConfig, TrainConfig, load_config
-from e2p_ray.config.load import Config
+from e2p_ray.config import Config, JobConfig, ServeConfig, TrainConfig, load_config
 from e2p_ray.errors import ConfigError
 from e2p_ray.serve.front import FLAGS
 from jobs.cluster_settings import FOLDER, AwsSettings, ClusterSettings, GroupSettings

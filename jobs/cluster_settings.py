@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from e2p_ray.config.options import explain, parse_words
+from e2p_ray.config.file import read_file
+from e2p_ray.config.options import all_options, explain, parse_words
 from e2p_ray.config.sections import Section
 from e2p_ray.errors import ConfigError
 
@@ -81,13 +81,9 @@ class ClusterSettings(Section):
 
 def load_settings(path: Path, words: Sequence[str] = ()) -> ClusterSettings:
     """The settings of a file, with `--key VALUE` options over them; ConfigError names every wrong key."""
+    given = parse_words(words, "jobs.cluster", all_options(ClusterSettings, ""))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    given = parse_words(words, "jobs.cluster")
-    try:
-        return ClusterSettings.model_validate(_over(values, given))
+        return ClusterSettings.model_validate(_over(read_file(path), given))
     except ValidationError as error:
         raise ConfigError(explain(error, ClusterSettings, str(path), {"command line": given})) from error
 

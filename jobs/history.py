@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from e2p_ray.commit.history import TableVersion, read_history
 from e2p_ray.config import JobConfig
+from e2p_ray.errors import ConfigError
 from e2p_ray.storage import Storage
 from jobs.cli import Job, run_job
 from jobs.tables import print_table
@@ -18,6 +19,8 @@ _DEFAULT_VERSIONS = 50
 
 def history(config: JobConfig, options: argparse.Namespace) -> None:
     """Print the newest versions, newest first."""
+    if options.limit < 1:
+        raise ConfigError(f"jobs.history: --limit {options.limit} shows nothing: give 1 or more")
     versions = read_history(Storage(config.storage), config.output.table_uri, options.limit)
     if options.json:
         print(json.dumps([_as_json(version) for version in versions], ensure_ascii=False, indent=1))

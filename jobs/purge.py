@@ -39,6 +39,11 @@ def purge(config: JobConfig, options: argparse.Namespace) -> None:
         elif not done.num_objects:
             say("nothing to do")
     _warn_of_inputs(storage, config, users)
+    if num_nowhere := len(users) - len(users.found):
+        say(
+            f"{num_nowhere:,} of these {len(users):,} ids are nowhere, in the users table neither: removed earlier, or "
+            "not written as there"
+        )
 
 
 def purge_run(config: JobConfig, storage: Storage, users: Users) -> Purge:
@@ -92,7 +97,11 @@ def _warn_of_inputs(storage: Storage, config: JobConfig, users: Users) -> None:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--users", metavar="FILE", help="whom to remove: one user id a line, or Parquet with user_id")
+    parser.add_argument(
+        "--users",
+        metavar="FILE",
+        help="whom to remove: a line is a user id, or Parquet with user_id",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only count what would be removed, by place")
 
 

@@ -1,10 +1,11 @@
-"""A small job with every kind of row: inputs, a projector's manifest without weights, a base model without weights.
+"""A small job with every kind of row: inputs, a projector whose weights are none, a base model without weights.
 
 Drivers never load either of the two, so that a whole run goes through with the fake engine.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from itertools import chain, takewhile
@@ -20,7 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from e2p_ray.config import JobConfig, StorageConfig
 from e2p_ray.engine.fake import FakeEngine
-from e2p_ray.engine.manifest import ProjectorManifest, load_manifest, resolve_base_model
+from e2p_ray.engine.manifest import REFERENCE_FILE, WEIGHTS_FILE, ProjectorManifest, load_manifest, resolve_base_model
 from e2p_ray.schema import Group
 from e2p_ray.storage import Storage
 
@@ -115,6 +116,15 @@ def write_base_model(folder: Path) -> Path:
     return folder
 
 
+def write_projector(storage: Storage, uri: str, manifest: ProjectorManifest) -> None:
+    """The artifact of a manifest, whole but for weights that could be loaded."""
+    files = dict.fromkeys((WEIGHTS_FILE, REFERENCE_FILE), b"nothing that could be loaded")
+    for name, data in files.items():
+        storage.write_bytes(f"{uri}/{name}", data)
+    manifest = manifest.with_files({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+    storage.write_bytes(f"{uri}/config.json", manifest.to_json().encode())
+
+
 def write_small_job(
     folder: Path,
     *,
@@ -161,5 +171,5 @@ def _write_world(storage: Storage, config: JobConfig, num_users: int, num_conten
         base_model_id=base.base_model_id,
         tokenizer_hash=base.tokenizer_hash,
         output_rms=1.0,
-    ).with_files({})
-    storage.write_bytes(f"{config.projector.uri}/config.json", manifest.to_json().encode())
+    )
+    write_projector(storage, config.projector.uri, manifest)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from e2p_ray.config import JobConfig, load_config
+from e2p_ray.config import Config, EvaluateConfig, JobConfig, ServeConfig, TrainConfig, load_config
 from e2p_ray.config.options import describe, keys
 from e2p_ray.errors import ConfigError
 
@@ -41,7 +41,9 @@ def job_yaml(tmp_path: Path) -> Path:
 
 
 def load(*arguments: object) -> JobConfig:
-    return load_config(JobConfig, [str(argument) for argument in arguments], prog="jobs.test", description="A test.")
+    words = [str(argument) for argument in arguments]
+    own = "  --dry-run  only look"
+    return load_config(JobConfig, words, prog="jobs.test", description="A test.", options_help=own)
 
 
 def refused(*arguments: object) -> str:
@@ -130,7 +132,11 @@ def test_a_near_miss_in_the_environment_is_not_ignored(job_yaml: Path, monkeypat
         (["--config"], "--config needs a file"),
         (["--config", "/nowhere/job.yaml"], "/nowhere/job.yaml: no such file"),
         (["job.yaml"], "'job.yaml' is not an option"),
+        (["--config", "/"], "/: is a folder"),
         (["--output.uri"], "--output.uri needs a value"),
+        (["--tasks.headline.sampling.seed"], "--tasks.headline.sampling.seed needs a value"),
+        (["--dry-rum"], "unknown option --dry-rum; did you mean --dry-run?"),
+        (["--bogus", "--engine.max_rows", "1"], "unknown option --bogus"),
         ([], "no --config FILE given"),
     ],
 )
@@ -161,14 +167,172 @@ def test_an_output_that_delta_would_look_for_elsewhere_is_refused(uri: str, is_r
         assert load("--config", job_yaml, "--output.uri", uri).output.uri == uri
 
 
-def test_broken_yaml_names_the_file_and_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("engine: [1\n", ", line 2: while parsing"),
+        ("- a list\n", ": holds a list"),
+        ("text\n", ": holds one value"),
+        (
+            "gates:\n  max_fallback_share: 1\nengine: {}\ngates:\n",
+            ", line 4: the key 'gates' is there already, in line 1",
+        ),
+        (
+            "gates: {max_fallback_share: 1, 'max_fallback_share': 2}\n",
+            ", line 1: the key 'max_fallback_share' is there",
+        ),
+        ("tasks:\n  headline:\n    prompts:\n      no: {}\n", ", line 4: YAML takes the key no for bool"),
+        ("2026-11-28: 1\n", ", line 1: YAML takes the key 2026-11-28 for timestamp"),
+        ("? [a]\n: 1\n", ", line 1: a key has to be a name"),
+        ("engine: \0\n", ": not YAML"),
+        ("engine: !!python/name:os.system\n", ", line 1: could not determine a constructor"),
+    ],
+)
+def test_a_broken_file_is_named_with_the_line(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
-    path.write_text("engine: [1\n", encoding="utf-8")
-    message = refused("--config", path)
-    assert str(path) in message
-    assert "line" in message
-    path.write_text("- a list\n", encoding="utf-8")
-    assert str(path) in refused("--config", path)
+    path.write_text(text, encoding="utf-8")
+    assert f"{path}{said}" in refused("--config", path)
+
+
+def test_a_key_that_overrides_a_merged_one_is_no_repetition(job_yaml: Path) -> None:
+    text = "plan: &usual {single_node_bytes: 5, num_partitions: 1}\nother: {<<: *usual, num_partitions: 2}\n"
+    text = job_yaml.read_text(encoding="utf-8") + text.replace("other:", "checks: {retry: true}\nplan2:")
+    job_yaml.write_text(text, encoding="utf-8")
+    assert "1 problem(s)\n  plan2: unknown key; did you mean plan?" in refused("--config", job_yaml)
+
+
+# -- the environment, which the jobs of one pod or shell share
+
+TRAIN = {
+    "inputs": {"users_uri": "u", "contents_uri": "c", "targets_uri": "t"},
+    **{name: BASE[name] for name in ("output", "base_model", "tasks")},
+}
+EVALUATE = {
+    "inputs": {**TRAIN["inputs"], "training_targets_uri": "t2"},
+    **{name: BASE[name] for name in ("output", "base_model", "projector", "tasks")},
+}
+CONFIGURATIONS: list[tuple[type[Config], dict[str, Any]]] = [
+    (JobConfig, BASE),
+    (ServeConfig, BASE),
+    (TrainConfig, TRAIN),
+    (EvaluateConfig, EVALUATE),
+]
+TOKEN = "0123456789abcdef"
+
+
+@pytest.mark.parametrize(("model", "values"), CONFIGURATIONS)
+def test_variables_of_other_jobs_are_left_alone(
+    model: type[Config], values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+
+    def read() -> Any:
+        return load_config(model, ["--config", str(path)], prog="jobs.test", description="A test.")
+
+    monkeypatch.setenv("E2P_API__TOKENS", json.dumps([TOKEN]))
+    monkeypatch.setenv("E2P_TRAINING__NUM_STEPS", "7")
+    monkeypatch.setenv("E2P_EVALUATION__SEED", "3")
+    monkeypatch.setenv("E2P_COMPARE__BEFORE", "out/before")
+    monkeypatch.setenv("E2P_PLAN__NUM_PARTITIONS", "4")
+    monkeypatch.setenv("E2P_STORAGE__REGION", "eu-1")
+    found = read()
+    assert found.storage.region == "eu-1"
+    if isinstance(found, ServeConfig):
+        assert [token.get_secret_value() for token in found.api.tokens] == [TOKEN]
+    for wrong, right in [("E2P_API__TOKNES", "E2P_API__TOKENS"), ("E2P_API_TOKENS", "E2P_API__TOKENS")]:
+        monkeypatch.setenv(wrong, "[]")
+        with pytest.raises(ConfigError, match=f"api.toknes: unknown key|{wrong}: unknown; did you mean {right}"):
+            read()
+        monkeypatch.delenv(wrong)
+    monkeypatch.setenv("E2P_APY__TOKENS", "[]")
+    with pytest.raises(ConfigError, match=r"1 problem\(s\)\n  E2P_APY__TOKENS: unknown; did you mean E2P_API__TOKENS"):
+        read()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("E2P_API__TOKENS", "hunter2hunter2hunter2", "E2P_API__TOKENS: not JSON. Give a list"),
+        ("E2P_API__TOKENS", "", "E2P_API__TOKENS: not JSON. Give a list"),
+        ("E2P_API", "{hunter2", "E2P_API: not JSON. Give an object"),
+        ("E2P_TASKS", "hunter2", "E2P_TASKS: not JSON. Give an object"),
+        ("E2P_API__TOKENS", '"hunter2"', "api.tokens: Input should be a valid tuple (environment)"),
+        ("E2P_TASKS__HEADLINE__SAMPLING__STOP", "hunter2", "SAMPLING__STOP: not JSON. Give a list"),
+    ],
+)
+def test_a_malformed_variable_is_named_without_its_value(
+    name: str, value: str, said: str, job_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        load_config(ServeConfig, ["--config", str(job_yaml)], prog="jobs.test", description="A test.")
+    assert said in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert str(job_yaml) not in str(caught.value) or "(environment)" in str(caught.value)
+
+
+# -- values that no job can work with
+
+PROMPT = "tasks.headline.prompts.en"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("storage.endpoint_url", "minio:9000", "not http://HOST:PORT or https://HOST"),
+        ("storage.endpoint_url", "", "not http://HOST:PORT or https://HOST"),
+        ("output.uri", "gs://bucket/out", "unknown scheme 'gs': give a local path or s3://"),
+        ("inputs.users_uri", "https://host/users", "unknown scheme 'https'"),
+        ("output.uri", "s3://", "not s3://bucket/..."),
+        ("output.uri", "s3:/bucket/out", "not s3://bucket/..."),
+        ("base_model.uri", "file:///models/x", "unknown scheme 'file': give a local folder, s3://"),
+        ("base_model.device", "gpu", "use auto, cpu, cuda or cuda:N"),
+        ("base_model.device", "cuda:", "use auto, cpu, cuda or cuda:N"),
+        (f"{PROMPT}.content", "{title} {text}", "{text} would not be replaced"),
+        (f"{PROMPT}.content", "{ body }", "{ body } would not be replaced"),
+        (f"{PROMPT}.content", "{title} by {著者}", "{著者} would not be replaced"),
+        (f"{PROMPT}.content", "News", "holds neither {title} nor {body}"),
+        (f"{PROMPT}.content", "", "holds neither {title} nor {body}"),
+        (f"{PROMPT}.head", "About {title}", "{title} would not be replaced: only {title} and {body} in content are"),
+        (f"{PROMPT}.cue_before", "For {user_name}:", "{user_name} would not be replaced"),
+        (f"{PROMPT}.cue_after", "{body}", "{body} would not be replaced"),
+        ("tasks.headline.limits.min_chars", "201", "limits: min_chars is above max_chars (200)"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(key: str, value: str, said: str, job_yaml: Path) -> None:
+    message = refused("--config", job_yaml, f"--{key}={value}")
+    assert said in message
+    assert "1 problem(s)" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("storage.endpoint_url", "http://minio:9000"),
+        ("output.uri", "s3://bucket"),
+        ("output.uri", "file:///tmp/out"),
+        ("output.uri", "a folder:with signs"),
+        ("base_model.uri", "s3://bucket/model"),
+        ("base_model.uri", "org/model"),
+        ("base_model.device", "cuda:11"),
+        (f"{PROMPT}.content", 'As {"title": "{title}"}, {} or { a b }'),
+        (f"{PROMPT}.head", 'Answer as {"headline": "..."} or {1, 2}'),
+        ("tasks.headline.limits.min_chars", "200"),
+    ],
+)
+def test_values_like_them_that_work_are_not(key: str, value: str, job_yaml: Path) -> None:
+    found: Any = load("--config", job_yaml, f"--{key}={value}")
+    for part in key.split("."):
+        found = found[part] if isinstance(found, dict) else getattr(found, part)
+    assert str(found) == value
+
+
+def test_the_pool_is_as_large_as_its_minimum_unless_said_otherwise(job_yaml: Path) -> None:
+    assert load("--config", job_yaml).workers.max_size == 1
+    assert load("--config", job_yaml, "--workers.min_size", "3").workers.max_size == 3
+    message = refused("--config", job_yaml, "--workers.min_size", "3", "--workers.max_size", "2")
+    assert "workers: min_size is above max_size" in message
 
 
 def test_secrets_are_nowhere_to_be_read(job_yaml: Path) -> None:

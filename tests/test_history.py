@@ -70,6 +70,9 @@ def test_versions_and_what_made_them(
     (newest, before) = json.loads(capsys.readouterr().out)
     assert (newest["version"], before["made_by"], before["is_readable"]) == (5, "rollback to 1", True)
     assert {"base_model_id", "source_id", "num_deferred", "num_files", "missing_files"} <= before.keys()
+    for none in ("0", "-1"):
+        assert run_job(jobs.history.JOB, [*job_file, f"--limit={none}"]) == 2
+        assert "--limit" in capsys.readouterr().err
 
 
 def test_nothing_published(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from deltalake import DeltaTable
 
 from e2p_ray.batch import BatchProgress
 from e2p_ray.config import JobConfig
+from e2p_ray.engine.manifest import read_manifest, resolve_base_model
 from e2p_ray.errors import E2PError, IncompleteRunError, PublishConflictError, StorageError
 from e2p_ray.storage import Storage
 from jobs import backfill, evaluate, generate, plan, publish, train, validate
@@ -165,6 +166,50 @@ def test_what_is_wrong_is_said_with_its_exit_code(
     assert said in shown.err
     assert "Traceback" not in shown.err
     assert not shown.out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("nothing", ""),
+        ("cut", "model.safetensors: not the file that config.json names"),
+        ("removed", "model.safetensors: is not there. Copy the artifact again"),
+        ("unnamed", "model.safetensors: not the file that config.json names"),
+        ("narrower base", "makes soft tokens of width 4, the base model's tokens have 2"),
+    ],
+)
+def test_the_projector_s_files_and_width_are_looked_at(
+    change: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, path = write_small_job(tmp_path)
+    storage, folder = Storage(), Path(config.projector.uri)
+    width = 2 if change == "narrower base" else 4
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"hidden_size": width}), encoding="utf-8")
+    weights, base_model_id = folder / "model.safetensors", resolve_base_model(config.base_model, storage).base_model_id
+    manifest = replace(read_manifest(storage, config.projector.uri), base_model_id=base_model_id)
+    manifest = manifest.with_files({} if change == "unnamed" else manifest.files)
+    (folder / "config.json").write_text(manifest.to_json(), encoding="utf-8")
+    if change == "cut":
+        weights.write_bytes(b"weight")
+    elif change == "removed":
+        weights.unlink()
+    assert run_job(validate.JOB, ["--config", str(path)]) == (3 if said else 0)
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert ("everything fits together" in shown.out) == (not said)
+
+
+def test_the_place_of_the_output_is_looked_at(
+    s3_server: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = write_small_job(tmp_path, place=s3_server.new_bucket(), storage=s3_server.config)
+    job = ["--config", str(path)]
+    assert run_job(validate.JOB, [*job, "--output.uri", str(tmp_path / "new" / "out")]) == 0
+    assert not (tmp_path / "new").exists(), "nothing is written"
+    assert run_job(validate.JOB, [*job, "--output.uri", "s3://nobody-made-this-bucket/out"]) == 5
+    assert "nobody-made-this-bucket" in capsys.readouterr().err
+    assert run_job(validate.JOB, [*job, "--output.uri", f"{path}/out"]) == 2
+    assert f"{path} is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ from e2p_ray.batch.pieces import Piece
 from e2p_ray.commit import ShardStats, load_run
 from e2p_ray.commit.audit import verify_log
 from e2p_ray.commit.failures import ShardFailure, write_failure
-from e2p_ray.commit.purge import find_users, purge_users
+from e2p_ray.commit.purge import find_users, purge_users, read_user_ids
 from e2p_ray.commit.purge_table import read_state, swap_files
 from e2p_ray.commit.shard import data_bytes, rows_of
 from e2p_ray.commit.users_in import Users
 from e2p_ray.engine.fake import FakeEngine
-from e2p_ray.errors import IncompatibleError, PublishConflictError, StorageError
+from e2p_ray.errors import IncompatibleError, InputError, PublishConflictError, StorageError
 from e2p_ray.plan import load_plan
 from e2p_ray.schema import DeadLetter, ErrorCode, RequestKey
 from e2p_ray.storage import Storage
@@ -377,6 +377,39 @@ def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.Mo
     assert world.table().to_pyarrow_table().num_rows == len(list(versions(world))[-1]) > 0
 
 
+@pytest.mark.parametrize(
+    ("text", "row", "said"),
+    [
+        ("user_id\nuser-004\n", 1, "a header"),
+        ("user_id,asked_at\nuser-004,2026-11-28\n", 1, "a header"),
+        ("UserID;name\nuser-004;x\n", 1, "a header"),
+        ('user-004\n"user-007"\n', 2, "a quote before the id"),
+        ('"user-004","x"\n', 1, "a quote before the id"),
+        ("'user-004'\n", 1, "a quote before the id"),
+        ("user-004\n\n user-007\n", 3, "blanks before or after"),
+        ("user-004\t\n", 1, "blanks before or after"),
+    ],
+)
+def test_a_list_that_would_be_misread_is_refused(text: str, row: int, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "users.txt"
+    file.write_text(text, encoding="utf-8-sig")
+    with pytest.raises(InputError) as caught:
+        read_user_ids(Storage(), str(file))
+    assert caught.value.row == row
+    assert said in str(caught.value)
+    assert "user-00" not in str(caught.value), "no message names a user"
+
+
+def test_ids_of_every_form_are_read(tmp_path: Path) -> None:
+    text, parquet = tmp_path / "users.txt", tmp_path / "users.parquet"
+    plain = ["user-004", "a,b", "a b", 'it"s', "user_id", "山田"]
+    text.write_bytes("\r\n".join([*plain, "", "  "]).encode("utf-8-sig"))
+    assert read_user_ids(Storage(), str(text)).ids == set(plain)
+    odd = [*plain, " a ", '"a"', "user_id,x"]
+    pq.write_table(pa.table({"user_id": odd}), parquet)
+    assert read_user_ids(Storage(), str(parquet)).ids == set(odd)
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     world = make_world(tmp_path, monkeypatch)
     world.run()
@@ -387,6 +420,13 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert run_job(jobs.purge.JOB, [*job, "--users", str(empty)]) == 3
     assert run_job(jobs.purge.JOB, [*job, "--users", str(tmp_path / "none")]) == 5
     said = capsys.readouterr().err
+    some = tmp_path / "some.txt"
+    some.write_text("user-004\nuser-005,2026-11-28\nnobody\n")
+    assert run_job(jobs.purge.JOB, [*job, "--users", str(some), "--dry-run"]) == 0
+    assert "2 of these 3 ids are nowhere" in capsys.readouterr().err
+    some.write_text("user-004\nuser-005\n")
+    assert run_job(jobs.purge.JOB, [*job, "--users", str(some), "--dry-run"]) == 0
+    assert "nowhere" not in capsys.readouterr().err, "control"
     assert "--users FILE" in said
     assert "no user id here" in said
     assert "there is no object" in said

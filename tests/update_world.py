@@ -28,7 +28,7 @@ from e2p_ray.schema import Group
 from e2p_ray.storage import Storage
 from e2p_ray.update import Limits, UpdateJob
 from jobs.generate import generate_run
-from tests.small_job import BODY, DIM, SPACE, TITLE, fake_engine, write_small_job
+from tests.small_job import BODY, DIM, SPACE, TITLE, fake_engine, write_projector, write_small_job
 
 Key = tuple[str, str, str]
 TASKS = ("explanation", "headline")
@@ -194,8 +194,8 @@ class World:
             tokenizer_hash=base.tokenizer_hash,
             output_rms=1.0,
             trained={"name": self.projector},
-        ).with_files({})
-        self.storage.write_bytes(f"{self.config.projector.uri}/config.json", manifest.to_json().encode())
+        )
+        write_projector(self.storage, self.config.projector.uri, manifest)
 
     def engine(self, config: JobConfig, storage: Storage) -> FakeEngine:
         """The fake engine; `calls` counts what it is asked for."""

@@ -194,7 +194,7 @@ def _dataset(
 ) -> ray.data.Dataset:
     """The outcomes of these shards or pieces."""
     workers = config.workers
-    max_size = min(max(workers.max_size, workers.min_size), len(pieces))
+    max_size = min(workers.max_size, len(pieces))
     num_at_once = 2 if may_read_ahead and len(pieces) >= _LEAST_SHARDS_TO_READ_AHEAD * max_size else 1
     items = ray.data.from_items([dict(piece) for piece in pieces], override_num_blocks=len(pieces))
     with warnings.catch_warnings():

@@ -14,6 +14,7 @@ What a bucket with versioning keeps of replaced objects is not reached.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,10 @@ class Purge:
 
 
 def read_user_ids(storage: Storage, uri: str) -> Users:
-    """One id a line, or a Parquet file with a column `user_id`. InputError when there is none."""
+    """One id a line, or a Parquet file with a column `user_id`. InputError when there is none, or no plain list.
+
+    A misread id would be found nowhere, and its user be thought removed: a line of CSV is refused. No id is said.
+    """
     data = storage.read_bytes(uri)
     if data[:4] == b"PAR1":
         ids = storage.read_table(uri, ["user_id"])["user_id"].drop_null().cast("string").to_pylist()
@@ -81,10 +85,27 @@ def read_user_ids(storage: Storage, uri: str) -> Users:
             ids = data.decode("utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise InputError("neither Parquet nor UTF-8", uri=uri, remedy="Write one user id a line.") from error
+        for row, line in enumerate(ids, 1):
+            if problem := _misreading(line, is_first=row == 1):
+                remedy = "Write one user id a line, as it is in your tables; ids that look like this go in Parquet."
+                raise InputError(problem, uri=uri, row=row, remedy=remedy)
     users = Users(user_id for user_id in ids if user_id.strip())
     if not users:
         raise InputError("no user id here", uri=uri, remedy="Write one user id a line, or Parquet with user_id.")
     return users
+
+
+def _misreading(line: str, *, is_first: bool) -> str:
+    """What shows that a line is not an id alone, or ""; a comma does not: ids may hold some."""
+    if not line.strip():
+        return ""
+    if line != line.strip():
+        return "blanks before or after the id"
+    if line[0] in "\"'":
+        return "a quote before the id"
+    if is_first and re.fullmatch(r"user_?id([,;\t].*)?", line, re.IGNORECASE):
+        return "a header, not an id"
+    return ""
 
 
 def find_users(storage: Storage, output_uri: str, users: Users) -> Survey:

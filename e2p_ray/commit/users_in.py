@@ -22,10 +22,11 @@ _BATCH_ROWS = 1 << 16
 
 
 class Users:
-    """A set of user ids; its repr names none of them."""
+    """A set of user ids, and which of them were found so far; its repr names none of them."""
 
     def __init__(self, user_ids: Iterable[str]) -> None:
         self.ids = frozenset(user_ids)
+        self.found: set[str] = set()
         self._values = pa.array(sorted(self.ids), pa.string())
 
     def __len__(self) -> int:
@@ -47,12 +48,14 @@ class Users:
             if "user_id" not in file.schema_arrow.names:
                 return found
             for batch in file.iter_batches(_BATCH_ROWS, columns=["user_id"], use_threads=False):
-                found += pc.sum(self.among(batch["user_id"])).as_py() or 0
+                theirs = batch["user_id"].filter(self.among(batch["user_id"]))
+                self.found.update(theirs.unique().cast(pa.string()).to_pylist())
+                found += len(theirs)
         return found
 
     def _num_letters(self, footer: bytes | None) -> int:
         letters = json.loads(footer)["dead_letters"] if footer is not None else []
-        return sum(letter["user_id"] in self.ids for letter in letters)
+        return sum(self._is_one(letter["user_id"]) for letter in letters)
 
     def out_of_parquet(self, storage: Storage, info: ObjectInfo) -> Rewritten:
         """The file without them; the other rows as they are. The same file gives the same bytes."""
@@ -98,26 +101,31 @@ class Users:
         return cleaned
 
     def _is_one(self, value: Any) -> bool:
-        return isinstance(value, str) and value in self.ids
+        if not (isinstance(value, str) and value in self.ids):
+            return False
+        self.found.add(value)
+        return True
 
     def _in_predicate(self, value: Any) -> bool:
         """Whether a condition that somebody deleted or changed rows by names one of them."""
         if not isinstance(value, str):
             return False
         quoted = [one.replace("''", "'") or other.replace('""', '"') for one, other in _LITERAL.findall(value)]
-        return any(text in self.ids for text in quoted)
+        return sum(map(self._is_one, quoted)) > 0  # all are looked at: each is found
 
     # -- plain text
 
     def in_text(self, text: str) -> int:
         """How many of them a message names, as they are or as Python writes them; parts of other words count, too."""
-        return sum(user_id in text or repr(user_id)[1:-1] in text for user_id in self.ids)
+        named = [user_id for user_id in self.ids if user_id in text or repr(user_id)[1:-1] in text]
+        self.found.update(named)
+        return len(named)
 
     # -- HTML
 
     def in_html(self, page: str) -> int:
         """Cells of a report that name one of them."""
-        return sum(html.unescape(cell) in self.ids for cell in _CELL.findall(page))
+        return sum(self._is_one(html.unescape(cell)) for cell in _CELL.findall(page))
 
 
 @dataclass(frozen=True)

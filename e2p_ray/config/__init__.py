@@ -2,10 +2,11 @@
 
 from e2p_ray.config.evaluate import EvaluateConfig, EvaluateInputsConfig, EvaluationConfig, ExtraMethod
 from e2p_ray.config.job import JobConfig
-from e2p_ray.config.load import Config, load_config
+from e2p_ray.config.load import load_config
 from e2p_ray.config.sections import (
     BaseModelConfig,
     ChecksConfig,
+    Config,
     EngineConfig,
     GatesConfig,
     InputsConfig,

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from e2p_ray.config.load import Config
 from e2p_ray.config.sections import (
     BaseModelConfig,
     ChecksConfig,
+    Config,
     EngineConfig,
     ProjectorConfig,
     Section,

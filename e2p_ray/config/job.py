@@ -7,10 +7,10 @@ import json
 
 from pydantic import Field
 
-from e2p_ray.config.load import Config
 from e2p_ray.config.sections import (
     BaseModelConfig,
     ChecksConfig,
+    Config,
     EngineConfig,
     GatesConfig,
     InputsConfig,

@@ -9,32 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    YamlConfigSettingsSource,
-)
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsError
 
 from e2p_ray.config import options
+from e2p_ray.config.evaluate import EvaluateConfig
+from e2p_ray.config.file import read_file
+from e2p_ray.config.sections import Config
+from e2p_ray.config.serve import ServeConfig
+from e2p_ray.config.train import TrainConfig
 from e2p_ray.errors import ConfigError
-
-
-class Config(BaseSettings):
-    """The configuration of one kind of job."""
-
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix="E2P_", env_nested_delimiter="__", hide_input_in_errors=True
-    )  # no message shows a value: it may be a secret
-
-    def resolved(self) -> dict[str, Any]:
-        """The whole configuration as plain JSON, secrets masked: what is stored with what the job makes."""
-        return self.model_dump(mode="json")
-
 
 C = TypeVar("C", bound=Config)
 
+_ALL = (ServeConfig, TrainConfig, EvaluateConfig)  # what jobs.serve reads holds all of the main job's
 _OTHER_VARIABLES = ("E2P_DEBUG", "E2P_TEST_")  # names or beginnings: ours, but no part of a job
 
 
@@ -50,11 +37,10 @@ def load_config(
         print(_help(model, prog, description, options_help))
         raise SystemExit(0)
     path, rest = _take_config_path(arguments, prog)
-    words = options.parse_words(rest, prog)
-    prefix, delimiter = "E2P_", "__"
-    options.check_environment(
-        model, prefix, delimiter, [name for name in os.environ if not name.startswith(_OTHER_VARIABLES)]
-    )
+    words = options.parse_words(rest, prog, options.all_options(model, options_help))
+    in_file = {} if path is None else read_file(path)
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(_OTHER_VARIABLES)}
+    options.check_environment(model, _ALL, variables)
     seen: dict[str, dict[str, Any]] = {"command line": words}
 
     class _Sources(model):  # type: ignore[misc, valid-type]
@@ -68,8 +54,8 @@ def load_config(
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             seen["environment"] = env_settings()
-            yaml = YamlConfigSettingsSource(settings_cls, yaml_file=path)
-            return (InitSettingsSource(settings_cls, words), env_settings, yaml)
+            given, file = (InitSettingsSource(settings_cls, values) for values in (words, in_file))
+            return given, env_settings, file
 
     try:
         loaded = _Sources()
@@ -77,8 +63,8 @@ def load_config(
         raise ConfigError(
             options.explain(error, model, str(path or "configuration (no --config FILE given)"), seen)
         ) from error
-    except Exception as error:  # the sources raise SettingsError, YAMLError and OSError alike
-        raise ConfigError(f"{path or prog}: {error}") from error
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}") from error
     found = model.model_construct(**{name: getattr(loaded, name) for name in model.model_fields})
     assert isinstance(found, model)
     return found
@@ -104,6 +90,8 @@ def _take_config_path(arguments: list[str], prog: str) -> tuple[Path | None, lis
             if not value:
                 raise ConfigError(f"{prog}: --config needs a file")
             path = Path(value)
+            if path.is_dir():
+                raise ConfigError(f"{path}: is a folder. Give the job's YAML in it with --config FILE")
             if not path.is_file():
                 raise ConfigError(f"{path}: no such file. Give the job's YAML with --config FILE")
         else:

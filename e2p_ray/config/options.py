@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings
 
 from e2p_ray.errors import ConfigError
 
 _ANY_NAME = "NAME"  # stands for a key of a dictionary
 _WIDTH, _COLUMN = 118, 50
+_JSON = {"LIST": 'a list, like ["one", "another"]', "JSON": 'an object, like {"key": "value"}'}  # by kind
 
 
-def parse_words(words: Sequence[str], prog: str) -> dict[str, Any]:
-    """`--a.b VALUE` and `--a.b=VALUE` as {"a": {"b": VALUE}}; a JSON list, object or null as VALUE counts as one."""
+def parse_words(words: Sequence[str], prog: str, known: Collection[str]) -> dict[str, Any]:
+    """`--a.b VALUE` and `--a.b=VALUE` as {"a": {"b": VALUE}}; a JSON list, object or null as VALUE counts as one.
+
+    `known` are the options that there are: where a value is missing, the option may be another one misspelt.
+    """
     found: dict[str, Any] = {}
     rest = iter(words)
     for word in rest:
@@ -32,6 +38,8 @@ def parse_words(words: Sequence[str], prog: str) -> dict[str, Any]:
         if not equals:
             text = next(rest, "--")
             if text.startswith("--"):
+                if name.partition(".")[0] not in {option[2:].partition(".")[0] for option in known}:
+                    raise ConfigError(f"{prog}: unknown option --{name}{_nearest(f'--{name}', known)}")
                 raise ConfigError(f"{prog}: --{name} needs a value")
         place = found
         *folders, last = name.split(".")
@@ -52,20 +60,61 @@ def _value(text: str) -> Any:
     return text
 
 
-def check_environment(model: type[BaseModel], prefix: str, delimiter: str, environment: Iterable[str]) -> None:
-    """ConfigError for every variable with our prefix that no section of the model can take."""
-    known = {f"{prefix}{delimiter.join(path)}".upper() for path, _ in keys(model) if _ANY_NAME not in path}
-    sections = tuple(f"{prefix}{name}".upper() for name in model.model_fields)
+def all_options(model: type[BaseModel], options_help: str) -> tuple[str, ...]:
+    """`--section.key` of every key of the model, and the options that a help text names."""
+    return (*(f"--{'.'.join(path)}" for path, _ in keys(model)), *re.findall(r"--[a-z][a-z-]*", options_help))
+
+
+def check_environment(
+    model: type[BaseSettings], others: Iterable[type[BaseSettings]], environment: Mapping[str, str]
+) -> None:
+    """ConfigError for every variable with our prefix that no section of the model or key of the others can take.
+
+    Also for one whose value has to be JSON and is not. No value is said: it may be a secret.
+    """
+    prefix, delimiter = model.model_config["env_prefix"], str(model.model_config["env_nested_delimiter"])
+
+    def variable(*path: str) -> str:
+        return f"{prefix}{delimiter.join(path)}".upper()
+
+    sections = tuple(map(variable, model.model_fields))
+    known = {variable(*path) for path, _ in keys(model) if _ANY_NAME not in path}
+    of_others = [key for other in others for key in keys(other)]
+    elsewhere = {variable(*path[:end]) for path, _ in of_others for end in range(1, len(path) + 1)}
+    of_dicts = tuple(f"{variable(*path)}{delimiter}" for path, field in of_others if _kind(field.annotation) == "JSON")
     problems = []
-    for name in sorted(environment):
+    for name, value in sorted(environment.items()):
         upper = name.upper()
-        if not upper.startswith(prefix.upper()) or upper in sections:
+        if not upper.startswith(prefix.upper()):
             continue
-        if not upper.startswith(tuple(f"{section}{delimiter}" for section in sections)):
-            problems.append(f"  {name}: unknown{_nearest(upper, known)}")
+        if upper in sections or upper.startswith(tuple(f"{section}{delimiter}" for section in sections)):
+            kind = _type_at(model, name[len(prefix) :].lower().split(delimiter))
+            if kind is not None and (wanted := _JSON.get(_kind(kind))) and not _is_json(value):
+                problems.append(f"  {name}: not JSON. Give {wanted}")
+        elif upper not in elsewhere and not upper.startswith(of_dicts):
+            problems.append(f"  {name}: unknown{_nearest(upper, elsewhere | known)}")
     if problems:
-        lines = [f"environment: {len(problems)} variable(s) that no key of the configuration matches", *problems]
-        raise ConfigError("\n".join(lines))
+        raise ConfigError("\n".join([f"environment: {len(problems)} problem(s)", *problems]))
+
+
+def _type_at(kind: Any, path: Iterable[str]) -> Any:
+    """The type of what lies at a path below a section or a dictionary; None where there is no such key."""
+    for part in path:
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        elif isinstance(kind, type) and issubclass(kind, BaseModel) and part in kind.model_fields:
+            kind = kind.model_fields[part].annotation
+        else:
+            return None
+    return kind
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def keys(model: type[BaseModel], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
@@ -92,7 +141,7 @@ def describe(model: type[BaseModel]) -> str:
         if field.is_required():
             says = "required"
         else:
-            default = field.get_default(call_default_factory=True)
+            default = field.get_default(call_default_factory=True, validated_data={})
             says = "default " + ("none" if default is None else json.dumps(default, ensure_ascii=False, default=list))
         if field.description:
             says = f"{field.description} ({says})"
@@ -119,10 +168,14 @@ def _kind(annotation: Any) -> str:
 
 def explain(error: ValidationError, model: type[BaseModel], file: str, sources: Mapping[str, Mapping[str, Any]]) -> str:
     """A validation error as one line a key, with where it was set when that was not the file."""
-    lines = [f"{file}: {error.error_count()} problem(s)"]
-    for problem in error.errors(include_url=False, include_input=False):
+    problems = error.errors(include_url=False, include_input=False)
+    problems = [
+        problem for problem in problems if problem["type"] != "default_factory_not_called"
+    ]  # follows from another
+    lines = [f"{file}: {len(problems)} problem(s)"]
+    for problem in problems:
         path = [str(part) for part in problem["loc"]]
-        message = problem["msg"]
+        message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown key" + _nearest(path[-1], _names_at(model, path[:-1]))
         source = next((name for name, values in sources.items() if _holds(values, path)), None)

@@ -5,9 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+# Not every brace: prompts may show JSON. A word alone in braces is what somebody takes for a placeholder.
+_PLACEHOLDER = re.compile(r"\{\s*[^\W\d]\w*\s*\}")
+_FILLED_IN = ("{title}", "{body}")
+
+
+class Config(BaseSettings):
+    """The configuration of one kind of job: its sections."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix="E2P_", env_nested_delimiter="__", hide_input_in_errors=True
+    )  # no message shows a value: it may be a secret
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole configuration as plain JSON, secrets masked: what is stored with what the job makes."""
+        return self.model_dump(mode="json")
 
 
 class Section(BaseModel):
@@ -16,11 +34,37 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
-def _no_trailing_slash(uri: str) -> str:
+def _supported(uri: str, schemes: tuple[str, ...], instead: str) -> str:
+    scheme = _SCHEME.match(uri)
+    if scheme and scheme[1] not in schemes:
+        raise ValueError(f"unknown scheme {scheme[1]!r}: give {instead}")
+    if uri.startswith("s3:") and not re.match("s3://[^/]", uri):
+        raise ValueError("not s3://bucket/...")
+    return uri
+
+
+def _storage_uri(uri: str) -> str:
+    uri = _supported(uri, ("s3", "file"), "a local path or s3://bucket/...")
     return uri.rstrip("/") if len(uri) > 1 else uri
 
 
-Uri = Annotated[str, Field(min_length=1), AfterValidator(_no_trailing_slash)]
+def _model_uri(uri: str) -> str:
+    return _supported(uri, ("s3",), "a local folder, s3://bucket/... or a hub id")
+
+
+def _http_url(url: str) -> str:
+    if not re.match("https?://[^/]", url):
+        raise ValueError("not http://HOST:PORT or https://HOST; leave it out for AWS")
+    return url
+
+
+def _device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
+        raise ValueError("use auto, cpu, cuda or cuda:N")
+    return device
+
+
+Uri = Annotated[str, Field(min_length=1), AfterValidator(_storage_uri)]
 
 
 def _same_for_delta(uri: str) -> str:
@@ -53,7 +97,9 @@ class OutputConfig(Section):
 class StorageConfig(Section):
     """How s3:// is reached; credentials come from the usual AWS chain unless given here."""
 
-    endpoint_url: str | None = None
+    endpoint_url: Annotated[str, AfterValidator(_http_url)] | None = Field(
+        None, description="http:// or https:// and the host; null: AWS"
+    )
     region: str | None = None
     access_key_id: SecretStr | None = None
     secret_access_key: SecretStr | None = None
@@ -65,10 +111,10 @@ class StorageConfig(Section):
 class BaseModelConfig(Section):
     """The frozen LLM: a local folder, an s3:// folder or a hub id with a revision."""
 
-    uri: str = Field(min_length=1)
+    uri: Annotated[str, Field(min_length=1), AfterValidator(_model_uri)]
     revision: str | None = Field(None, description="hub revision; a commit hash is best")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda or cuda:N")
     cache_folder: str | None = Field(
         None, description="where each node keeps models from s3://; null: the machine's folder for temporary files"
     )
@@ -81,12 +127,33 @@ class ProjectorConfig(Section):
 
 
 class PromptTemplate(Section):
-    """The text around the soft token in one language; {title} and {body} stand for the content's."""
+    """The text around the soft token in one language."""
 
     head: str = ""
-    content: str = "{title}\n\n{body}"
+    content: str = Field(
+        "{title}\n\n{body}",
+        description="{title} and {body} stand for the content's, here alone; other words in braces are errors",
+    )
     cue_before: str = ""
     cue_after: str = ""
+
+    @field_validator("head", "cue_before", "cue_after")
+    @classmethod
+    def _is_as_it_stands(cls, text: str) -> str:
+        if found := _PLACEHOLDER.search(text):
+            raise ValueError(f"{found[0]} would not be replaced: only {' and '.join(_FILLED_IN)} in content are")
+        return text
+
+    @field_validator("content")
+    @classmethod
+    def _holds_the_content(cls, text: str) -> str:
+        if unknown := [word for word in _PLACEHOLDER.findall(text) if word not in _FILLED_IN]:
+            raise ValueError(f"{unknown[0]} would not be replaced: only {' and '.join(_FILLED_IN)} are")
+        if not any(word in text for word in _FILLED_IN):
+            raise ValueError(
+                f"holds neither {' nor '.join(_FILLED_IN)}: all contents would have one and the same prompt"
+            )
+        return text
 
 
 class SamplingConfig(Section):
@@ -110,6 +177,12 @@ class LimitsConfig(Section):
     max_chars: int = Field(200, ge=1)
     max_tokens: int = Field(64, ge=1)
     must_finish: bool = Field(True, description="reject a text that was cut by max_new_tokens or max_chars")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_chars > self.max_chars:
+            raise ValueError(f"min_chars is above max_chars ({self.max_chars}): no text keeps both")
+        return self
 
 
 class TaskConfig(Section):
@@ -202,7 +275,9 @@ class WorkersConfig(Section):
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
     min_size: int = Field(1, ge=1)
-    max_size: int = Field(1, ge=1)
+    max_size: int = Field(
+        default_factory=lambda data: data.get("min_size", 1), ge=1, description="left out: as many as min_size"
+    )
     max_shard_attempts: int = Field(3, ge=1)
     max_stall_s: float = Field(1800.0, gt=0, description="an attempt without any finished shard for this long ends")
     max_step_s: float = Field(
@@ -215,6 +290,12 @@ class WorkersConfig(Section):
     )
     ray_address: str | None = Field(None, description="null: the cluster of this process, else a local one")
     log_shards: bool = Field(True, description="one JSON line a shard in the actors' logs, which Ray keeps")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min_size > self.max_size:
+            raise ValueError("min_size is above max_size")
+        return self
 
 
 class GatesConfig(Section):

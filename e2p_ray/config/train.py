@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from e2p_ray.config.load import Config
-from e2p_ray.config.sections import BaseModelConfig, Section, StorageConfig, TaskConfig, Uri
+from e2p_ray.config.sections import BaseModelConfig, Config, Section, StorageConfig, TaskConfig, Uri
 
 
 class TrainInputsConfig(Section):
