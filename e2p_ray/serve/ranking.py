@@ -14,6 +14,7 @@ from e2p_ray.serve.service import Asked, Service, elapsed_ms
 async def ranked(service: Service, body: ScoresRequest, began_s: float) -> ScoresAnswer:
     """Scores of every candidate, the best first; `gain` takes away what the text has without a soft token."""
     loaded = service.loaded
+    service.loop.require_room_to_score(len(body.candidates))  # before anything is looked up
 
     def look_up() -> list[Asked]:
         return [service.look_up(body, candidate, body.task, loaded=loaded) for candidate in body.candidates]

@@ -229,8 +229,8 @@ class Service:
     async def score(
         self, groups: Sequence[Group], texts: dict[RequestKey, str], loaded: LoadedGenerator
     ) -> dict[RequestKey, TextScore]:
-        """How likely each text is."""
-        done = self.loop.run(lambda: loaded.score(groups, texts))
+        """How likely each text is; ProblemError 429 where too many wait."""
+        done = self.loop.score(lambda: loaded.score(groups, texts), len(groups))
         return {found.key: found for found in await asyncio.wrap_future(done)}
 
     # -- another projector -------------------------------------------------------------------------------------------
