@@ -526,6 +526,31 @@ def test_one_bad_pair_of_a_batch_takes_no_other_with_it(site: Site) -> None:
         with pytest.raises(InvalidRequestError) as refused:
             client.scores("headline", [{"content_id": "nothing"}], user_id=PLAIN)
         assert refused.value.status == 404
+        candidates = [{"content_id": "content-000"}, {"content_id": "nothing"}]
+        with pytest.raises(InvalidRequestError, match="candidate 1: "):
+            client.scores("headline", candidates, user_id=PLAIN)
+        with pytest.raises(InvalidRequestError) as other:
+            client.scores("poem", candidates, user_id=PLAIN)
+        assert "candidate" not in str(other.value), "the control: no candidate is to blame"
+
+
+def test_a_body_without_its_type_is_told_which_it_needs(strict: Site) -> None:
+    """As `curl -d` sends it: the schema's own words would be about a body that fits."""
+    body = json.dumps(ASK).encode()
+    form = "application/x-www-form-urlencoded"
+    for kind, status in (("", 422), (form, 422), ("application/json; charset=utf-8", 200)):
+        answer = post(strict, "/v1/generations", body, headers={"Content-Type": kind} if kind else {})
+        assert answer.status_code == status
+        assert ("Content-Type: application/json" in answer.text) == (status == 422)
+    bad = post(strict, "/v1/generations", {})
+    assert "Content-Type" not in bad.json()["detail"], "the control: it has its type"
+
+
+@pytest.mark.parametrize(("query", "at"), [("limit=0", "query.limit"), (f"search={'x' * 600}", "query.search")])
+def test_what_is_wrong_with_a_query_has_its_name(site: Site, query: str, at: str) -> None:
+    headers = {"Authorization": f"Bearer {TOKENS[0]}"}
+    answer = httpx2.get(f"{site.url}/v1/contents?{query}", headers=headers)
+    assert (answer.status_code, [found["at"] for found in answer.json()["errors"]]) == (422, [at])
 
 
 def test_a_request_that_makes_the_engine_fail_takes_no_other_with_it(job: JobConfig) -> None:
