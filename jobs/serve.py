@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import ray
@@ -14,6 +16,7 @@ import yaml
 from ray import serve
 from ray.serve.config import HTTPOptions
 
+from e2p_ray.batch.session import check_resources
 from e2p_ray.config import ServeConfig
 from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.loaded import EngineFactory
@@ -26,17 +29,23 @@ from e2p_ray.storage import Storage
 from jobs.cli import Job, run_job
 from jobs.steps import say
 
+_LOOK_S = 0.5  # between two looks at what Serve has started; each asks its controller
+
 
 def serve_texts(config: ServeConfig, options: argparse.Namespace) -> None:
     """Print the file for `serve deploy`, or serve until told to stop."""
     if options.print_config is not None:
         print(yaml.safe_dump(serve_file(config, options.print_config), sort_keys=False), end="")
         return
-    serve_until(config, _stop_on_signals())
+    serve_until(config, threading.Event())
 
 
 def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: EngineFactory | None = None) -> None:
-    """Serve on the Ray that is there, or on one of its own; requests that run are finished when it stops."""
+    """Serve on the Ray that is there, or on one of its own; requests that run are finished when it stops.
+
+    On the main thread Ctrl-C and SIGTERM set `stop`. ConfigError where this machine cannot hold a replica; what a
+    cluster lacks is said, and waited for.
+    """
     require_native(config)
     load_manifest(config, Storage(config.storage))  # says what does not fit before anything is started
     # For a Ray that is started here. Its own choice, 15, lets a batch stand back; a text that is waited for should not.
@@ -44,27 +53,57 @@ def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: E
     if not ray.is_initialized() and names_no_cluster(config.workers.ray_address):
         require_free_port(config.api.host, config.api.port)
     # `serve deploy` talks to the dashboard.
-    with front_of_local_ray(), ray_session(config.workers.ray_address, include_dashboard=True):
+    with front_of_local_ray(), ray_session(config.workers.ray_address, include_dashboard=True), _set_by_signals(stop):
+        if missing := check_resources(config):
+            say(f"waiting: {missing}")
         try:
             serve.start(http_options=HTTPOptions(host=config.api.host, port=config.api.port))
-            serve.run(application(config, engine_factory=engine_factory), name=APP_NAME, route_prefix="/")
-            say(f"serving on http://{config.api.host}:{config.api.port}; Ctrl-C stops it")
-            stop.wait()
+            target = serve.RunTarget(application(config, engine_factory=engine_factory), APP_NAME, "/")
+            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+            if _comes_up(stop):
+                say(f"serving on http://{config.api.host}:{config.api.port}; Ctrl-C stops it")
+                stop.wait()
         finally:
             serve.shutdown()  # type: ignore[no-untyped-call]
     say("stopped")
 
 
-def _stop_on_signals() -> threading.Event:
-    """Set by Ctrl-C, and by the SIGTERM that a pod gets before it ends."""
-    stop = threading.Event()
+def _comes_up(stop: threading.Event) -> bool:
+    """Wait for the application, and say what Serve says of it; False where it is to stop before."""
+    said = ""
+    while not stop.wait(_LOOK_S):
+        app = serve.status().applications.get(APP_NAME)
+        if app is None:
+            continue
+        if app.status == "RUNNING":
+            return True
+        if app.status == "DEPLOY_FAILED":
+            raise RuntimeError(f"the replicas do not start: {app.message}")
+        now = "; ".join(found.message.partition("\n")[0] for found in app.deployments.values())  # no frames of ours
+        if now not in ("", said):
+            say(said := now)
+    return False
+
+
+@contextmanager
+def _set_by_signals(stop: threading.Event) -> Iterator[None]:
+    """Within, it is set by Ctrl-C, and by the SIGTERM that a pod gets before it ends.
+
+    Not before Ray is there: it has a handler of its own for SIGTERM, and whoever is last has it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets no other thread have handlers
+        return
 
     def set_it(number: int, frame: FrameType | None) -> None:
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, set_it)
-    return stop
+    before = {number: signal.signal(number, set_it) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +119,8 @@ JOB = Job(
     prog="jobs.serve",
     description="Serve texts online: the same generator as jobs.generate behind HTTP (POST /v1/generations). The\n"
     "configuration is a job's, with the sections `api`, `replica` and `tables`. What is published and current is\n"
-    "looked up, the rest is written. Ctrl-C finishes what runs and stops.",
+    "looked up, the rest is written. Ctrl-C or SIGTERM finishes what runs and stops, also while it starts. What a\n"
+    "cluster lacks for a replica is said and waited for; what this machine lacks is an error.",
     config=ServeConfig,
     call=serve_texts,
     add_options=_options,

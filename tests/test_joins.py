@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
@@ -318,3 +319,64 @@ def test_in_a_crowd_nobody_waits_for_a_whole_text(monkeypatch: pytest.MonkeyPatc
         "still a crowd; once its client left, the place is as good as free"
     )
     assert may_wait[3] == [True] * (LONG - 1), "the control: it is over"
+
+
+def test_scoring_and_writing_take_turns(monkeypatch: pytest.MonkeyPatch, letters: None) -> None:
+    """A second a token, five a call that scores: seven calls that come at the first token of a text."""
+    clock, desk, num_tokens = Clock(), Desk(max_rows=1), 0
+    for module in ("loop", "call"):
+        monkeypatch.setattr(f"e2p_ray.serve.{module}.time", clock)
+    errands, scored, calls = list[int](), list[int](), list[Future[None]]()
+
+    def score() -> None:
+        clock.now_s += 5
+        scored.append(num_tokens)
+
+    def come(text: str) -> None:
+        nonlocal num_tokens
+        clock.now_s += 1
+        num_tokens += 1
+        if not calls:
+            calls.extend(desk.loop.score(score, 1) for _ in range(7))
+            for _ in range(3):
+                desk.loop.run(lambda: errands.append(num_tokens))
+
+    job = desk.job(1, "long", on_text=come)
+    desk.loop.submit([job])
+    wait([job.future], 60)
+    wait(calls, 60)
+    desk.loop.close(10)
+    assert scored[:5] == [1, 6, 11, 16, 21], "five tokens for every five seconds"
+    assert scored[5:] == [LONG - 1] * 2, "with nobody to take turns with they go on; of its last token nobody is told"
+    assert errands == [1] * 3, "the control: other errands do not wait for a turn"
+
+
+def test_who_waits_to_be_scored_is_bounded_told_so_and_forgotten_when_he_leaves() -> None:
+    loop, begun, over = ModelLoop(max_rows=1, max_waiting=4), threading.Event(), threading.Event()
+
+    def block() -> None:
+        begun.set()
+        over.wait(60)
+
+    def nothing() -> None:
+        """A call that could be scoring."""
+
+    calls = [loop.score(block, 16)]
+    assert begun.wait(60)
+    calls.append(leaves := loop.score(nothing, 16))
+    with pytest.raises(ProblemError) as refused:
+        loop.score(nothing, 1)
+    assert (refused.value.status, refused.value.code) == (429, "queue_full")
+    assert refused.value.retry_after_s is not None
+    assert loop.may_wait(), "texts that are to be written have places of their own"
+    leaves.cancel()
+    calls += [loop.score(nothing, 3), loop.score(nothing, 1)]
+    with pytest.raises(ProblemError):
+        loop.score(nothing, 1)
+    loop.close(0.0)
+    for call in calls[2:]:
+        with pytest.raises(ProblemError) as ended:
+            call.result(60)
+        assert ended.value.code == "shutting_down"
+    over.set()
+    calls[0].result(60)  # the control: what runs is finished

@@ -30,6 +30,7 @@ from e2p_ray.config import ApiConfig, JobConfig, ServeConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.engine.manifest import ProjectorManifest, read_manifest
 from e2p_ray.errors import ConfigError
+from e2p_ray.loaded import LoadedGenerator
 from e2p_ray.schema import Reason, RequestKey, Status
 from e2p_ray.serve.client import (
     DeadlineError,
@@ -43,7 +44,7 @@ from e2p_ray.serve.client import (
 from e2p_ray.serve.copies import Budget, Copies
 from e2p_ray.serve.gate import TokenBucket
 from e2p_ray.serve.loop import ModelLoop
-from e2p_ray.serve.messages import Consent, GenerationAnswer, ProblemBody
+from e2p_ray.serve.messages import Consent, GenerationAnswer, ProblemBody, ScoresAnswer
 from e2p_ray.serve.problems import ProblemError
 from e2p_ray.serve.replica import Replica
 from e2p_ray.storage import Storage
@@ -393,6 +394,40 @@ def test_a_full_queue_says_when_to_come_again(job: JobConfig) -> None:
             assert len(client.generate_batch("headline", pairs[:3]).results) == 3, "one place, two may wait"
 
 
+def test_rankings_that_cannot_wait_are_told_so(job: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    over, plain = threading.Event(), LoadedGenerator.score
+
+    def held(self: LoadedGenerator, *words: Any) -> Any:
+        over.wait(60)
+        return plain(self, *words)
+
+    monkeypatch.setattr(LoadedGenerator, "score", held)
+    with serving(serve_config(job, replica={"max_waiting": 4})) as site, ThreadPoolExecutor(2) as pool:
+
+        def rank() -> ScoresAnswer:
+            with site.client() as client:
+                return client.scores("headline", [{"content_id": "content-000"}] * 16, user_id=PLAIN)
+
+        with site.client() as client:
+            fine = [pool.submit(rank), pool.submit(rank)]
+            _until(lambda: _has_room_to_score(site), lambda has: not has)
+            with pytest.raises(TooManyRequestsError) as full:
+                rank()
+            assert (full.value.code, full.value.retry_after_s is not None) == ("queue_full", True)
+            text = pool.submit(lambda: client.generate("headline", user_id=PLAIN, content_id="content-000"))
+            over.set()
+            assert [len(one.result().scores) for one in fine] == [16, 16], "the control: one ran, one waited"
+            assert text.result().text
+
+
+def _has_room_to_score(site: Site) -> bool:
+    try:
+        site.service.loop.require_room_to_score(1)
+    except ProblemError:
+        return False
+    return True
+
+
 def test_equal_requests_are_written_once_and_unequal_ones_of_one_key_apart(job: JobConfig) -> None:
     """Eight clients ask for the same, eight with an embedding of their own: nobody gets another's text."""
     with serving(serve_config(job), slow(0.005)) as site:
@@ -491,6 +526,31 @@ def test_one_bad_pair_of_a_batch_takes_no_other_with_it(site: Site) -> None:
         with pytest.raises(InvalidRequestError) as refused:
             client.scores("headline", [{"content_id": "nothing"}], user_id=PLAIN)
         assert refused.value.status == 404
+        candidates = [{"content_id": "content-000"}, {"content_id": "nothing"}]
+        with pytest.raises(InvalidRequestError, match="candidate 1: "):
+            client.scores("headline", candidates, user_id=PLAIN)
+        with pytest.raises(InvalidRequestError) as other:
+            client.scores("poem", candidates, user_id=PLAIN)
+        assert "candidate" not in str(other.value), "the control: no candidate is to blame"
+
+
+def test_a_body_without_its_type_is_told_which_it_needs(strict: Site) -> None:
+    """As `curl -d` sends it: the schema's own words would be about a body that fits."""
+    body = json.dumps(ASK).encode()
+    form = "application/x-www-form-urlencoded"
+    for kind, status in (("", 422), (form, 422), ("application/json; charset=utf-8", 200)):
+        answer = post(strict, "/v1/generations", body, headers={"Content-Type": kind} if kind else {})
+        assert answer.status_code == status
+        assert ("Content-Type: application/json" in answer.text) == (status == 422)
+    bad = post(strict, "/v1/generations", {})
+    assert "Content-Type" not in bad.json()["detail"], "the control: it has its type"
+
+
+@pytest.mark.parametrize(("query", "at"), [("limit=0", "query.limit"), (f"search={'x' * 600}", "query.search")])
+def test_what_is_wrong_with_a_query_has_its_name(site: Site, query: str, at: str) -> None:
+    headers = {"Authorization": f"Bearer {TOKENS[0]}"}
+    answer = httpx2.get(f"{site.url}/v1/contents?{query}", headers=headers)
+    assert (answer.status_code, [found["at"] for found in answer.json()["errors"]]) == (422, [at])
 
 
 def test_a_request_that_makes_the_engine_fail_takes_no_other_with_it(job: JobConfig) -> None:

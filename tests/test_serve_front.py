@@ -212,6 +212,12 @@ def test_a_port_that_somebody_has_is_refused() -> None:
     require_free_port("127.0.0.1", port)  # the control
 
 
+@pytest.mark.parametrize("host", ["nosuchhost.invalid", "192.0.2.1"])
+def test_a_host_that_is_not_this_machine_is_not_called_a_port_in_use(host: str) -> None:
+    with pytest.raises(ConfigError, match=rf"api\.host '{host}'"):
+        require_free_port(host, unused_ports(1)[0])
+
+
 def test_unused_ports_are_none_that_somebody_has_or_is_given_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     linux_gives = range(32_768, 61_000)  # net.ipv4.ip_local_port_range where nobody has set it
     assert not set(e2p_ray.serve.front._QUIET_PORTS) & set(linux_gives)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from ray.serve.context import _get_global_client
@@ -26,6 +30,9 @@ from jobs.cli import run_job
 from jobs.serve import JOB, serve_until
 from tests.serve_world import TOKENS, serve_config, slow
 from tests.small_job import write_small_job
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def until(client: Client, holds: Callable[[ModelsAnswer], bool], timeout_s: float = 90.0) -> ModelsAnswer:
@@ -156,14 +163,43 @@ def run_job_config(path: Path) -> None:
     load_config(ServeConfig, ["--config", str(path), "--replica.min_replicas", "3"], prog="test", description="")
 
 
-def test_ctrl_c_and_sigterm_stop_the_job() -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_replica_that_this_machine_cannot_hold_is_refused(tmp_path: Path) -> None:
+    config, _ = write_small_job(tmp_path, num_users=1)
+    (port,) = unused_ports(1)
+    large = serve_config(config, api={"port": port}, workers={"num_cpus": 64})
+    with pytest.raises(ConfigError, match=r"num_cpus 64 .* more than this machine has"):
+        serve_until(large, threading.Event())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_waits_for_a_larger_machine_says_so_and_ends_when_told(number: signal.Signals, tmp_path: Path) -> None:
+    """With a Ray of its own, whose handler for SIGTERM is not the job's; named, so that it counts as a cluster."""
+    _, path = write_small_job(tmp_path, num_users=1)
+    (port,) = unused_ports(1)
+    options = {"config": path, "workers.ray_address": "local", "workers.num_cpus": 64, "api.port": port}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    env = {**os.environ, "E2P_API__TOKENS": f'["{TOKENS[0]}"]'}
+    said, below = tmp_path / "said", set[psutil.Process]()
+    with said.open("wb") as file:
+        job = subprocess.Popen([sys.executable, "-m", "jobs.serve", *words], cwd=ROOT, env=env, stderr=file)
+
+    def serve_is_there() -> bool:
+        below.update(psutil.Process(job.pid).children(recursive=True))
+        return '"serve"' in said.read_text(encoding="utf-8")  # of Serve's own words: Started Serve in namespace "serve"
+
     try:
-        for number in before:
-            stop = jobs.serve._stop_on_signals()
-            assert not stop.is_set()
-            signal.raise_signal(number)
-            assert stop.is_set()
+        wait_until(lambda: serve_is_there() or job.poll() is not None, "Serve starts", longest_s=300)
+        job.send_signal(number)
+        status = job.wait(120)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        job.kill()
+        left = psutil.wait_procs(below, timeout=30)[1]
+        for process in left:
+            process.kill()
+    lines = said.read_text(encoding="utf-8").splitlines()
+    assert (status, lines[-1]) == (0, "stopped"), lines
+    assert lines[0].startswith("waiting: none of the cluster's 1 nodes has the 64 CPUs")
+    assert not [line for line in lines if line.startswith("serving on")]
+    assert len(below) > 3, "the control: it had processes of Ray"
+    assert not left

@@ -51,7 +51,8 @@ class ReplicaConfig(Section):
         ge=1,
         description="texts that wait for one of engine.max_rows places; further ones get 429. A quarter as many as "
         "places: with half as many, ten times too many requests tripled the time of those that were accepted. After a "
-        "refusal, for a while, only who may expect a place very soon waits",
+        "refusal, for a while, only who may expect a place very soon waits. As many candidates may wait to be scored, "
+        "or one ranking",
     )
     shard_rows: int = Field(
         32,

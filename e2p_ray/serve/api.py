@@ -160,9 +160,10 @@ def _add_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         errors = [{"at": _place(found["loc"]), "message": str(found["msg"])} for found in error.errors()]
-        return _response(
-            ProblemError(422, "invalid_request", "the request does not fit its schema", errors=errors[:20])
-        )
+        detail = "the request does not fit its schema"
+        if request.method == "POST" and not _is_json(request):
+            detail += "; a body needs the header Content-Type: application/json"
+        return _response(ProblemError(422, "invalid_request", detail, errors=errors[:20]))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -177,6 +178,11 @@ def _add_handlers(app: FastAPI) -> None:
         )
 
 
+def _is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
 def _response(problem: ProblemError) -> Response:
     return JSONResponse(problem.body(), problem.status, headers=problem.headers(), media_type=MEDIA_TYPE)
 
@@ -189,7 +195,7 @@ def _place(loc: tuple[int | str, ...] | list[int | str]) -> str:
 @cache
 def _fields() -> frozenset[str]:
     """Every name that a request may have."""
-    names = {"body"}
+    names = {"body", "query", "search", "limit"}
     for model in (GenerationRequest, BatchRequest, ScoresRequest):
         schema = model.model_json_schema()
         for part in (schema, *schema.get("$defs", {}).values()):

@@ -37,7 +37,7 @@ class Queue(Protocol):
         ...
 
     def run_errands(self) -> None:
-        """What is to be done before further texts."""
+        """What is to be done before further texts: errands, and one call that scores if it is its turn."""
         ...
 
     def took(self, seconds_s: float) -> None:
@@ -135,7 +135,7 @@ class Call(Listener):
     # -- between two steps -------------------------------------------------------------------------------------------
 
     def between_steps(self) -> None:
-        """Errands go before texts."""
+        """Errands go before texts, and scoring takes turns with them."""
         self._queue.run_errands()
 
     def cancelled(self) -> Set[RequestKey]:

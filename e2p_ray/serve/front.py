@@ -6,6 +6,7 @@ in the cluster's pods for a RayService. On a Ray that was started without, every
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -99,12 +100,16 @@ def unused_ports(num_ports: int) -> list[int]:
 
 
 def require_free_port(host: str, port: int) -> None:
-    """ConfigError where somebody listens there already: Ray would say so after half a minute, in a log of its own."""
+    """ConfigError where nobody can listen: Ray would say so after half a minute, in a log of its own."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        raise ConfigError(f"api.port {port}: nobody else can listen there ({error.strerror}); take another") from error
+        if error.errno in (errno.EADDRINUSE, errno.EACCES):
+            said = f"api.port {port}: nobody else can listen there ({error.strerror}); take another"
+        else:
+            said = f"api.host {host!r} is no address of this machine ({error.strerror})"
+        raise ConfigError(said) from error
 
 
 def _mortal(program: str, folder: Path) -> str:

@@ -33,6 +33,7 @@ class _Errand:
     """Something else for the model's thread."""
 
     call: Callable[[], Any]
+    num_texts: int = 0  # that it scores
     future: Future[Any] = field(default_factory=Future)
 
     def run(self) -> None:
@@ -48,8 +49,8 @@ class ModelLoop:
     """A thread that alone touches the engines, and the bounded queue before it.
 
     Idle, it starts with the first request at once. Who comes later joins what is being written, between two steps of
-    the engine, while there is room; behind one that cannot join, nobody does. What is behind, a batch's shards, is done
-    while nothing else waits.
+    the engine, while there is room; behind one that cannot join, nobody does. Scoring takes turns with writing, between
+    two steps: each gets as much time. What is behind, a batch's shards, is done while nothing else waits.
     """
 
     def __init__(self, *, max_rows: int, max_waiting: int) -> None:
@@ -57,9 +58,12 @@ class ModelLoop:
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
         self._errands: deque[_Errand] = deque()
+        self._scores: deque[_Errand] = deque()
         self._behind: deque[_Errand] = deque()
         self._call: Call | None = None
         self._closed = False
+        self._is_scoring = False
+        self._score_s, self._next_score_s = 0.0, -math.inf  # what the last call took; when it is the next one's turn
         self._text_s: float | None = None  # what a text takes, smoothed
         self._refused_s = -math.inf  # when somebody was, at last
         self.num_cancelled = 0  # jobs that their clients left
@@ -105,7 +109,7 @@ class ModelLoop:
         """The 429 of somebody who may not wait; for a while it is a crowd."""
         self._refused_s = time.monotonic()
         rounds = 1 + len(self._waiting) / self._max_rows
-        return queue_full(min(max(1, math.ceil(rounds * (self._text_s or _USUAL_TEXT_S))), _MAX_RETRY_AFTER_S))
+        return _come_again(rounds * (self._text_s or _USUAL_TEXT_S))
 
     def _waits_shortly(self, num_before: int) -> bool:
         """Whether one more, behind so many who wait for places, may be expected to wait no longer than is right now.
@@ -125,6 +129,29 @@ class ModelLoop:
             self._errands.append(errand)
             self._changed.notify_all()
         return errand.future
+
+    def score(self, call: Callable[[], T], num_texts: int) -> Future[T]:
+        """Make a call that scores so many texts, when it is its turn; or ProblemError 429."""
+        errand = _Errand(call, num_texts)
+        with self._changed:
+            if not self._thread.is_alive():
+                raise ended()
+            self.require_room_to_score(num_texts)
+            self._scores.append(errand)
+            self._changed.notify_all()
+        errand.future.add_done_callback(lambda future: self._forget_score(future, errand))
+        return errand.future
+
+    def require_room_to_score(self, num_texts: int) -> None:
+        """ProblemError 429 where so many texts may not wait to be scored: as many may as may to be written.
+
+        One call may wait always, however many its texts are.
+        """
+        with self._changed:
+            waiting = [*(errand.num_texts for errand in self._scores), num_texts]
+            waiting = waiting[0 if self._is_scoring else 1 :]  # the first is about to begin
+            if len(waiting) > 1 and sum(waiting) > self._max_waiting:
+                raise _come_again(2 * len(waiting) * self._score_s)
 
     def run_behind(self, call: Callable[[Pauses], T]) -> Future[T]:
         """Make a call on the model's thread when nothing else waits.
@@ -156,9 +183,13 @@ class ModelLoop:
     def _give_up(self) -> None:
         """Who still waits is told so."""
         with self._changed:
-            left = [*self._waiting]
+            left, scores = [*self._waiting], [*self._scores]
+            self._scores.clear()
         for job in left:
             job.future.cancel()
+        for errand in scores:
+            if errand.future.set_running_or_notify_cancel():
+                errand.future.set_exception(ended())
 
     def _forget(self, future: Future[Result], job: Job) -> None:
         if future.cancelled():
@@ -166,6 +197,11 @@ class ModelLoop:
                 self.num_cancelled += 1
                 with suppress(ValueError):
                     self._waiting.remove(job)
+
+    def _forget_score(self, future: Future[Any], errand: _Errand) -> None:
+        if future.cancelled():
+            with self._changed, suppress(ValueError):
+                self._scores.remove(errand)
 
     # -- on the model's thread ---------------------------------------------------------------------------------------
 
@@ -179,7 +215,7 @@ class ModelLoop:
     def _work_until_closed(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._errands or self._behind or self._closed)
+                self._changed.wait_for(lambda: self._others_wait or self._behind or self._closed)
                 behind = self._behind.popleft() if self._behind and not self._others_wait else None
                 if behind is None and not self._others_wait and self._closed:
                     return
@@ -191,7 +227,7 @@ class ModelLoop:
     @property
     def _others_wait(self) -> bool:
         """Whether there is anything that goes before what is behind."""
-        return bool(self._waiting or self._errands)
+        return bool(self._waiting or self._errands or self._scores)
 
     def _let_others(self) -> None:
         """Between two steps of what is behind."""
@@ -207,9 +243,22 @@ class ModelLoop:
             self._write(None)
 
     def run_errands(self) -> None:
-        """What is to be done before further texts."""
+        """What is to be done before further texts: errands, and one call that scores if it is its turn."""
         while self._errands:
             self._errands.popleft().run()
+        self._score_next()
+
+    def _score_next(self) -> None:
+        began_s = time.monotonic()
+        with self._changed:
+            texts_turn = (self._call is not None or self._waiting) and began_s < self._next_score_s
+            if texts_turn or not self._scores:
+                return
+            errand, self._is_scoring = self._scores.popleft(), True
+        errand.run()
+        now_s, self._is_scoring = time.monotonic(), False
+        self._score_s = now_s - began_s
+        self._next_score_s = now_s + self._score_s
 
     def _write(self, jobs: Sequence[Job] | None) -> None:
         """Write these, or who waits and who joins them; where that fails, halves fail for those alone who make it."""
@@ -248,3 +297,7 @@ class ModelLoop:
     def took(self, seconds_s: float) -> None:
         """A text took so long, from the queue to its end."""
         self._text_s = seconds_s if self._text_s is None else self._text_s + 0.2 * (seconds_s - self._text_s)
+
+
+def _come_again(seconds_s: float) -> ProblemError:
+    return queue_full(min(max(1, math.ceil(seconds_s)), _MAX_RETRY_AFTER_S))

@@ -53,6 +53,10 @@ class ProblemError(E2PError):
         return headers
 
 
+class ContentProblemError(ProblemError):
+    """The trouble is with a content that was asked for."""
+
+
 def queue_full(retry_after_s: int) -> ProblemError:
     """More texts wait than may."""
     return ProblemError(

@@ -7,18 +7,22 @@ import math
 
 from e2p_ray.schema import ErrorCode, Group, Request, RequestKey, TextScore
 from e2p_ray.serve.messages import CandidateScore, ScoresAnswer, ScoresRequest
-from e2p_ray.serve.problems import ProblemError
+from e2p_ray.serve.problems import ContentProblemError, ProblemError
 from e2p_ray.serve.service import Asked, Service, elapsed_ms
 
 
 async def ranked(service: Service, body: ScoresRequest, began_s: float) -> ScoresAnswer:
     """Scores of every candidate, the best first; `gain` takes away what the text has without a soft token."""
     loaded = service.loaded
+    service.loop.require_room_to_score(len(body.candidates))  # before anything is looked up
 
-    def look_up() -> list[Asked]:
-        return [service.look_up(body, candidate, body.task, loaded=loaded) for candidate in body.candidates]
+    def look_up(place: int) -> Asked:
+        try:
+            return service.look_up(body, body.candidates[place], body.task, loaded=loaded)
+        except ContentProblemError as error:
+            raise ProblemError(error.status, error.code, f"candidate {place}: {error.detail}") from error
 
-    all_asked = await asyncio.to_thread(look_up)
+    all_asked = await asyncio.to_thread(lambda: [look_up(place) for place in range(len(body.candidates))])
     groups, texts = list[Group](), dict[RequestKey, str]()
     for place, (asked, candidate) in enumerate(zip(all_asked, body.candidates, strict=True)):
         text = candidate.text or asked.content.title

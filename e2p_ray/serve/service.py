@@ -36,7 +36,7 @@ from e2p_ray.serve.log import ReplicaLog
 from e2p_ray.serve.lookup import Published, Tables, User
 from e2p_ray.serve.loop import ModelLoop
 from e2p_ray.serve.messages import Consent, ContentPart, SamplingOverride, SwapState, UserPart
-from e2p_ray.serve.problems import ProblemError, ended
+from e2p_ray.serve.problems import ContentProblemError, ProblemError, ended
 from e2p_ray.serve.profile import given_embedding, given_events
 from e2p_ray.storage import Storage
 
@@ -155,17 +155,17 @@ class Service:
             assert asked.content_id is not None, "the message has one of the two"
             found = self.tables.content(asked.content_id)
             if found is None:
-                raise ProblemError(404, "unknown_content", "the contents table has no such content_id")
+                raise ContentProblemError(404, "unknown_content", "the contents table has no such content_id")
         else:
             given = asked.content
             if len(given.body) > self.config.api.max_content_chars:
-                raise ProblemError(
+                raise ContentProblemError(
                     413, "content_too_long", f"a body has {self.config.api.max_content_chars} characters at most"
                 )
             content_id = asked.content_id or _inline_id(given.title, given.body, given.language)
             found = Content(content_id, given.title, given.body, given.language)
         if not found.title.strip() and not found.body.strip():
-            raise ProblemError(422, ErrorCode.EMPTY_CONTENT.value, "the content has neither a title nor a body")
+            raise ContentProblemError(422, ErrorCode.EMPTY_CONTENT.value, "the content has neither a title nor a body")
         return found
 
     def _user(self, asked: UserPart, loaded: LoadedGenerator) -> User:
@@ -229,8 +229,8 @@ class Service:
     async def score(
         self, groups: Sequence[Group], texts: dict[RequestKey, str], loaded: LoadedGenerator
     ) -> dict[RequestKey, TextScore]:
-        """How likely each text is."""
-        done = self.loop.run(lambda: loaded.score(groups, texts))
+        """How likely each text is; ProblemError 429 where too many wait."""
+        done = self.loop.score(lambda: loaded.score(groups, texts), len(groups))
         return {found.key: found for found in await asyncio.wrap_future(done)}
 
     # -- another projector -------------------------------------------------------------------------------------------
