@@ -48,8 +48,9 @@ class Users:
             if "user_id" not in file.schema_arrow.names:
                 return found
             for batch in file.iter_batches(_BATCH_ROWS, columns=["user_id"], use_threads=False):
-                theirs = batch["user_id"].filter(self.among(batch["user_id"]))
-                self.found.update(theirs.unique().cast(pa.string()).to_pylist())
+                ids = batch["user_id"].cast(pa.string())  # Arrow filters no views
+                theirs = ids.filter(self.among(ids))
+                self.found.update(theirs.unique().to_pylist())
                 found += len(theirs)
         return found
 
