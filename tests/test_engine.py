@@ -226,6 +226,18 @@ class TestEndings:
             assert len(pairs) == len(set(pairs))
 
 
+def let_none_in(poison: RequestKey, patch: pytest.MonkeyPatch) -> None:
+    """No memory for a wave that this request would be in."""
+    plain = Decoder._enter
+
+    def limited(self: Decoder, wave: Any, rows: Any, prefixes: Any) -> None:
+        if any(row.key == poison for row in rows):
+            raise MemoryError("made by the test")
+        plain(self, wave, rows, prefixes)
+
+    patch.setattr(Decoder, "_enter", limited)
+
+
 class TestTrouble:
     def test_out_of_memory_halves_the_wave_and_loses_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         groups = messy_groups()
@@ -245,14 +257,7 @@ class TestTrouble:
     def test_a_row_that_never_fits_becomes_an_error_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         groups = messy_groups(4)
         poison = groups[1].requests[0].key
-        plain = Decoder._enter
-
-        def limited(self: Decoder, wave: Any, rows: Any, prefixes: Any) -> None:
-            if any(row.key == poison for row in rows):
-                raise MemoryError("made by the test")
-            plain(self, wave, rows, prefixes)
-
-        monkeypatch.setattr(Decoder, "_enter", limited)
+        let_none_in(poison, monkeypatch)
         found = run(engine_of(LLAMA), groups)
         assert {key for key, item in found.items() if item.error_code} == {poison}
         assert found[poison].error_code is ErrorCode.OUT_OF_MEMORY
@@ -261,17 +266,11 @@ class TestTrouble:
     def test_once_it_is_given_up_waves_are_as_large_as_before(self, monkeypatch: pytest.MonkeyPatch) -> None:
         groups = messy_groups(4)
         poison = groups[1].requests[0].key
-        plain = Decoder._enter
-
-        def limited(self: Decoder, wave: Any, rows: Any, prefixes: Any) -> None:
-            if any(row.key == poison for row in rows):
-                raise MemoryError("made by the test")
-            plain(self, wave, rows, prefixes)
 
         def next_call() -> tuple[Bounds, int]:
             """Bounds after a call with that row, and the steps of one without it."""
             with monkeypatch.context() as patch:
-                patch.setattr(Decoder, "_enter", limited)
+                let_none_in(poison, patch)
                 engine = engine_of(LLAMA)
                 assert [key for key, item in run(engine, groups).items() if item.error_code] == [poison]
             bounds, num_steps = engine._decoder.bounds, engine.stats.num_steps

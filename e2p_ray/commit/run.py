@@ -20,6 +20,7 @@ _ITEM = TypeVar("_ITEM")
 
 _MAX_AHEAD = 8  # objects fetched at once
 UNTITLED = "-untitled"  # after the shard id
+CARRIED = "carried-"  # how the ids of shards begin that an update carries over
 ARTIFACTS = ("projector_id", "base_model_id", "embedding_space")  # what all texts of a run are made with
 
 
@@ -87,7 +88,7 @@ def run_id_of(plan_id: str, text_hash: str, projector_id: str, base_model_id: st
 
 def is_carried(shard_id: str) -> bool:
     """Whether a shard is of rows that an update carries over or defers: committed already, and never generated."""
-    return shard_id.startswith("carried-")
+    return shard_id.startswith(CARRIED)
 
 
 def open_run(storage: Storage, run: Run, resolved_config: dict[str, Any]) -> None:

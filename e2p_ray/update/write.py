@@ -8,6 +8,7 @@ import polars as pl
 import pyarrow as pa
 
 from e2p_ray.commit import Run
+from e2p_ray.commit.run import CARRIED
 from e2p_ray.commit.spool import HashSpool, hash_rows
 from e2p_ray.plan import ShardEntry
 from e2p_ray.plan.shards import Slice, pack, shard_uri, slices_of, text_bytes_of, write_shard
@@ -106,7 +107,7 @@ def write_carried(job: UpdateJob, run: Run, bucket: Bucket, deferred: pl.DataFra
     keys.add(hash_rows(*(waiting[name].to_arrow() for name in _KEY)))
     ids = []
     for start in range(0, max(rows.num_rows, waiting.height), _CARRIED_ROWS):
-        shard_id = f"carried-{bucket.number:04d}-{start // _CARRIED_ROWS:03d}"
+        shard_id = f"{CARRIED}{bucket.number:04d}-{start // _CARRIED_ROWS:03d}"
         part, letters = rows.slice(start, _CARRIED_ROWS), waiting[start : start + _CARRIED_ROWS]
         _write_planned(job, run, shard_id, bucket.contents, part, letters)
         num_old = int(stays["old"][start : start + _CARRIED_ROWS].sum())
