@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from e2p_ray.batch import BatchSummary, EngineFactory, run_batch
-from e2p_ray.commit import PublishedTable, PublishedVersion, Run, load_run, publish, read_published
+from e2p_ray.commit import PublishedTable, PublishedVersion, Run, as_of_last_change, load_run, publish, read_published
 from e2p_ray.commit.audit import published_ids, record
 from e2p_ray.config import JobConfig
 from e2p_ray.downstream.report import Report, build_report, read_report, render_terminal, with_consent, write_report
 from e2p_ray.errors import ConfigError, GateError
 from e2p_ray.plan import Plan
-from e2p_ray.update import Changes, Limits, Priority, as_of_last_change, defer_shards, make_update
+from e2p_ray.update import Changes, Limits, Priority, defer_shards, make_update
 from jobs.cli import Job, run_job
 from jobs.progress import ProgressLine
 from jobs.steps import Setup, full_run, opened_run, planned, say, set_up, source_id_of, update_job, update_run

@@ -7,12 +7,12 @@ import json
 import sys
 from dataclasses import dataclass
 
-from e2p_ray.commit import PublishedTable, read_published
+from e2p_ray.commit import PublishedTable, as_of_last_change, read_published
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
 from e2p_ray.errors import GateError, RowError
 from e2p_ray.plan import Plan, read_shard
-from e2p_ray.update import Changes, Limits, as_of_last_change, survey
+from e2p_ray.update import Changes, Limits, survey
 from jobs.cli import Job, run_job
 from jobs.generate import dead_letters_left
 from jobs.steps import Setup, full_run, planned, say, set_up, source_id_of, update_job, update_run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
@@ -136,6 +136,16 @@ def same_rows_since(table: DeltaTable, version: int) -> bool:
     history = _history(table)
     later = range(version + 1, table.version() + 1)
     return version <= table.version() and all(history.get(v, {}).get("operation") in UPKEEP for v in later)
+
+
+def as_of_last_change(storage: Storage, table: PublishedTable) -> PublishedTable:
+    """The table, by the version that its rows are of: upkeep since then throws no unfinished run away."""
+    opened = open_table(storage, table.uri, table.version)
+    assert opened is not None, "it was read before"
+    history, version = _history(opened), table.version
+    while version > 0 and history.get(version, {}).get("operation") in UPKEEP:
+        version -= 1
+    return replace(table, version=version)
 
 
 def _history(table: DeltaTable) -> dict[int, dict[str, Any]]:

@@ -4,7 +4,7 @@ from e2p_ray.update.compare import Cause, UpdateJob
 from e2p_ray.update.defer import defer_shards
 from e2p_ray.update.limits import Limits, Priority
 from e2p_ray.update.survey import Changes, survey
-from e2p_ray.update.update import Update, as_of_last_change, make_update, update_id_of
+from e2p_ray.update.update import Update, make_update, update_id_of
 
 __all__ = [
     "Cause",
@@ -13,7 +13,6 @@ __all__ = [
     "Priority",
     "Update",
     "UpdateJob",
-    "as_of_last_change",
     "defer_shards",
     "make_update",
     "survey",

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import polars as pl
 
 from e2p_ray.commit import PublishedTable, Run
-from e2p_ray.commit.published import UPKEEP, open_table
 from e2p_ray.commit.spool import HashSpool
 from e2p_ray.errors import ConservationError
 from e2p_ray.plan import Plan, load_plan
@@ -23,7 +22,6 @@ from e2p_ray.update.survey import Changes, Order, count
 from e2p_ray.update.write import ShardWriter, write_carried
 
 _FORMAT = 1  # counts up when the same plan and table give another update
-_MAX_UPKEEP = 200  # versions in a row
 
 
 @dataclass(frozen=True)
@@ -53,17 +51,6 @@ def update_id_of(source_id: str, table: PublishedTable | None, limits: Limits) -
         [limits.priority.column, limits.priority.descending] if limits.priority else None,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def as_of_last_change(storage: Storage, table: PublishedTable) -> PublishedTable:
-    """The table, by the version that its rows are of: upkeep since then throws no unfinished run away."""
-    opened = open_table(storage, table.uri, table.version)
-    assert opened is not None, "it was read before"
-    operations = {entry["version"]: entry.get("operation") for entry in opened.history(_MAX_UPKEEP)}
-    version = table.version
-    while version > 0 and operations.get(version) in UPKEEP:
-        version -= 1
-    return replace(table, version=version)
 
 
 def make_update(job: UpdateJob, run: Run, limits: Limits, say: Callable[[str], None]) -> Update | None:
