@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from e2p_ray.engine import decode
-from e2p_ray.engine.drafts import Agreement, Drafts, Experience, RowDraft, Told, chance_needed, num_ahead
+from e2p_ray.engine.drafts import Drafts, Experience, RowDraft, Told
 from e2p_ray.engine.engine import Engine
-from e2p_ray.engine.overhead import rounded_overhead
 from e2p_ray.engine.row import Row
 from e2p_ray.schema import Completion, Group, RequestKey
 from tests import tiny_models
+from tests.listening import Listening
 
 GREEDY = {"max_new_tokens": 24}
 SAMPLED = {"max_new_tokens": 24, "temperature": 0.9, "top_p": 0.95}
@@ -26,7 +26,7 @@ STOPPED = {"max_new_tokens": 24, "temperature": 1.0, "stop": ("e", "\n"), "max_c
 @pytest.fixture(autouse=True)
 def launch_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which a pass costs as much as a thousand tokens, so that every guess that may hold is tried."""
-    monkeypatch.setattr(decode, "measure_overhead_tokens", lambda base: 1024)
+    monkeypatch.setattr(decode, "measure_pass_cost", lambda base: tiny_models.pass_cost(1024))
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def test_rows_without_a_guess_are_asked_once(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_text_told_meanwhile_becomes_a_guess_of_rows_that_began_like_it() -> None:
     told = Told()
-    like_it, unlike_it = (RowDraft([], [], told, Agreement(), Agreement()) for _ in range(2))
+    like_it, unlike_it = (RowDraft([], [], told, Experience()) for _ in range(2))
     for draft, begun in ((like_it, [5, 6]), (unlike_it, [5, 7])):
         draft.follow(begun)
         assert draft.is_idle
@@ -152,8 +152,8 @@ def test_a_text_told_meanwhile_becomes_a_guess_of_rows_that_began_like_it() -> N
     assert not like_it.is_idle
     for draft in (like_it, unlike_it):
         draft.follow([7])
-    assert like_it.ahead(0.0, 10) == (8, 9)
-    assert unlike_it.ahead(0.0, 10) == ()
+    assert like_it.ahead(10) == (8, 9)
+    assert unlike_it.ahead(10) == ()
     assert unlike_it.is_idle
 
 
@@ -181,9 +181,35 @@ def test_the_nearest_user_s_text_is_guessed_first_and_then_the_most_common_ones(
     assert drafts.of(replace(row, user_embedding=None)).guess == shared, "the control: without a user the common one"
 
 
+def test_guesses_beside_a_row_without_one_pay_where_somebody_waits_for_each_text() -> None:
+    """A batch ends with the row that has no draft; online the others' texts are there sooner."""
+    group = groups_of(1, 40)[0]
+    texts = run(engine_of(GREEDY, drafts=False), [group])
+    longest, *others = [key for key, one in texts.items() if one.num_output_tokens == GREEDY["max_new_tokens"]]
+    expected = {key: texts[key] for key in (longest, *others)}
+    as_long = replace(group, requests=tuple(one for one in group.requests if one.key in expected))
+    drafted = with_drafts([as_long], lambda key: None if key == longest else expected[key].text)
+
+    def written(*, is_followed: bool) -> tuple[int, dict[RequestKey, int]]:
+        """Accepted tokens, and the steps after which each text was there."""
+        engine = engine_of(GREEDY)
+        engine.listener = Listening() if is_followed else None
+        steps = {}
+        for one in engine.generate(drafted):
+            assert one.text == expected[one.key].text
+            steps[one.key] = engine.stats.num_steps
+        return engine.stats.num_accepted_tokens, steps
+
+    assert written(is_followed=False)[0] == 0, "the control"
+    num_accepted, steps = written(is_followed=True)
+    assert num_accepted > 0
+    assert len(steps) == len(expected) > 4
+    assert all(steps[key] < steps[longest] / 2 for key in others)
+
+
 def test_drafts_that_never_hold_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a pass costs little besides its tokens, guesses stop; where it costs much, they go on."""
-    monkeypatch.setattr(decode, "measure_overhead_tokens", lambda base: 64)
+    monkeypatch.setattr(decode, "measure_pass_cost", lambda base: tiny_models.pass_cost(64))
     groups = with_drafts(groups_of(6, 60), lambda key: "no such text at all, whatever is asked")
     engine = engine_of(GREEDY)
     found = run(engine, groups)
@@ -224,35 +250,6 @@ def test_a_draft_begins_as_the_texts_before_it_did() -> None:
     for _ in range(3):
         drafts.tell(row, blank)
     assert drafts._given(row)[0][: len(blank)] == blank
-
-
-class TestPolicy:
-    def test_guesses_reach_further_the_more_a_pass_costs(self) -> None:
-        agreement = Agreement()
-        reach = [num_ahead(agreement, 4, chance_needed(256, overhead)) for overhead in (1, 64, 1024, 1 << 20)]
-        assert reach == sorted(reach)
-        assert reach[0] == 0
-        assert reach[-1] == 16
-
-    def test_a_guess_saves_less_where_no_row_waits_for_the_place(self) -> None:
-        drafts = Drafts(tiny_models.byte_tokenizer(), tiny_models.EOS, Experience())
-        assert drafts.saved_share(16, others_wait=True) == drafts.saved_share(1, others_wait=False) == 1.0
-        assert 0 < drafts.saved_share(16, others_wait=False) < drafts.saved_share(4, others_wait=False) < 0.5
-        assert chance_needed(16, 32, 1.0) < chance_needed(16, 32, 0.1) < 1
-
-    def test_the_rate_follows_what_is_seen(self) -> None:
-        good, bad = Agreement(), Agreement()
-        for _ in range(5000):
-            good.see(9, True)
-            bad.see(9, False)
-        assert good.rate(9) > 0.99
-        assert bad.rate(9) < 0.05
-        assert num_ahead(bad, 9, chance_needed(1, 64)) < num_ahead(good, 9, chance_needed(1, 64))
-
-    def test_overhead_is_a_power_of_two(self) -> None:
-        assert rounded_overhead(10.0, 10.0 + 63, 64) == 8
-        assert rounded_overhead(1.0, 64.0, 64) == 1
-        assert rounded_overhead(1.0, 1.0, 64) == 1024
 
 
 def test_drafts_forget_texts_beyond_their_bounds() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,40 +29,13 @@ from e2p_ray.schema import Completion, DeadLetter, ErrorCode, Generation, Group,
 from e2p_ray.serve.messages import GenerationAnswer
 from e2p_ray.storage import Storage
 from tests import tiny_models
+from tests.listening import Listening
 from tests.s3 import IS_LONG
 from tests.serve_world import serve_config, serving
 from tests.small_job import candidates_table, contents_table
 from tests.tiny_models import EMBEDDING_DIM, engine_of, group, random_projector, save_model_folder, task
 
 LLAMA = LlamaConfig(**tiny_models.common())
-
-
-class Listening:
-    """A listener made of what a test gives it."""
-
-    def __init__(
-        self,
-        *,
-        streamed: Collection[RequestKey] = (),
-        cancelled: Callable[[int], Collection[RequestKey]] = lambda step: (),
-        between: Callable[[int], None] = lambda step: None,
-    ) -> None:
-        self._streamed, self._cancelled, self._between = frozenset(streamed), cancelled, between
-        self.step = 0
-        self.texts: dict[RequestKey, list[str]] = {}
-
-    def between_steps(self) -> None:
-        self.step += 1
-        self._between(self.step)
-
-    def cancelled(self) -> Set[RequestKey]:
-        return frozenset(self._cancelled(self.step))
-
-    def streamed(self) -> Set[RequestKey]:
-        return self._streamed
-
-    def on_text(self, key: RequestKey, text: str) -> None:
-        self.texts.setdefault(key, []).append(text)
 
 
 def groups_of(seed: int, num_contents: int = 5, first_user: int = 0) -> list[Group]:

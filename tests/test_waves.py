@@ -107,7 +107,7 @@ def test_the_next_pass_is_launched_before_texts_are_made(
 
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_drafts_in_turns_change_nothing(sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "measure_overhead_tokens", lambda base: 1024)  # every guess is tried
+    monkeypatch.setattr(decode, "measure_pass_cost", lambda base: tiny_models.pass_cost(1024))  # every guess is tried
     tiny_models.write_letters_only(monkeypatch)
     groups, tasks = groups_of(3, 12), {"headline": tiny_models.task(**sampling | {"max_new_tokens": 20})}
     plain = engine_of(LLAMA, tasks=tasks, max_rows=16, drafts=False)

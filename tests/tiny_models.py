@@ -32,6 +32,7 @@ from e2p_ray.engine.decode import Decoder
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.manifest import Layout, ProjectorManifest
 from e2p_ray.engine.model import BaseModel
+from e2p_ray.engine.pass_cost import PassCost
 from e2p_ray.engine.projector import Projector, ReferenceStatistics
 from e2p_ray.schema import Content, Group, Request, RequestKey, UserEmbedding
 
@@ -225,6 +226,11 @@ def group(content: Content, users: Sequence[int], *, task_name: str = "headline"
         for user in users
     )
     return Group(content, task_name, requests)
+
+
+def pass_cost(overhead_tokens: int) -> PassCost:
+    """A machine on which a pass costs as much as so many tokens, besides those in it."""
+    return PassCost((1, 2), (1.0, 1.0 + 1 / (overhead_tokens + 1)))
 
 
 def contents(num: int, *, seed: int = 0) -> list[Content]:

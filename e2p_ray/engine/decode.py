@@ -22,12 +22,12 @@ from torch import Tensor
 
 from e2p_ray.engine.admission import Admission, Bounds
 from e2p_ray.engine.contract import EngineStats, Listener
-from e2p_ray.engine.drafts import Drafts, RowDraft, TokenIds, chance_needed
+from e2p_ray.engine.drafts import Drafts, TokenIds, guesses_of
 from e2p_ray.engine.ending import cut_where_they_end
 from e2p_ray.engine.greedy import Likeliest
 from e2p_ray.engine.launched import Launched
 from e2p_ray.engine.model import BaseModel
-from e2p_ray.engine.overhead import measure_overhead_tokens
+from e2p_ray.engine.pass_cost import PassCost, measure_pass_cost
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.row import Row, rows_at_hand
@@ -243,11 +243,10 @@ class Decoder:
         begun = first + int(np.count_nonzero(wave.num_written[first:num_rows]))  # new rows are behind them
         new = wave.rows[begun:]
         num_own = np.array([*[1] * (begun - first), *(row.num_suffix_tokens(self._num_soft) for row in new)])
-        room = (wave.max_new - wave.num_written)[first:num_rows] - 1
-        ahead = self._ahead(wave.drafts[first:], room, others_wait=bool(self._call.pending))
-        counts = num_own + [len(tokens) for tokens in ahead]
+        guesses = self._guesses(wave, first, int(num_own.sum()))
+        counts = num_own + [len(tokens) for tokens in guesses]
         step = RowsStep(wave.slots, first, wave.num_own[first:num_rows], counts, wave.readers(first))
-        embeds = self._embeds(wave.last_tokens(first, begun), new, num_own, ahead, step)
+        embeds = self._embeds(wave.last_tokens(first, begun), new, num_own, guesses, step)
         hidden = self._base.hidden(embeds[None], step.position_ids, step)[0]
         wave.num_own[first:num_rows] += num_own - 1  # the last of them counts as what the next token follows
         self._count(rows=int(num_own[begun - first :].sum()), prompt=sum(map(self._num_prompt_tokens, new)))
@@ -257,7 +256,7 @@ class Decoder:
             num_truncated=self.stats.num_truncated + num_truncated,
             num_steps=self.stats.num_steps + (begun > first),
         )
-        wave.launched.append(self._choose(wave, first, hidden, step, ahead))
+        wave.launched.append(self._choose(wave, first, hidden, step, guesses))
 
     def _embeds(
         self, last_tokens: _Ints, new: list[Row], num_own: _Ints, ahead: Sequence[TokenIds], step: RowsStep
@@ -285,14 +284,17 @@ class Decoder:
             embeds = embeds.index_copy(0, places, projected.flatten(0, 1)[chosen])
         return embeds
 
-    def _ahead(self, drafts: Sequence[RowDraft | None], room: _Ints, *, others_wait: bool) -> list[TokenIds]:
-        """For each row the tokens to try in the next pass."""
-        if self._call.drafts is None or not any(draft is not None and draft.guess is not None for draft in drafts):
-            return [()] * len(drafts)
-        share = self._call.drafts.saved_share(len(drafts), others_wait=others_wait)
-        needed = chance_needed(len(drafts), self._overhead_tokens(), share)
-        spaces = room.tolist()
-        return [() if d is None else d.ahead(needed, space) for d, space in zip(drafts, spaces, strict=True)]
+    def _guesses(self, wave: Wave, first: int, num_tokens: int) -> list[TokenIds]:
+        """For each row from slot `first` on the tokens to try in its next pass, of num_tokens besides them."""
+        span = slice(first, len(wave))
+        drafts = [one for one in wave.drafts[span] if one is not None]  # all of them, or none without drafts
+        # A row that is done makes place for one that waits, and who follows the engine waits for each text. Else all
+        # end with the last one, which may be among rows that are not in this pass.
+        each_counts = bool(self._call.pending) or self.listener is not None
+        if self._call.drafts is None or (first and not each_counts) or all(one.guess is None for one in drafts):
+            return [()] * (len(wave) - first)
+        written, max_new = wave.num_written[span].tolist(), wave.max_new[span].tolist()
+        return guesses_of(drafts, written, max_new, num_tokens, self._pass_cost(), each_counts=each_counts)
 
     def _choose(self, wave: Wave, first: int, hidden: Tensor, step: RowsStep, ahead: Sequence[TokenIds]) -> Launched:
         """Choose a token behind each row's last and behind each guess, some at a time: logits are wide."""
@@ -355,11 +357,11 @@ class Decoder:
         """One token behind each of these rows' first num_written (n,) tokens."""
         return choose(logits, wave.sampling.take(slots), written, num_written)
 
-    def _overhead_tokens(self) -> float:
-        """What a pass costs besides its tokens, in tokens: measured once a base model, when the first draft asks."""
-        if self._base.overhead_tokens is None:
-            self._base.overhead_tokens = measure_overhead_tokens(self._base)
-        return self._base.overhead_tokens
+    def _pass_cost(self) -> PassCost:
+        """Measured once a base model, when the first draft asks."""
+        if self._base.pass_cost is None:
+            self._base.pass_cost = measure_pass_cost(self._base)
+        return self._base.pass_cost
 
     # -- rows go out -------------------------------------------------------------------------------------------------
 

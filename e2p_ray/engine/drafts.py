@@ -3,7 +3,7 @@
 A guess is the text that an earlier run published for the request, or what other users' rows have just written for the
 same content. It never changes a text: of the tokens a pass was given, those are kept that the model chose as well, and
 a sampled row's random numbers are a function of request and step (speculative decoding, arXiv 2211.17192, with guesses
-that cost nothing). How far a row is guessed ahead follows from how often such guesses hold and from what a token costs.
+that cost nothing). How far rows are guessed ahead is in reach.py.
 """
 
 from __future__ import annotations
@@ -15,67 +15,20 @@ from dataclasses import dataclass, field
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from e2p_ray.engine.agreement import Agreement
+from e2p_ray.engine.pass_cost import PassCost
+from e2p_ray.engine.reach import Outlook, reach_of_all, reach_of_each
 from e2p_ray.engine.row import Row
 from e2p_ray.schema import UserEmbedding
 
 TokenIds = tuple[int, ...]
 
-MAX_AHEAD = 16  # tokens of a row in one pass: beyond, a wrong guess costs more than a right one saves
 _MAX_TEXTS = 32  # that are remembered of one content
 _MAX_CONTENTS = 256
 _MAX_REALIGNED = 3  # a row whose draft went wrong is set on it again this many times
 _REACH = 8  # tokens around the place that it left
 _BLANKS = (" ", "\u0120", "\u2581")  # how tokenizers write the blank that a token begins with
 _MAX_SEEN = 64
-_MEMORY = 2048  # observations after which older ones count half
-
-
-@dataclass(slots=True)
-class Agreement:
-    """How often the next guessed token was right, by how many before it were: none, few, several.
-
-    It starts doubtful: a first pass that guesses far ahead for every row costs most when it is wrong.
-    """
-
-    num_right: list[float] = field(default_factory=lambda: [7.0, 17.0, 19.0])
-    num_seen: list[float] = field(default_factory=lambda: [10.0, 20.0, 20.0])
-
-    def rate(self, streak: int) -> float:
-        at = _class_of(streak)
-        return self.num_right[at] / self.num_seen[at]
-
-    def see(self, streak: int, right: bool) -> None:
-        at = _class_of(streak)
-        self.num_right[at] += right
-        self.num_seen[at] += 1
-        if self.num_seen[at] > _MEMORY:
-            self.num_right[at] /= 2
-            self.num_seen[at] /= 2
-
-
-def _class_of(streak: int) -> int:
-    return 0 if streak == 0 else 1 if streak < 4 else 2
-
-
-def chance_needed(num_rows: int, overhead_tokens: float, saved_share: float = 1.0) -> float:
-    """How likely a guess must be to pay in a pass over so many rows.
-
-    A pass costs as much as `overhead_tokens` tokens besides those in it. A guess that holds saves its row one token,
-    and the row's share of a pass to that part that shortens the call: all of it where other rows wait for the place. So
-    it pays while its chance is above 1 / (1 + saved_share * overhead / rows).
-    """
-    return 1 / (1 + saved_share * overhead_tokens / max(num_rows, 1))
-
-
-def num_ahead(agreement: Agreement, streak: int, needed: float) -> int:
-    """How many tokens to guess for a row: as long as the chance that all of them hold is above what is needed."""
-    chance, count = 1.0, 0
-    while count < MAX_AHEAD:
-        chance *= agreement.rate(streak + count)
-        if chance <= needed:
-            break
-        count += 1
-    return count
 
 
 @dataclass(slots=True, eq=False)
@@ -108,31 +61,38 @@ class Told:
 class RowDraft:
     """The guesses of one row and how they have fared."""
 
-    __slots__ = ("_agreement", "_given", "_guesses", "_num_realigned", "_told", "_told_agreement", "_told_seen",
-                 "guess", "streak", "written")  # fmt: skip
+    __slots__ = ("_agreement", "_experience", "_given", "_guesses", "_num_realigned", "_told", "_told_seen", "guess",
+                 "streak", "written")  # fmt: skip
 
     def __init__(
-        self, given: Sequence[TokenIds], first: Sequence[TokenIds], told: Told, given_agreement: Agreement,
-        told_agreement: Agreement,
-    ) -> None:  # fmt: skip
-        self._given, self._told = given, told
-        self._guesses = [*((text, given_agreement) for text in given), *((text, told_agreement) for text in first)]
+        self, given: Sequence[TokenIds], first: Sequence[TokenIds], told: Told, experience: Experience
+    ) -> None:
+        self._given, self._told, self._experience = given, told, experience
+        self._guesses = [*((text, experience.given) for text in given), *((text, experience.told) for text in first)]
         self._guesses.reverse()
-        self._told_agreement = told_agreement
         self._told_seen = len(told.texts)
         self._num_realigned = 0
-        self._agreement = given_agreement
+        self._agreement = experience.given
         self.guess: TokenIds | None = None
         self.streak = 0
         self.written: list[int] = []
         self._next_guess()
 
-    def ahead(self, needed: float, room: int) -> TokenIds:
-        """The next tokens to try, at most `room`; `needed` is the chance that makes one pay."""
-        if self.guess is None or room < 1:
+    def outlook(self, num_written: int, max_new: int) -> Outlook:
+        """Before a pass, of a row that has written so many tokens and may write max_new."""
+        if self.guess is not None:
+            return Outlook(self._agreement, self.streak, min(len(self.guess), max_new) - num_written)
+        # A text that begins otherwise need not be longer or shorter; of one that is longer already nothing is known.
+        lengths = [len(text) for text in (*self._given[:1], *self._told.texts[-1:])]
+        likely = next((length for length in lengths if num_written < length < max_new), max_new)
+        return Outlook(None, 0, likely - num_written)
+
+    def ahead(self, num_tokens: int) -> TokenIds:
+        """The next tokens to try, at most so many."""
+        if self.guess is None or num_tokens < 1:
             return ()
         at = len(self.written)
-        return self.guess[at : at + min(num_ahead(self._agreement, self.streak, needed), room)]
+        return self.guess[at : at + num_tokens]
 
     @property
     def is_idle(self) -> bool:
@@ -163,7 +123,7 @@ class RowDraft:
         texts = self._told.texts
         while self._guesses or self._told_seen < len(texts):
             if not self._guesses:
-                self._guesses.append((texts[self._told_seen], self._told_agreement))
+                self._guesses.append((texts[self._told_seen], self._experience.told))
                 self._told_seen += 1
             text, agreement = self._guesses.pop()
             if len(text) > len(self.written) and list(text[: len(self.written)]) == self.written:
@@ -182,17 +142,28 @@ class RowDraft:
         found = [place for place in places if text[place - 2 : place] == last and place < len(text)]
         if found:
             place = min(found, key=lambda place: abs(place - at))
-            self.guess = (*self.written, *text[place:])
+            self.guess, self._agreement = (*self.written, *text[place:]), self._experience.realigned
             self._num_realigned += 1
 
 
 @dataclass(slots=True)
 class Experience:
-    """What an engine has seen of its drafts: of those that it was given and of those that other rows told."""
+    """What an engine has seen of its drafts: those it was given, the same set on again, those that other rows told."""
 
     given: Agreement = field(default_factory=Agreement)
-    told: Agreement = field(default_factory=lambda: Agreement([5.0, 15.0, 18.0], [10.0, 20.0, 20.0]))
+    realigned: Agreement = field(default_factory=lambda: Agreement([2.5, 7.5, 18.0], [5.0, 10.0, 20.0]))
+    told: Agreement = field(default_factory=lambda: Agreement([2.5, 7.5, 18.0], [5.0, 10.0, 20.0]))
     num_after_blank: int = 1  # texts that began with a blank, less those that did not
+
+
+def guesses_of(
+    drafts: Sequence[RowDraft], num_written: Sequence[int], max_new: Sequence[int], num_tokens: int, cost: PassCost,
+    *, each_counts: bool,
+) -> list[TokenIds]:  # fmt: skip
+    """For each row the tokens to try in a pass of num_tokens besides them."""
+    reach = reach_of_each if each_counts else reach_of_all
+    rows = [draft.outlook(*at) for draft, *at in zip(drafts, num_written, max_new, strict=True)]
+    return [draft.ahead(far) for draft, far in zip(drafts, reach(rows, num_tokens, cost), strict=True)]
 
 
 class Drafts:
@@ -205,18 +176,11 @@ class Drafts:
         self._told: OrderedDict[tuple[TokenIds, TokenIds], Told] = OrderedDict()
         self.num_told = 0  # texts, so that one may know that there is no new one
 
-    def saved_share(self, num_rows: int, *, others_wait: bool) -> float:
-        """What part of a pass's overhead a row saves that is done early.
-
-        Where no row waits, the passes go on for the longest row: they end early only if the other rows' guesses hold.
-        """
-        return 1.0 if others_wait else float(self._experience.given.rate(0) ** (num_rows - 1))
-
     def of(self, row: Row) -> RowDraft:
         """The guesses for a row that comes in."""
         told = self._told_of(row)
         first = told.order_for(row.user_embedding)
-        return RowDraft(self._given(row), first, told, self._experience.given, self._experience.told)
+        return RowDraft(self._given(row), first, told, self._experience)
 
     def tell(self, row: Row, tokens: TokenIds) -> None:
         """A row is done: what it wrote is a guess for those that come."""

@@ -25,6 +25,7 @@ from e2p_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from e2p_ray.engine.gpu.layers import GpuDecoder
+    from e2p_ray.engine.pass_cost import PassCost
 
 
 def pick_device(device: str, *, num_gpus: float = 0) -> torch.device:
@@ -98,7 +99,7 @@ class BaseModel:
         self._head = head
         self.greedy: GreedyHead | None = None  # once packed, for rows that take the likeliest token
         self._logit_cap: float | None = getattr(config, "final_logit_softcapping", None)
-        self.overhead_tokens: int | None = None  # of a pass, once somebody has measured it
+        self.pass_cost: PassCost | None = None  # once somebody has measured it
 
     @classmethod
     def load(cls, folder: Path, dtype: str, device: torch.device) -> BaseModel:

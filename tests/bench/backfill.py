@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from e2p_ray.config import EngineConfig
 from e2p_ray.engine.contract import EngineStats
@@ -39,13 +40,18 @@ _WEIGHTS_STD = 0.08
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def base_of_letters(size: ModelSize, dtype: torch.dtype) -> BaseModel:
-    """A random model, packed, whose texts read back as the tokens that it wrote."""
+def model_of_letters(size: ModelSize) -> PreTrainedModel:
+    """A random model whose texts read back as the tokens that it wrote."""
     config = llama(size, _WEIGHTS_STD)
     config.tie_word_embeddings = False  # contents are not letters alone
     model = random_model(config)
     keep_letters_only(model, wide_tokenizer(), _LETTERS)
-    base = BaseModel(model.to(dtype))
+    return model
+
+
+def base_of_letters(size: ModelSize, dtype: torch.dtype) -> BaseModel:
+    """The same, packed."""
+    base = BaseModel(model_of_letters(size).to(dtype))
     base.pack()
     return base
 
@@ -117,7 +123,7 @@ def measure(
             "equal_to_full": equal,
             "draft_tokens": num_tried,
             "accepted": num_accepted / num_tried if num_tried else None,
-            "overhead_tokens": base.overhead_tokens,
+            "pass_cost": base.pass_cost and dict(zip(base.pass_cost.sizes, base.pass_cost.costs, strict=True)),
         },
     ]
 

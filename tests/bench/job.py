@@ -25,6 +25,7 @@ import numpy as np
 import polars as pl
 import torch
 import yaml
+from transformers import PreTrainedModel
 
 from e2p_ray.config import BaseModelConfig, JobConfig
 from e2p_ray.engine.engine import load_engine
@@ -67,24 +68,28 @@ def write_inputs(folder: Path, case: Case) -> dict[str, str]:
     return {f"{name}_uri": str(folder / f"{name}.parquet") for name in tables}
 
 
-def write_job(folder: Path, case: Case, requests_per_shard: int) -> dict[str, Any]:
-    """Inputs, model and projector; returns the job's configuration but for output and workers."""
-    model = folder / "model"
-    random_model(llama_30m(LIVELY)).save_pretrained(model, safe_serialization=True)
-    wide_tokenizer().save_pretrained(model)
-    storage = Storage()
-    base = resolve_base_model(BaseModelConfig(uri=str(model)), storage)
-    drawn = random_projector(512)
+def write_projector(uri: str, drawn: Projector, model: Path) -> None:
+    """Save this projector as one of the model in this folder."""
+    base = resolve_base_model(BaseModelConfig(uri=str(model)), Storage())
     manifest = replace(drawn.manifest, base_model_id=base.base_model_id, tokenizer_hash=base.tokenizer_hash)
     projector = Projector(manifest.with_files({}), drawn.reference)
     projector.load_state_dict(drawn.state_dict())
-    projector.save_pretrained(storage, str(folder / "projector"))
+    projector.save_pretrained(Storage(), uri)
+
+
+def write_job(
+    folder: Path, case: Case, requests_per_shard: int, model: PreTrainedModel, drawn: Projector
+) -> dict[str, Any]:
+    """Inputs, model and projector; returns the job's configuration but for output and workers."""
+    model.save_pretrained(folder / "model", safe_serialization=True)
+    wide_tokenizer().save_pretrained(folder / "model")
+    write_projector(str(folder / "projector"), drawn, folder / "model")
     prompt = {"default": {"content": "{body}", "cue_before": ">"}}
     sampling = {"max_new_tokens": case.new_tokens, "stop": []}
     limits = {"must_finish": False, "max_chars": 1000}
     return {
         "inputs": write_inputs(folder, case),
-        "base_model": {"uri": str(model), "device": "cpu"},
+        "base_model": {"uri": str(folder / "model"), "device": "cpu"},
         "projector": {"uri": str(folder / "projector")},
         "tasks": {"headline": {"prompts": prompt, "sampling": sampling, "max_content_tokens": 1536, "limits": limits}},
         "checks": {"language": False, "repetition": False, "foreign_numbers": False, "retry": False},
@@ -177,7 +182,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        values = write_job(folder, case, options.shard)
+        values = write_job(folder, case, options.shard, random_model(llama_30m(LIVELY)), random_projector(512))
         plan_uri = write_plan(folder, values)
         reports: dict[str, dict[str, Any]] = {}
         num_rows = case.num_contents * case.num_users

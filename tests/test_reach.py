@@ -1,0 +1,167 @@
+"""How far rows are guessed ahead: what it is reckoned from, and that it pays, by passes played through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from e2p_ray.engine.agreement import Agreement
+from e2p_ray.engine.pass_cost import PassCost
+from e2p_ray.engine.reach import (
+    MAX_AHEAD,
+    Outlook,
+    chance_needed,
+    num_ahead,
+    reach_of_all,
+    reach_of_each,
+)
+from tests import tiny_models
+
+# Of a 30 M model on one core of a Zen 3: 11.5, 12.5, 20 and 60 ms.
+CPU = PassCost((1, 4, 16, 64), (1.0, 1.09, 1.74, 5.2))
+GPU = PassCost((1, 64, 256, 1024), (1.0, 1.0, 1.1, 2.0))
+Reach = Callable[[Sequence[Outlook], int, PassCost], list[int]]
+
+
+def agreement(first: float, later: float, seen: float = 1000.0) -> Agreement:
+    return Agreement([first * seen, later * seen, later * seen], [seen] * 3)
+
+
+class TestPassCost:
+    def test_straight_lines_between_what_was_measured_and_beyond(self) -> None:
+        cost = PassCost((1, 4, 16), (1.0, 1.0, 3.0))
+        assert [cost.of(num) for num in (1, 2, 4, 10, 16, 22)] == [1.0, 1.0, 1.0, 2.0, 3.0, 4.0]
+
+    def test_measurements_are_rounded_and_never_fall(self) -> None:
+        cost = PassCost.of_seconds((1, 4, 16, 64), (0.0100, 0.0097, 0.0195, 0.0806))
+        assert cost.costs == (1.0, 1.0, 2.0, 8.0)
+        again = PassCost.of_seconds((1, 4, 16, 64), (0.0102, 0.0101, 0.0210, 0.0790))
+        assert again == cost, "another measurement of the same machine"
+
+
+class TestOfEach:
+    def test_guesses_reach_further_the_more_a_pass_costs(self) -> None:
+        reach = [num_ahead(Agreement(), 4, chance_needed(256, 256, tiny_models.pass_cost(at)), 99) for at in (
+            1, 64, 1024, 1 << 20
+        )]  # fmt: skip
+        assert reach == sorted(reach)
+        assert reach[0] == 0
+        assert reach[-1] == MAX_AHEAD
+
+    def test_the_chance_that_pays(self) -> None:
+        assert chance_needed(16, 16, tiny_models.pass_cost(32)) == pytest.approx(1 / (1 + 32 / 16))
+        assert chance_needed(16, 16, GPU) == 0, "tokens that cost nothing"
+
+    def test_no_further_than_the_end(self) -> None:
+        rows = [Outlook(agreement(1, 1), 4, num_left) for num_left in (1, 5, 99)]
+        assert reach_of_each([*rows, Outlook(None, 0, 7)], 4, GPU) == [0, 4, MAX_AHEAD, 0]
+
+
+class TestOfAll:
+    def test_a_row_alone_is_guessed_to_its_end(self) -> None:
+        for num_left, expected in ((1, 0), (9, 8), (17, 16), (99, MAX_AHEAD)):
+            assert reach_of_all([Outlook(agreement(0.9, 0.99), 0, num_left)], 1, CPU) == [expected]
+
+    def test_drafts_that_never_hold_are_not_tried(self) -> None:
+        assert reach_of_all([Outlook(agreement(0.01, 0.5), 0, 24)], 1, CPU) == [0]
+
+    def test_none_where_a_row_without_a_guess_goes_on_as_long(self) -> None:
+        sure = agreement(0.99, 0.99)
+        rows = [Outlook(sure, 5, 17)] * 3
+        assert reach_of_all(rows, 3, CPU) == [MAX_AHEAD] * 3, "the control"
+        assert reach_of_all([*rows, Outlook(None, 0, 17)], 4, CPU) == [0] * 4
+        assert reach_of_all([*rows, Outlook(None, 0, 13)], 4, CPU) == [4, 4, 4, 0], "as far as it pays"
+
+    def test_only_the_rows_that_have_most_to_write(self) -> None:
+        sure = agreement(0.99, 0.99)
+        rows = [Outlook(sure, 5, num_left) for num_left in (17, 11, 1)]
+        assert reach_of_all(rows, 3, CPU) == [16, 10, 0]
+
+    def test_rows_whose_drafts_are_half_sure_are_seen_first(self) -> None:
+        """One more pass of four rows tells for a twelfth of what 64 wrong guesses cost."""
+        unsure = agreement(0.8, 0.998)
+        assert reach_of_all([Outlook(unsure, 0, 17)], 1, CPU) == [MAX_AHEAD], "alone it is tried at once"
+        assert max(reach_of_all([Outlook(unsure, 0, 17)] * 4, 4, CPU)) <= 1
+        assert reach_of_all([Outlook(unsure, 1, 17)] * 4, 4, CPU) == [MAX_AHEAD] * 4
+        assert reach_of_all([Outlook(unsure, 0, 17)] * 4, 4, GPU) == [MAX_AHEAD] * 4, "where tokens are free"
+
+    def test_many_rows_never_hold_all(self) -> None:
+        assert reach_of_all([Outlook(agreement(0.8, 0.9), 0, 24)] * 256, 256, CPU) == [0] * 256
+
+
+def test_the_rate_follows_what_is_seen() -> None:
+    good, bad = Agreement(), Agreement()
+    for _ in range(5000):
+        good.see(9, True)
+        bad.see(9, False)
+    assert good.rate(9) > 0.99
+    assert bad.rate(9) < 0.05
+    assert good.rate(0) == Agreement().rate(0), "others' rates stay"
+
+
+class Played:
+    """Calls of a few rows, pass by pass: a text is `length` tokens; of a draft all hold, or those before `wrong`."""
+
+    def __init__(self, reach: Reach, cost: PassCost, num_rows: int, share_same: float, length: int = 24) -> None:
+        self.reach, self.cost, self.num_rows, self.length = reach, cost, num_rows, length
+        self.share_same, self.rng = share_same, np.random.default_rng(0)
+        self.agreement = Agreement()
+
+    def cost_of_calls(self, num_calls: int) -> float:
+        return sum(self._call() for _ in range(num_calls))
+
+    def _call(self) -> float:
+        wrong = [
+            self.length if self.rng.random() < self.share_same else int(self.rng.integers(2))
+            for _ in range(self.num_rows)
+        ]
+        written, total, rows = [0] * self.num_rows, 0.0, list(range(self.num_rows))
+        while rows:
+            outlooks = [
+                Outlook(self.agreement if written[at] <= wrong[at] else None, written[at], self.length - written[at])
+                for at in rows
+            ]
+            guesses = self.reach(outlooks, len(rows), self.cost)
+            total += self.cost.of(len(rows) + sum(guesses))
+            for at, guessed in zip(rows, guesses, strict=True):
+                before, room = written[at], self.length - written[at]
+                held = min(guessed, max(wrong[at] - before, 0))
+                written[at] += min(held + 1, room)
+                for streak in range(before, min(written[at], wrong[at] + 1)):
+                    self.agreement.see(streak, streak != wrong[at])
+            rows = [at for at in rows if written[at] < self.length]
+        return total
+
+
+def nothing(rows: Sequence[Outlook], num_tokens: int, cost: PassCost) -> list[int]:
+    return [0] * len(rows)
+
+
+def as_far_as_may_be(rows: Sequence[Outlook], num_tokens: int, cost: PassCost) -> list[int]:
+    return [0 if row.agreement is None else min(MAX_AHEAD, row.num_left - 1) for row in rows]
+
+
+@pytest.mark.parametrize("cost", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("share_same", [0.0, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 8, 16, 64])
+def test_guesses_never_cost_more_than_they_save(num_rows: int, share_same: float, cost: PassCost) -> None:
+    """Played through with the costs of real passes; what is learned on the way included."""
+    full = Played(nothing, cost, num_rows, share_same).cost_of_calls(40)
+    drafted = Played(reach_of_all, cost, num_rows, share_same).cost_of_calls(40)
+    assert drafted <= 1.01 * full
+    if share_same == 1.0 and num_rows <= 16:
+        assert drafted < 0.9 * full
+    if share_same == 0.8 and num_rows == 1:
+        assert drafted < 0.5 * full
+
+
+def test_a_control_that_must_fail() -> None:
+    """Guesses wherever there are some do cost more, and the policy finds nearly all that they save."""
+    greedy = [Played(as_far_as_may_be, CPU, 4, share).cost_of_calls(40) for share in (0.0, 0.8, 1.0)]
+    chosen = [Played(reach_of_all, CPU, 4, share).cost_of_calls(40) for share in (0.0, 0.8, 1.0)]
+    full = [Played(nothing, CPU, 4, share).cost_of_calls(40) for share in (0.0, 0.8, 1.0)]
+    assert greedy[0] > 1.1 * full[0]
+    assert chosen[1] < greedy[1]
+    assert chosen[2] < 1.2 * greedy[2]
