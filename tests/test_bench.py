@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tests.bench
-from e2p_ray.engine.drafts import Drafts
+from e2p_ray.engine.drafts import Drafts, RowDraft, Told
 from e2p_ray.engine.model import BaseModel
 from tests.bench import backfill, decode, peers, serve_site, train, workloads
 from tests.bench.peers_start import save_model
@@ -86,7 +86,7 @@ class TestBackfill:
     def test_it_refuses_where_no_draft_is_accepted(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(Drafts, "of", lambda *_: None)
+        monkeypatch.setattr(Drafts, "of", lambda _, rows: [RowDraft([], Told(), None) for _ in rows])
         with pytest.raises(SystemExit, match=r"unchanged80: none of 0 draft tokens accepted"):
             results_of(backfill, ["--rows", "8", "--quick"], monkeypatch, capsys)
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["bench"] == "backfill", "the figures all the same"

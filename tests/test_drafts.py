@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 
 from e2p_ray.engine import decode
-from e2p_ray.engine.drafts import Drafts, Experience, RowDraft, Told
+from e2p_ray.engine.agreement import Agreement, Source, new_agreements
+from e2p_ray.engine.drafts import Drafts, Experience, Found, RowDraft, Told
 from e2p_ray.engine.engine import Engine
+from e2p_ray.engine.guesses import Guesses
+from e2p_ray.engine.reach import NO_GUESS
 from e2p_ray.engine.row import Row
 from e2p_ray.schema import Completion, Group, RequestKey
 from tests import tiny_models
@@ -122,39 +125,84 @@ def test_users_who_are_alike_draft_for_each_other_in_a_first_run() -> None:
     assert engine.stats.num_steps < 0.7 * plain.stats.num_steps
 
 
-def test_rows_without_a_guess_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is told before the first row is done; then all that still write are shown what they have written."""
-    shown, plain = list[int](), RowDraft.follow
+def test_rows_that_nothing_can_be_found_for_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is told before the first row is done; then those are asked whose content has a new text."""
+    asked, plain = list[int](), RowDraft.next
 
-    def watched(self: RowDraft, tokens: Sequence[int]) -> None:
-        shown.append(len(tokens))
-        plain(self, tokens)
+    def watched(self: RowDraft, written: list[int]) -> Found | None:
+        asked.append(len(written))
+        return plain(self, written)
 
-    monkeypatch.setattr(RowDraft, "follow", watched)
+    monkeypatch.setattr(RowDraft, "next", watched)
     groups = groups_of(2, 10)
     expected = run(engine_of(GREEDY, drafts=False), groups)
     engine = engine_of(GREEDY)
     assert same(run(engine, groups), expected)
     lengths = [completion.num_output_tokens for completion in expected.values()]
     assert len(set(lengths)) > 1, "the control: some are done earlier"
-    assert shown[:20] == [1] * 20, "the first step"
-    assert shown[20] == min(lengths), "all since"
-    assert len(shown) < sum(lengths)
+    assert asked[:20] == [0] * 20, "as they come in"
+    assert asked[20] >= min(lengths)
+    assert len(asked) < sum(lengths) / 2
+
+
+class Followed:
+    """Rows of a wave that write what a test says, and the guesses that they have."""
+
+    def __init__(self, drafts: Sequence[RowDraft], max_new: int = 12) -> None:
+        self.guesses, self.agreements = Guesses(len(drafts), max_new), new_agreements()
+        self.written, self.num_written = np.zeros((len(drafts), max_new), np.int64), np.zeros(len(drafts), np.int64)
+        self.guesses.add(drafts)
+
+    def write(self, *rows: Sequence[int], num_told: int = 0) -> None:
+        for slot, tokens in enumerate(rows):
+            end = self.num_written[slot] + len(tokens)
+            self.written[slot, self.num_written[slot] : end] = tokens
+            self.num_written[slot] = end
+        self.guesses.follow(slice(0, len(rows)), self.written, self.num_written, num_told, self.agreements)
+
+    def ahead(self) -> list[list[int]]:
+        """All that is guessed of each row."""
+        outlook = self.guesses.outlook(0, self.num_written, np.full(len(self.num_written), self.written.shape[1]))
+        reach = np.where(outlook.sources == NO_GUESS, 0, outlook.num_left)
+        found = self.guesses.ahead(0, self.num_written, reach)
+        return [row[row >= 0].tolist() for row in found]
 
 
 def test_a_text_told_meanwhile_becomes_a_guess_of_rows_that_began_like_it() -> None:
     told = Told()
-    like_it, unlike_it = (RowDraft([], [], told, Experience()) for _ in range(2))
-    for draft, begun in ((like_it, [5, 6]), (unlike_it, [5, 7])):
-        draft.follow(begun)
-        assert draft.is_idle
+    rows = Followed([RowDraft([], told, None) for _ in range(3)])
+    rows.write([5, 6], [5, 7], [])
+    assert not rows.guesses.any_from(0)
     told.add((5, 6, 7, 8, 9), None)
-    assert not like_it.is_idle
-    for draft in (like_it, unlike_it):
-        draft.follow([7])
-    assert like_it.ahead(10) == (8, 9)
-    assert unlike_it.ahead(10) == ()
-    assert unlike_it.is_idle
+    rows.write([7], [7], [], num_told=1)
+    assert rows.ahead() == [[8, 9], [], [5, 6, 7, 8, 9]]
+
+
+def test_guesses_are_judged_by_all_that_is_written_up_to_the_first_wrong_one() -> None:
+    rows = Followed([RowDraft([(1, 2, 3, 4, 5, 6, 7)], Told(), None) for _ in range(3)])
+    before = [[one.rate(streak) for streak in (0, 1, 4)] for one in rows.agreements]
+    rows.write([1, 2, 3, 4, 5], [1, 9, 3, 4, 5], [9])
+    assert rows.ahead() == [[6, 7], [6, 7], []], "the second goes on behind the place where it has 4, 5"
+    expected = Agreement([3.5 + 2, 8.5 + 3, 19.0 + 1], [5.0 + 3, 10.0 + 4, 20.0 + 1])
+    assert [rows.agreements[Source.GIVEN].rate(streak) for streak in (0, 1, 4)] == [
+        expected.rate(streak) for streak in (0, 1, 4)
+    ]
+    assert [[one.rate(streak) for streak in (0, 1, 4)] for one in rows.agreements[1:]] == before[1:]
+    rows.write([6], [6], [])
+    assert rows.agreements[Source.REALIGNED].rate(0) > before[Source.REALIGNED][0]
+    assert rows.ahead() == [[7], [7], []]
+
+
+def test_rows_that_leave_take_their_guesses_along() -> None:
+    rows = Followed([RowDraft([(at, at, at)], Told(), None) for at in range(4)])
+    rows.guesses.move([0], [3], 3)
+    assert rows.guesses.any_from(2)
+    rows.num_written, rows.written = rows.num_written[:3], rows.written[:3]
+    assert rows.ahead() == [[3, 3, 3], [1, 1, 1], [2, 2, 2]]
+    rows.guesses.grow(9, 20)
+    rows.guesses.add([RowDraft([(7,) * 20], Told(), None)])
+    rows.num_written, rows.written = np.zeros(4, np.int64), np.zeros((9, 20), np.int64)
+    assert rows.ahead() == [[3, 3, 3], [1, 1, 1], [2, 2, 2], [7] * 20]
 
 
 def test_the_nearest_user_s_text_is_guessed_first_and_then_the_most_common_ones() -> None:
@@ -171,14 +219,15 @@ def test_the_nearest_user_s_text_is_guessed_first_and_then_the_most_common_ones(
         drafts.tell(teller, shared)
     expected = {(0.1, 0.8): north, (0.8, 0.1): east, (0.2, -0.7): south}
     for place, text in expected.items():
-        draft = drafts.of(of(*place))
-        assert draft.guess == text
-        draft.follow([shared[0]])
-        assert draft.guess == shared, "what began otherwise goes on with another"
+        (draft,) = drafts.of([of(*place)])
+        assert draft.next([]) == (text, Source.TOLD)
+        assert draft.next([shared[0]]) == (shared, Source.TOLD), "what began otherwise goes on with another"
+        assert draft.next([shared[0]]) is None
         others = drafts._told_of(row).order_for(np.array(place, np.float32))
         assert others[:2] == [text, shared]
         assert sorted(others) == [north, east, south, shared]
-    assert drafts.of(replace(row, user_embedding=None)).guess == shared, "the control: without a user the common one"
+    (draft,) = drafts.of([replace(row, user_embedding=None)])
+    assert draft.next([]) == (shared, Source.TOLD), "the control: without a user the common one"
 
 
 def test_guesses_beside_a_row_without_one_pay_where_somebody_waits_for_each_text() -> None:
@@ -243,13 +292,25 @@ def test_a_draft_begins_as_the_texts_before_it_did() -> None:
     drafts = Drafts(tiny_models.byte_tokenizer(), tiny_models.EOS, experience)
     row = replace(first_row(engine), draft="abc")
     blank, plain = (tuple(tiny_models.byte_tokenizer().encode(text, add_special_tokens=False)) for text in (" a", "a"))
-    assert drafts._given(row)[0][: len(blank)] == blank
+    bare = replace(row, draft=None)
+
+    def first_tokens() -> list[tuple[int, ...]]:
+        """Of the ways that a draft is tried, as many tokens as a blank and a letter are."""
+        none, given = drafts._given([bare, row])
+        assert none == []
+        return [text[: len(blank)] for text in given]
+
+    assert first_tokens()[0] == blank
+    assert len(first_tokens()) == 2
     for _ in range(3):
         drafts.tell(row, plain)
-    assert drafts._given(row)[0][:1] == plain
+    assert first_tokens()[0][:1] == plain
     for _ in range(3):
         drafts.tell(row, blank)
-    assert drafts._given(row)[0][: len(blank)] == blank
+    assert first_tokens()[0] == blank
+    for _ in range(20):
+        drafts.tell(row, blank)
+    assert first_tokens() == [blank], "after many the other way is not tried"
 
 
 def test_drafts_forget_texts_beyond_their_bounds() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -132,8 +132,8 @@ def test_rows_without_finite_logits_end_as_errors(monkeypatch: pytest.MonkeyPatc
 class ExactDrafts(Drafts):
     """A draft is token ids, as a tokenizer that reads all texts back would make of it."""
 
-    def _given(self, row: Row) -> list[tuple[int, ...]]:
-        return [tuple(map(int, row.draft.split()))] if row.draft else []
+    def _given(self, rows: Sequence[Row]) -> list[list[tuple[int, ...]]]:
+        return [[tuple(map(int, row.draft.split()))] if row.draft else [] for row in rows]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from e2p_ray.engine.agreement import Agreement
+from e2p_ray.engine.agreement import Agreement, Source, classes_of, new_agreements
 from e2p_ray.engine.pass_cost import PassCost
 from e2p_ray.engine.reach import (
     MAX_AHEAD,
+    NO_GUESS,
     Outlook,
     chance_needed,
     num_ahead,
@@ -22,7 +23,27 @@ from tests import tiny_models
 # Of a 30 M model on one core of a Zen 3: 11.5, 12.5, 20 and 60 ms.
 CPU = PassCost((1, 4, 16, 64), (1.0, 1.09, 1.74, 5.2))
 GPU = PassCost((1, 64, 256, 1024), (1.0, 1.0, 1.1, 2.0))
-Reach = Callable[[Sequence[Outlook], int, PassCost], list[int]]
+Row = tuple[Agreement | None, int, int]  # whose guesses it has, how many held, and tokens that it is to write yet
+Reach = Callable[[Sequence[Row], int, PassCost], list[int]]
+
+
+def outlook(rows: Sequence[Row]) -> tuple[Outlook, list[Agreement]]:
+    agreements = list(dict.fromkeys(row[0] for row in rows if row[0] is not None))
+    sources = [NO_GUESS if row[0] is None else agreements.index(row[0]) for row in rows]
+    columns = (np.array(column) for column in (sources, [row[1] for row in rows], [row[2] for row in rows]))
+    return Outlook(*columns), agreements
+
+
+def of_each(rows: Sequence[Row], num_tokens: int, cost: PassCost) -> list[int]:
+    found, agreements = outlook(rows)
+    reach: list[int] = reach_of_each(found, num_tokens, cost, agreements).tolist()
+    return reach
+
+
+def of_all(rows: Sequence[Row], num_tokens: int, cost: PassCost) -> list[int]:
+    found, agreements = outlook(rows)
+    reach: list[int] = reach_of_all(found, num_tokens, cost, agreements).tolist()
+    return reach
 
 
 def agreement(first: float, later: float, seen: float = 1000.0) -> Agreement:
@@ -43,9 +64,9 @@ class TestPassCost:
 
 class TestOfEach:
     def test_guesses_reach_further_the_more_a_pass_costs(self) -> None:
-        reach = [num_ahead(Agreement(), 4, chance_needed(256, 256, tiny_models.pass_cost(at)), 99) for at in (
-            1, 64, 1024, 1 << 20
-        )]  # fmt: skip
+        given = new_agreements()[Source.GIVEN]
+        costs = [tiny_models.pass_cost(overhead) for overhead in (1, 64, 1024, 1 << 20)]
+        reach = [num_ahead(given, 4, chance_needed(256, 256, cost)) for cost in costs]
         assert reach == sorted(reach)
         assert reach[0] == 0
         assert reach[-1] == MAX_AHEAD
@@ -55,50 +76,55 @@ class TestOfEach:
         assert chance_needed(16, 16, GPU) == 0, "tokens that cost nothing"
 
     def test_no_further_than_the_end(self) -> None:
-        rows = [Outlook(agreement(1, 1), 4, num_left) for num_left in (1, 5, 99)]
-        assert reach_of_each([*rows, Outlook(None, 0, 7)], 4, GPU) == [0, 4, MAX_AHEAD, 0]
+        rows = [(agreement(1, 1), 4, num_left) for num_left in (1, 5, 99)]
+        assert of_each([*rows, (None, 0, 7)], 4, GPU) == [0, 4, MAX_AHEAD, 0]
 
 
 class TestOfAll:
     def test_a_row_alone_is_guessed_to_its_end(self) -> None:
         for num_left, expected in ((1, 0), (9, 8), (17, 16), (99, MAX_AHEAD)):
-            assert reach_of_all([Outlook(agreement(0.9, 0.99), 0, num_left)], 1, CPU) == [expected]
+            assert of_all([(agreement(0.9, 0.99), 0, num_left)], 1, CPU) == [expected]
 
     def test_drafts_that_never_hold_are_not_tried(self) -> None:
-        assert reach_of_all([Outlook(agreement(0.01, 0.5), 0, 24)], 1, CPU) == [0]
+        assert of_all([(agreement(0.01, 0.5), 0, 24)], 1, CPU) == [0]
 
     def test_none_where_a_row_without_a_guess_goes_on_as_long(self) -> None:
         sure = agreement(0.99, 0.99)
-        rows = [Outlook(sure, 5, 17)] * 3
-        assert reach_of_all(rows, 3, CPU) == [MAX_AHEAD] * 3, "the control"
-        assert reach_of_all([*rows, Outlook(None, 0, 17)], 4, CPU) == [0] * 4
-        assert reach_of_all([*rows, Outlook(None, 0, 13)], 4, CPU) == [4, 4, 4, 0], "as far as it pays"
+        rows = [(sure, 5, 17)] * 3
+        assert of_all(rows, 3, CPU) == [MAX_AHEAD] * 3, "the control"
+        assert of_all([*rows, (None, 0, 17)], 4, CPU) == [0] * 4
+        assert of_all([*rows, (None, 0, 13)], 4, CPU) == [4, 4, 4, 0], "as far as it pays"
 
     def test_only_the_rows_that_have_most_to_write(self) -> None:
         sure = agreement(0.99, 0.99)
-        rows = [Outlook(sure, 5, num_left) for num_left in (17, 11, 1)]
-        assert reach_of_all(rows, 3, CPU) == [16, 10, 0]
+        rows = [(sure, 5, num_left) for num_left in (17, 11, 1)]
+        assert of_all(rows, 3, CPU) == [16, 10, 0]
 
     def test_rows_whose_drafts_are_half_sure_are_seen_first(self) -> None:
         """One more pass of four rows tells for a twelfth of what 64 wrong guesses cost."""
         unsure = agreement(0.8, 0.998)
-        assert reach_of_all([Outlook(unsure, 0, 17)], 1, CPU) == [MAX_AHEAD], "alone it is tried at once"
-        assert max(reach_of_all([Outlook(unsure, 0, 17)] * 4, 4, CPU)) <= 1
-        assert reach_of_all([Outlook(unsure, 1, 17)] * 4, 4, CPU) == [MAX_AHEAD] * 4
-        assert reach_of_all([Outlook(unsure, 0, 17)] * 4, 4, GPU) == [MAX_AHEAD] * 4, "where tokens are free"
+        assert of_all([(unsure, 0, 17)], 1, CPU) == [MAX_AHEAD], "alone it is tried at once"
+        assert max(of_all([(unsure, 0, 17)] * 4, 4, CPU)) <= 1
+        assert of_all([(unsure, 1, 17)] * 4, 4, CPU) == [MAX_AHEAD] * 4
+        assert of_all([(unsure, 0, 17)] * 4, 4, GPU) == [MAX_AHEAD] * 4, "where tokens are free"
 
     def test_many_rows_never_hold_all(self) -> None:
-        assert reach_of_all([Outlook(agreement(0.8, 0.9), 0, 24)] * 256, 256, CPU) == [0] * 256
+        assert of_all([(agreement(0.8, 0.9), 0, 24)] * 256, 256, CPU) == [0] * 256
 
 
 def test_the_rate_follows_what_is_seen() -> None:
-    good, bad = Agreement(), Agreement()
-    for _ in range(5000):
-        good.see(9, True)
-        bad.see(9, False)
+    good, bad = new_agreements()[Source.GIVEN], new_agreements()[Source.GIVEN]
+    for _ in range(50):
+        good.see([0, 0, 100], [0, 0, 100])
+        bad.see([0, 0, 0], [0, 0, 100])
     assert good.rate(9) > 0.99
     assert bad.rate(9) < 0.05
-    assert good.rate(0) == Agreement().rate(0), "others' rates stay"
+    assert good.rate(0) == new_agreements()[Source.GIVEN].rate(0), "others' rates stay"
+
+
+def see(agreement: Agreement, streak: int, right: bool) -> None:
+    one = [int(at == classes_of(np.array(streak))) for at in range(3)]
+    agreement.see([right * at for at in one], one)
 
 
 class Played:
@@ -107,7 +133,7 @@ class Played:
     def __init__(self, reach: Reach, cost: PassCost, num_rows: int, share_same: float, length: int = 24) -> None:
         self.reach, self.cost, self.num_rows, self.length = reach, cost, num_rows, length
         self.share_same, self.rng = share_same, np.random.default_rng(0)
-        self.agreement = Agreement()
+        self.agreement = new_agreements()[Source.GIVEN]
 
     def cost_of_calls(self, num_calls: int) -> float:
         return sum(self._call() for _ in range(num_calls))
@@ -120,7 +146,7 @@ class Played:
         written, total, rows = [0] * self.num_rows, 0.0, list(range(self.num_rows))
         while rows:
             outlooks = [
-                Outlook(self.agreement if written[at] <= wrong[at] else None, written[at], self.length - written[at])
+                (self.agreement if written[at] <= wrong[at] else None, written[at], self.length - written[at])
                 for at in rows
             ]
             guesses = self.reach(outlooks, len(rows), self.cost)
@@ -130,17 +156,17 @@ class Played:
                 held = min(guessed, max(wrong[at] - before, 0))
                 written[at] += min(held + 1, room)
                 for streak in range(before, min(written[at], wrong[at] + 1)):
-                    self.agreement.see(streak, streak != wrong[at])
+                    see(self.agreement, streak, streak != wrong[at])
             rows = [at for at in rows if written[at] < self.length]
         return total
 
 
-def nothing(rows: Sequence[Outlook], num_tokens: int, cost: PassCost) -> list[int]:
+def nothing(rows: Sequence[Row], num_tokens: int, cost: PassCost) -> list[int]:
     return [0] * len(rows)
 
 
-def as_far_as_may_be(rows: Sequence[Outlook], num_tokens: int, cost: PassCost) -> list[int]:
-    return [0 if row.agreement is None else min(MAX_AHEAD, row.num_left - 1) for row in rows]
+def as_far_as_may_be(rows: Sequence[Row], num_tokens: int, cost: PassCost) -> list[int]:
+    return [0 if row[0] is None else min(MAX_AHEAD, row[2] - 1) for row in rows]
 
 
 @pytest.mark.parametrize("cost", [CPU, GPU], ids=["cpu", "gpu"])
@@ -149,7 +175,7 @@ def as_far_as_may_be(rows: Sequence[Outlook], num_tokens: int, cost: PassCost) -
 def test_guesses_never_cost_more_than_they_save(num_rows: int, share_same: float, cost: PassCost) -> None:
     """Played through with the costs of real passes; what is learned on the way included."""
     full = Played(nothing, cost, num_rows, share_same).cost_of_calls(40)
-    drafted = Played(reach_of_all, cost, num_rows, share_same).cost_of_calls(40)
+    drafted = Played(of_all, cost, num_rows, share_same).cost_of_calls(40)
     assert drafted <= 1.01 * full
     if share_same == 1.0 and num_rows <= 16:
         assert drafted < 0.9 * full
@@ -160,7 +186,7 @@ def test_guesses_never_cost_more_than_they_save(num_rows: int, share_same: float
 def test_a_control_that_must_fail() -> None:
     """Guesses wherever there are some do cost more, and the policy finds nearly all that they save."""
     greedy = [Played(as_far_as_may_be, CPU, 4, share).cost_of_calls(40) for share in (0.0, 0.8, 1.0)]
-    chosen = [Played(reach_of_all, CPU, 4, share).cost_of_calls(40) for share in (0.0, 0.8, 1.0)]
+    chosen = [Played(of_all, CPU, 4, share).cost_of_calls(40) for share in (0.0, 0.8, 1.0)]
     full = [Played(nothing, CPU, 4, share).cost_of_calls(40) for share in (0.0, 0.8, 1.0)]
     assert greedy[0] > 1.1 * full[0]
     assert chosen[1] < greedy[1]

@@ -88,8 +88,9 @@ def test_a_text_ends_with_the_tokenizer_s_own_end_token_whichever_else_end_one(
     model.generation_config.eos_token_id = [7, tiny_models.EOS]
     engine = tiny_models.engine_of(LLAMA, model=model)
     assert scores(engine, groups, texts) == expected
-    draft = engine._decoder._new_drafts()  # type: ignore[misc]
-    assert draft._given(replace(next(rows_of(engine, groups)), draft="ab"))[0][-1] == tiny_models.EOS
+    drafts = engine._decoder._new_drafts()  # type: ignore[misc]
+    ((given, *_),) = drafts._given([replace(next(rows_of(engine, groups)), draft="ab")])
+    assert given[-1] == tiny_models.EOS
     assert engine._decoder._stopping.is_end(np.array([7, tiny_models.EOS, 8])).tolist() == [True, True, False]
     monkeypatch.setattr(engine._scorer, "_end", [7])
     assert scores(engine, groups, texts) != expected, "the control: it matters which"

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from e2p_ray.engine.admission import Admission, Bounds
 from e2p_ray.engine.contract import EngineStats, Listener
-from e2p_ray.engine.drafts import Drafts, TokenIds, guesses_of
+from e2p_ray.engine.drafts import Drafts
 from e2p_ray.engine.ending import cut_where_they_end
 from e2p_ray.engine.greedy import Likeliest
 from e2p_ray.engine.launched import Launched
@@ -30,6 +30,7 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.pass_cost import PassCost, measure_pass_cost
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
+from e2p_ray.engine.reach import reach_of_all, reach_of_each
 from e2p_ray.engine.row import Row, rows_at_hand
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.sampling import Choice, choose, choose_likeliest
@@ -225,7 +226,7 @@ class Decoder:
 
     def _enter(self, wave: Wave, rows: list[Row], prefixes: list[Prefix | None]) -> None:
         """From those that wait into the wave, without any token in its slots yet."""
-        drafts = [self._call.drafts.of(row) if self._call.drafts is not None else None for row in rows]
+        drafts = self._call.drafts.of(rows) if self._call.drafts is not None else []
         stops = [self._stopping.number_of(row.sampling.stop) for row in rows]
         wave.add(rows, drafts, prefixes, [row.num_visible(self._num_soft) for row in rows], stops)
         for _ in rows:
@@ -244,7 +245,8 @@ class Decoder:
         new = wave.rows[begun:]
         num_own = np.array([*[1] * (begun - first), *(row.num_suffix_tokens(self._num_soft) for row in new)])
         guesses = self._guesses(wave, first, int(num_own.sum()))
-        counts = num_own + [len(tokens) for tokens in guesses]
+        num_guessed = np.count_nonzero(guesses >= 0, axis=1)
+        counts = num_own + num_guessed
         step = RowsStep(wave.slots, first, wave.num_own[first:num_rows], counts, wave.readers(first))
         embeds = self._embeds(wave.last_tokens(first, begun), new, num_own, guesses, step)
         hidden = self._base.hidden(embeds[None], step.position_ids, step)[0]
@@ -256,11 +258,11 @@ class Decoder:
             num_truncated=self.stats.num_truncated + num_truncated,
             num_steps=self.stats.num_steps + (begun > first),
         )
-        wave.launched.append(self._choose(wave, first, hidden, step, guesses))
+        launched = Launched(np.arange(first, num_rows), guesses, num_guessed)
+        self._choose(wave, launched, hidden, step)
+        wave.launched.append(launched)
 
-    def _embeds(
-        self, last_tokens: _Ints, new: list[Row], num_own: _Ints, ahead: Sequence[TokenIds], step: RowsStep
-    ) -> Tensor:
+    def _embeds(self, last_tokens: _Ints, new: list[Row], num_own: _Ints, guesses: _Ints, step: RowsStep) -> Tensor:
         """(T, d_model): the last tokens of rows that run; new rows' soft tokens and right parts; all rows' guesses."""
         base, num_begun = self._base, len(last_tokens)
         num_soft = np.zeros(len(num_own), np.int64)
@@ -270,9 +272,8 @@ class Decoder:
         ids[:num_begun, 0] = last_tokens
         for at, row in enumerate(new, num_begun):
             ids[at, num_soft[at] : num_own[at]] = row.right
-        for at, tokens in enumerate(ahead):
-            if tokens:
-                ids[at, num_own[at] : num_own[at] + len(tokens)] = tokens
+        rows, columns = np.nonzero(guesses >= 0)
+        ids[rows, num_own[rows] + columns] = guesses[rows, columns]
         embeds = base.embed(sent(ids[packed.row, packed.offset], base.device))
         given = [row.user_embedding for row in new if row.user_embedding is not None]
         if given:
@@ -284,31 +285,28 @@ class Decoder:
             embeds = embeds.index_copy(0, places, projected.flatten(0, 1)[chosen])
         return embeds
 
-    def _guesses(self, wave: Wave, first: int, num_tokens: int) -> list[TokenIds]:
-        """For each row from slot `first` on the tokens to try in its next pass, of num_tokens besides them."""
-        span = slice(first, len(wave))
-        drafts = [one for one in wave.drafts[span] if one is not None]  # all of them, or none without drafts
+    def _guesses(self, wave: Wave, first: int, num_tokens: int) -> _Ints:
+        """What rows from slot `first` on try in a pass of num_tokens besides: (n, the most tokens + 1), then -1."""
+        span, drafts = slice(first, len(wave)), self._call.drafts
         # A row that is done makes place for one that waits, and who follows the engine waits for each text. Else all
         # end with the last one, which may be among rows that are not in this pass.
         each_counts = bool(self._call.pending) or self.listener is not None
-        if self._call.drafts is None or (first and not each_counts) or all(one.guess is None for one in drafts):
-            return [()] * (len(wave) - first)
-        written, max_new = wave.num_written[span].tolist(), wave.max_new[span].tolist()
-        return guesses_of(drafts, written, max_new, num_tokens, self._pass_cost(), each_counts=each_counts)
+        if drafts is None or (first and not each_counts) or not wave.guesses.any_from(first):
+            return np.full((len(wave) - first, 1), -1, np.int64)
+        outlook = wave.guesses.outlook(first, wave.num_written[span], wave.max_new[span])
+        reach_of = reach_of_each if each_counts else reach_of_all
+        reach = reach_of(outlook, num_tokens, self._pass_cost(), drafts.agreements)
+        return wave.guesses.ahead(first, wave.num_written[span], reach)
 
-    def _choose(self, wave: Wave, first: int, hidden: Tensor, step: RowsStep, ahead: Sequence[TokenIds]) -> Launched:
+    def _choose(self, wave: Wave, launched: Launched, hidden: Tensor, step: RowsStep) -> None:
         """Choose a token behind each row's last and behind each guess, some at a time: logits are wide."""
-        num_guessed = np.array([len(tokens) for tokens in ahead])
-        guesses = np.full((len(ahead), int(num_guessed.max()) + 1), -1, np.int64)
-        for row in np.flatnonzero(num_guessed).tolist():
-            guesses[row, : num_guessed[row]] = ahead[row]
-        launched = Launched(np.arange(first, first + len(ahead)), guesses, num_guessed)
+        guesses, num_guessed = launched.guesses, launched.num_guessed
         rows, columns = np.nonzero(launched.asked)
         places = (step.tokens.end - num_guessed)[rows] + columns
         size = min(self.bounds.max_rows, _MAX_CPU_LOGITS) if hidden.device.type == "cpu" else self.bounds.max_rows
         if (likeliest := self._likeliest(wave, launched.slots, hidden, places, size)) is not None:
             launched.choices.append((rows, columns, choose_likeliest(likeliest)))
-            return launched
+            return
         for part in range(0, len(rows), size):
             r, c = rows[part : part + size], columns[part : part + size]
             some = sent(places[part : part + size], hidden.device)
@@ -317,7 +315,6 @@ class Decoder:
             written = _continued(wave, slots, guesses[r], guesses.shape[1])
             choice = self._pick(wave, slots, written, wave.num_written[slots] + c, logits)
             launched.choices.append((r, c, choice))
-        return launched
 
     def _look_at(self, wave: Wave, launched: Launched) -> None:
         """Keep what a pass chose, up to the first wrong guess of each row."""
@@ -326,24 +323,14 @@ class Decoder:
         right = np.cumprod((chosen == guesses) & launched.asked, axis=1).sum(axis=1)
         wave.write(slots, right + 1, chosen, logprobs)
         wave.num_own[slots] += right + 1
-        self._follow(wave, int(slots[0]), int(slots[-1]) + 1)
+        if (drafts := self._call.drafts) is not None:
+            some = slice(int(slots[0]), int(slots[-1]) + 1)
+            wave.guesses.follow(some, wave.written, wave.num_written, drafts.num_told, drafts.agreements)
         self.stats = replace(
             self.stats,
             num_draft_tokens=self.stats.num_draft_tokens + int(launched.num_guessed.sum()),
             num_accepted_tokens=self.stats.num_accepted_tokens + int(right.sum()),
         )
-
-    def _follow(self, wave: Wave, first: int, end: int) -> None:
-        """Show the drafts of rows in these slots what they have written, unless none of all has use for it."""
-        if self._call.drafts is None or wave.num_told_when_idle == self._call.drafts.num_told:
-            return
-        are_idle = end - first == len(wave)
-        counts = wave.num_written[first:end].tolist()
-        for draft, written, count in zip(wave.drafts[first:end], wave.written[first:end], counts, strict=True):
-            if draft is not None:
-                draft.follow(written[len(draft.written) : count].tolist())
-                are_idle = are_idle and draft.is_idle
-        wave.num_told_when_idle = self._call.drafts.num_told if are_idle else None
 
     def _likeliest(self, wave: Wave, rows: _Ints, hidden: Tensor, places: _Ints, max_rows: int) -> Likeliest | None:
         """The likeliest tokens behind these packed places, where that is all their rows ask for and loops find them."""

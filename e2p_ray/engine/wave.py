@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from e2p_ray.engine.drafts import RowDraft
+from e2p_ray.engine.guesses import Guesses
 from e2p_ray.engine.launched import Launched
 from e2p_ray.engine.readers import Readers
+from e2p_ray.engine.resized import resized
 from e2p_ray.engine.row import Row
 from e2p_ray.engine.sampling import RowSampling
 from e2p_ray.engine.sent import sent
@@ -19,7 +20,6 @@ from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
 from e2p_ray.schema import FinishReason
 
 _Ints = npt.NDArray[np.int64]
-_Number = TypeVar("_Number", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,8 +39,7 @@ class Wave:
         size = slots.max_rows
         self.slots = slots
         self.rows: list[Row] = []
-        self.drafts: list[RowDraft | None] = []
-        self.num_told_when_idle: int | None = None  # texts that had been told when none of the drafts had a guess
+        self.guesses = Guesses(size, max_new_tokens)
         self.written = np.zeros((size, max_new_tokens), np.int64)
         self.num_written = np.zeros(size, np.int64)
         self.num_own = np.zeros(size, np.int64)  # tokens in the slots
@@ -67,10 +66,11 @@ class Wave:
     def grow(self, max_rows: int, max_tokens: int, max_new_tokens: int) -> None:
         """Buffers for so many rows of so many tokens, with what these hold."""
         self.slots = self.slots.grown(max_rows, max_tokens, len(self.rows))
-        self.written = _resized(self.written, (max_rows, max_new_tokens))
-        self.logprobs = _resized(self.logprobs, (max_rows, max_new_tokens))
+        self.guesses.grow(max_rows, max_new_tokens)
+        self.written = resized(self.written, (max_rows, max_new_tokens))
+        self.logprobs = resized(self.logprobs, (max_rows, max_new_tokens))
         self.num_written, self.num_own, self.num_chars, self.num_fresh, self.max_new, self.max_chars, self.stops = (
-            _resized(array, (max_rows,))
+            resized(array, (max_rows,))
             for array in (
                 self.num_written, self.num_own, self.num_chars, self.num_fresh, self.max_new, self.max_chars,
                 self.stops,
@@ -80,16 +80,15 @@ class Wave:
     def add(
         self,
         rows: Sequence[Row],
-        drafts: Sequence[RowDraft | None],
+        drafts: Sequence[RowDraft],
         prefixes: Sequence[Prefix | None],
         visible: Sequence[int],
         stops: Sequence[int],
     ) -> None:
-        """Put new rows behind those that are there."""
+        """Put new rows behind those that are there; with a draft each, or without any."""
         span = slice(len(self.rows), len(self.rows) + len(rows))
         self.rows += rows
-        self.drafts += drafts
-        self.num_told_when_idle = None
+        self.guesses.add(drafts)
         self.prefixes += prefixes
         self._visible += visible
         self._readers = None
@@ -153,15 +152,7 @@ class Wave:
         order[targets] = sources
         self.sampling = self.sampling.take(order)
         self.rows = [self.rows[slot] for slot in order]
-        self.drafts = [self.drafts[slot] for slot in order]
+        self.guesses.move(targets, sources, num_left)
         self.prefixes = [self.prefixes[slot] for slot in order]
         self._visible = [self._visible[slot] for slot in order]
         self._readers = None
-
-
-def _resized(array: npt.NDArray[_Number], shape: tuple[int, ...]) -> npt.NDArray[_Number]:
-    """The same values in an array of another shape, zeros where it is larger."""
-    new = np.zeros(shape, array.dtype)
-    both = tuple(slice(min(sizes)) for sizes in zip(array.shape, shape, strict=True))
-    new[both] = array[both]
-    return new
