@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from pydantic import ValidationError
+
 from e2p_ray.batch import EngineFactory
 from e2p_ray.config import JobConfig, ProjectorConfig
 from e2p_ray.downstream.report import Report, render_terminal
@@ -36,7 +38,11 @@ def backfill_run(
     if projector_uri is not None:
         if not projector_uri.strip():
             raise ConfigError("--projector: give the URI of a projector, or leave it out and set projector.uri")
-        config = config.model_copy(update={"projector": ProjectorConfig(uri=projector_uri)})
+        try:
+            projector = ProjectorConfig(uri=projector_uri)
+        except ValidationError as error:
+            raise ConfigError(f"--projector {projector_uri!r}: {error.errors()[0]['msg']}") from error
+        config = config.model_copy(update={"projector": projector})
     return generate_run(config, publish_it=publish_it, engine_factory=engine_factory, limits=limits, action="backfill")
 
 

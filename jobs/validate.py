@@ -71,7 +71,7 @@ def _check_projector(config: JobConfig, setup: Setup) -> None:
 def _check_output(config: JobConfig, setup: Setup) -> None:
     """The error of a bucket that cannot be listed, or of a place that can hold no folder; nothing is written."""
     uri = config.output.uri
-    next(setup.storage.list_objects(f"{uri}/runs"), None)
+    next(setup.storage.list_objects(f"{uri}/runs/-"), None)  # of no run: those of all runs would be listed first
     if not is_s3(uri):
         folder = local_path(uri)
         nearest = next(path for path in (folder, *folder.parents) if path.exists())

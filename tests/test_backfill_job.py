@@ -140,3 +140,10 @@ def test_an_empty_projector_is_a_wrong_option(
     world = make_world(tmp_path, monkeypatch)
     assert run_job(backfill.JOB, ["--config", str(world.folder / "job.yaml"), "--projector", uri]) == 2
     assert "--projector: give the URI of a projector" in capsys.readouterr().err
+
+
+def test_a_projector_at_a_place_that_is_none_is_a_wrong_option(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_job(backfill.JOB, ["--config", str(world.folder / "job.yaml"), "--projector", "gs://bucket/p"]) == 2
+    assert "--projector 'gs://bucket/p': " in capsys.readouterr().err

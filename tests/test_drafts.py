@@ -98,7 +98,9 @@ class TestLossless:
             text = expected[key].text
             return text[: len(text) // 2] + "?" + text[len(text) // 2 + 1 :]
 
-        assert same(run(engine_of(sampling, max_rows=max_rows), with_drafts(groups, half)), expected)
+        engine = engine_of(sampling, max_rows=max_rows)
+        assert same(run(engine, with_drafts(groups, half)), expected)
+        assert engine.stats.num_draft_tokens > engine.stats.num_accepted_tokens > 0
 
 
 def test_a_control_that_must_fail() -> None:
@@ -257,13 +259,19 @@ def test_guesses_beside_a_row_without_one_pay_where_somebody_waits_for_each_text
 
 
 def test_drafts_that_never_hold_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a pass costs little besides its tokens, guesses stop; where it costs much, they go on."""
-    monkeypatch.setattr(decode, "measure_pass_cost", lambda base: tiny_models.pass_cost(64))
+    """Where a pass costs little besides its tokens, guesses stop; where it costs much, they go on for longer."""
     groups = with_drafts(groups_of(6, 60), lambda key: "no such text at all, whatever is asked")
-    engine = engine_of(GREEDY)
-    found = run(engine, groups)
-    num_tokens = sum(completion.num_output_tokens for completion in found.values())
-    assert engine.stats.num_draft_tokens < 0.2 * num_tokens
+    expected = run(engine_of(GREEDY, drafts=False), groups)
+
+    def num_tried(overhead_tokens: int) -> int:
+        monkeypatch.setattr(decode, "measure_pass_cost", lambda base: tiny_models.pass_cost(overhead_tokens))
+        engine = engine_of(GREEDY)
+        assert same(run(engine, groups), expected)
+        return engine.stats.num_draft_tokens
+
+    num_tokens = sum(completion.num_output_tokens for completion in expected.values())
+    assert num_tried(64) < 0.2 * num_tokens
+    assert num_tried(4096) > num_tried(64)
 
 
 def test_a_draft_with_an_insertion_is_found_again() -> None:

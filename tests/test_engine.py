@@ -501,6 +501,9 @@ def test_less_memory_than_was_thought_is_found_out_ever_more_rarely(num_waves: i
     assert admission.bounds.max_rows in (512, 1024)
     assert num_failures(40_000, room=4096) == 0
     assert admission.bounds.times(admission.num_waves) == bounds, "the control"
+    num_passes = admission._patience_passes
+    admission.halve(4096)
+    assert admission._patience_passes == num_passes, "what went well for so long was no trial"
 
 
 class TestSecondTask:

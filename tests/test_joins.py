@@ -96,9 +96,9 @@ def test_a_pass_for_all_saves_the_passes_of_those_who_join(letters: None, monkey
     passes: list[int] = []
     plain = Decoder._pass
 
-    def counted(self: Decoder, wave: Wave, first: int) -> None:
+    def counted(self: Decoder, wave: Wave, first: int, *, others_wait: bool) -> None:
         passes.append(len(wave) - first)
-        plain(self, wave, first)
+        plain(self, wave, first, others_wait=others_wait)
 
     monkeypatch.setattr(Decoder, "_pass", counted)
     first, late = groups_of("long", 1), [groups_of("short", 1, 10 * at) for at in range(1, 6)]
@@ -119,10 +119,10 @@ def test_waves_stay_within_their_bounds_whoever_comes(letters: None, monkeypatch
     widths: list[int] = []
     plain = Decoder._pass
 
-    def counted(self: Decoder, wave: Wave, first: int) -> None:
+    def counted(self: Decoder, wave: Wave, first: int, *, others_wait: bool) -> None:
         widths.append(len(wave))
         assert len(wave) <= wave.slots.max_rows
-        plain(self, wave, first)
+        plain(self, wave, first, others_wait=others_wait)
 
     monkeypatch.setattr(Decoder, "_pass", counted)
     groups = [*groups_of("short", 6), *groups_of("long", 6, 10)]

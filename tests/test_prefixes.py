@@ -102,6 +102,18 @@ def test_what_is_used_once_or_fits_is_never_copied(base: BaseModel, num_copied: 
     assert not num_copied
 
 
+def test_to_drop_everything_takes_no_memory(base: BaseModel, num_copied: list[int]) -> None:
+    """It is what is done when memory has run out."""
+    store = PrefixStore(base, 100 * LENGTH * base.kv_bytes_per_token)
+    store.get(lefts_of(8))
+    store.trim(0)
+    assert store.num_bytes == len(store._kept) == 0
+    assert not num_copied
+    store.get(lefts_of(8))
+    store.trim(store.num_bytes // 2)
+    assert num_copied, "the control"
+
+
 def test_a_store_smaller_than_a_batch_keeps_some_of_it(base: BaseModel, num_copied: list[int]) -> None:
     store = PrefixStore(base, NUM_KEPT * LENGTH * base.kv_bytes_per_token)
     lefts = lefts_of(80)

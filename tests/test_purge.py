@@ -402,7 +402,7 @@ def test_a_list_that_would_be_misread_is_refused(text: str, row: int, said: str,
 
 def test_ids_of_every_form_are_read(tmp_path: Path) -> None:
     text, parquet = tmp_path / "users.txt", tmp_path / "users.parquet"
-    plain = ["user-004", "a,b", "a b", 'it"s', "user_id", "山田"]
+    plain = ["user-004", "a,b", "a b", 'it"s', "user_id", "山田", "a\u2028b", "a\x85b"]
     text.write_bytes("\r\n".join([*plain, "", "  "]).encode("utf-8-sig"))
     assert read_user_ids(Storage(), str(text)).ids == set(plain)
     odd = [*plain, " a ", '"a"', "user_id,x"]

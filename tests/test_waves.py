@@ -49,9 +49,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     found: list[tuple[str, int]] = []
     plain_pass, plain_completion = Decoder._pass, Decoder._completion
 
-    def passed(self: Decoder, wave: Wave, first: int) -> None:
+    def passed(self: Decoder, wave: Wave, first: int, *, others_wait: bool) -> None:
         found.append(("pass", id(wave)))
-        plain_pass(self, wave, first)
+        plain_pass(self, wave, first, others_wait=others_wait)
 
     def completed(self: Decoder, ended: Ended) -> Completion:
         found.append(("text", 0))

@@ -13,6 +13,7 @@ What a bucket with versioning keeps of replaced objects is not reached.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections import Counter
@@ -82,7 +83,7 @@ def read_user_ids(storage: Storage, uri: str) -> Users:
         ids = storage.read_table(uri, ["user_id"])["user_id"].drop_null().cast("string").to_pylist()
     else:
         try:
-            ids = data.decode("utf-8-sig").splitlines()
+            ids = io.StringIO(data.decode("utf-8-sig"), newline=None).read().split("\n")  # ids may hold U+2028
         except UnicodeDecodeError as error:
             raise InputError("neither Parquet nor UTF-8", uri=uri, remedy="Write one user id a line.") from error
         for row, line in enumerate(ids, 1):

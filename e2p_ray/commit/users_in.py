@@ -117,10 +117,11 @@ class Users:
     # -- plain text
 
     def in_text(self, text: str) -> int:
-        """How many of them a message names, as they are or as Python writes them; parts of other words count, too."""
-        named = [user_id for user_id in self.ids if user_id in text or repr(user_id)[1:-1] in text]
-        self.found.update(named)
-        return len(named)
+        """How many of them a message names, as they are or as Python writes them; parts of other words count, too.
+
+        They do not count as found by that: a misspelt id may be a part of a word.
+        """
+        return sum(user_id in text or repr(user_id)[1:-1] in text for user_id in self.ids)
 
     # -- HTML
 

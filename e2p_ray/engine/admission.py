@@ -103,7 +103,7 @@ class Admission:
 
     def _grow(self) -> None:
         if self._is_trial:
-            self._patience_passes = _PATIENCE_PASSES
+            self._patience_passes, self._is_trial = _PATIENCE_PASSES, False
         self._proven = size = _Size(self.bounds.max_rows, self.num_waves)
         if size.max_rows < self._given.max_rows:
             self._resize(_Size(min(2 * size.max_rows, self._given.max_rows), size.num_waves), is_trial=True)

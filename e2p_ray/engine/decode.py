@@ -177,7 +177,7 @@ class Decoder:
         if not (self._call.pending and (all_fit or num_rows <= room // 2) and self._admit(room)):
             assert wave is not None or not self._call.pending, "there are rows, and one alone may always come in"
             if wave is not None:
-                self._pass(wave, 0)
+                self._pass(wave, 0, others_wait=bool(self._call.pending))
         if (wave := self._call.waves.current) is not None:
             self._admission.passed(len(wave))
             self._call.waves.grow(self._admission.num_waves)
@@ -218,10 +218,11 @@ class Decoder:
         prefixes = self.store.get([row.segments.left for row in rows], [row.segments.num_stem for row in rows])
         self._count(prefix=self.store.num_computed_tokens - computed)
         running = len(wave) > 0 and self._admission.run_along(rows, len(wave))
+        others_wait = len(self._call.pending) > len(rows)
         for part in self._admission.parts(rows):
             first = 0 if running and part.start == 0 else len(wave)
             self._enter(wave, rows[part], prefixes[part])
-            self._pass(wave, first)
+            self._pass(wave, first, others_wait=others_wait)
         return True
 
     def _enter(self, wave: Wave, rows: list[Row], prefixes: list[Prefix | None]) -> None:
@@ -235,7 +236,7 @@ class Decoder:
     # -- one pass ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def _pass(self, wave: Wave, first: int) -> None:
+    def _pass(self, wave: Wave, first: int, *, others_wait: bool) -> None:
         """Rows from slot `first` on: the last token of those that run, soft tokens and right parts of new ones behind.
 
         With what their drafts say, in one go; then each row's next token, or as many as its draft got right.
@@ -244,7 +245,7 @@ class Decoder:
         begun = first + int(np.count_nonzero(wave.num_written[first:num_rows]))  # new rows are behind them
         new = wave.rows[begun:]
         num_own = np.array([*[1] * (begun - first), *(row.num_suffix_tokens(self._num_soft) for row in new)])
-        guesses = self._guesses(wave, first, int(num_own.sum()))
+        guesses = self._guesses(wave, first, int(num_own.sum()), others_wait=others_wait)
         num_guessed = np.count_nonzero(guesses >= 0, axis=1)
         counts = num_own + num_guessed
         step = RowsStep(wave.slots, first, wave.num_own[first:num_rows], counts, wave.readers(first))
@@ -285,12 +286,12 @@ class Decoder:
             embeds = embeds.index_copy(0, places, projected.flatten(0, 1)[chosen])
         return embeds
 
-    def _guesses(self, wave: Wave, first: int, num_tokens: int) -> _Ints:
+    def _guesses(self, wave: Wave, first: int, num_tokens: int, *, others_wait: bool) -> _Ints:
         """What rows from slot `first` on try in a pass of num_tokens besides: (n, the most tokens + 1), then -1."""
         span, drafts = slice(first, len(wave)), self._call.drafts
         # A row that is done makes place for one that waits, and who follows the engine waits for each text. Else all
         # end with the last one, which may be among rows that are not in this pass.
-        each_counts = bool(self._call.pending) or self.listener is not None
+        each_counts = others_wait or self.listener is not None
         if drafts is None or (first and not each_counts) or not wave.guesses.any_from(first):
             return np.full((len(wave) - first, 1), -1, np.int64)
         outlook = wave.guesses.outlook(first, wave.num_written[span], wave.max_new[span])

@@ -101,7 +101,8 @@ class PrefixStore:
             self._release(left, prefix)
             # What is used once leaves as it came, neighbours one after the other: nothing is copied for them.
             beside, oldest = self._beside.get(prefix.memory[0], set()), next(iter(self._kept), None)
-            if (oldest not in beside or len(self._beside) == 1) and self._is_half_dropped(beside, prefix):
+            is_last = oldest not in beside or len(self._beside) == 1
+            if max_bytes and is_last and self._is_half_dropped(beside, prefix):  # copies need memory: none for no bytes
                 self._move_out(beside)
 
     def _is_half_dropped(self, beside: Set[TokenIds], prefix: Prefix) -> bool:

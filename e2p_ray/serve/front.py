@@ -107,8 +107,10 @@ def require_free_port(host: str, port: int) -> None:
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, errno.EACCES):
             said = f"api.port {port}: nobody else can listen there ({error.strerror}); take another"
-        else:
+        elif error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
             said = f"api.host {host!r} is no address of this machine ({error.strerror})"
+        else:
+            said = f"api.host {host!r}, api.port {port}: cannot listen there ({error.strerror})"
         raise ConfigError(said) from error
 
 
