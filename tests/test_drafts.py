@@ -11,7 +11,7 @@ import pytest
 
 from e2p_ray.engine import decode
 from e2p_ray.engine.agreement import Agreement, Source, new_agreements
-from e2p_ray.engine.drafts import Drafts, Experience, Found, RowDraft, Told
+from e2p_ray.engine.drafts import Drafts, Experience, Guess, RowDraft, Told
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.guesses import Guesses
 from e2p_ray.engine.reach import NO_GUESS
@@ -131,7 +131,7 @@ def test_rows_that_nothing_can_be_found_for_are_left_alone(monkeypatch: pytest.M
     """Nothing is told before the first row is done; then those are asked whose content has a new text."""
     asked, plain = list[int](), RowDraft.next
 
-    def watched(self: RowDraft, written: list[int]) -> Found | None:
+    def watched(self: RowDraft, written: list[int]) -> Guess | None:
         asked.append(len(written))
         return plain(self, written)
 

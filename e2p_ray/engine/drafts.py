@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from e2p_ray.engine.agreement import Agreement, Source, new_agreements
@@ -21,9 +23,12 @@ from e2p_ray.engine.row import Row
 from e2p_ray.schema import UserEmbedding
 
 TokenIds = tuple[int, ...]
+_Number = TypeVar("_Number", int, npt.NDArray[np.int64])
 
 _MAX_TEXTS = 32  # that are remembered of one content
 _MAX_CONTENTS = 256
+_MAX_REALIGNED = 3  # a row whose draft went wrong is set on it again this many times
+_REACH = 8  # tokens around the place that it left
 _BLANKS = (" ", "\u0120", "\u2581")  # how tokenizers write the blank that a token begins with
 _MAX_SEEN = 64
 _SURE = 16  # texts of which so many more began one way than the other: drafts are tried that way alone
@@ -58,26 +63,33 @@ class Told:
         return [nearest, *(text for text in by_count if text is not nearest)]
 
 
-class Found(NamedTuple):
+class Guess(NamedTuple):
     """A guess for a row: a whole text that begins with what it wrote."""
 
     tokens: TokenIds
     source: Source
 
 
+def pair_of(before: _Number, last: _Number) -> _Number:
+    """Two tokens as one number."""
+    return before << 32 | last
+
+
 class RowDraft:
     """What one row may be guessed to write: its own draft, begun in one way or another, and what is told."""
 
-    __slots__ = ("_num_told", "_told", "_waiting", "own")
+    __slots__ = ("_num_realigned", "_num_told", "_own", "_pairs", "_told", "_waiting")
 
     def __init__(self, given: Sequence[TokenIds], told: Told, user: UserEmbedding | None) -> None:
         self._told = told
         self._waiting = [
-            *(Found(text, Source.GIVEN) for text in given), *(Found(text, Source.TOLD) for text in told.order_for(user))
+            *(Guess(text, Source.GIVEN) for text in given), *(Guess(text, Source.TOLD) for text in told.order_for(user))
         ]  # fmt: skip
         self._waiting.reverse()
         self._num_told = len(told.texts)
-        self.own = given[0] if given else ()
+        self._own = given[0] if given else ()
+        self._pairs: set[int] | None = None
+        self._num_realigned = 0
 
     @property
     def has_news(self) -> bool:
@@ -85,20 +97,45 @@ class RowDraft:
         return self._num_told < len(self._told.texts)
 
     @property
+    def may_realign(self) -> bool:
+        """Whether its own draft may be set on again behind what it writes."""
+        return len(self._own) > 2 and self._num_realigned < _MAX_REALIGNED
+
+    def has_pair(self, pair: int) -> bool:
+        """Whether two tokens, as `pair_of` says them, stand in its own draft before another one.
+
+        A set of numbers is one object for the garbage collector; places by pairs were dozens a row.
+        """
+        if self._pairs is None:
+            self._pairs = {pair_of(*two) for two in pairwise(self._own[:-1])}
+        return pair in self._pairs
+
+    @property
     def likely_length(self) -> int:
         """Of its draft, or of what was told last; 0 where nothing is known."""
-        return len(self.own) or (len(self._told.texts[-1]) if self._told.texts else 0)
+        return len(self._own) or (len(self._told.texts[-1]) if self._told.texts else 0)
 
-    def next(self, written: list[int]) -> Found | None:
+    def next(self, written: list[int]) -> Guess | None:
         """The next guess that begins as the row did."""
         while self._waiting or self.has_news:
             if not self._waiting:
-                self._waiting.append(Found(self._told.texts[self._num_told], Source.TOLD))
+                self._waiting.append(Guess(self._told.texts[self._num_told], Source.TOLD))
                 self._num_told += 1
             found = self._waiting.pop()
             if len(found.tokens) > len(written) and list(found.tokens[: len(written)]) == written:
                 return found
         return None
+
+    def realigned(self, written: list[int]) -> Guess | None:
+        """Its own draft behind the nearest place where that has the row's last two tokens."""
+        at, last = len(written), tuple(written[-2:])
+        places = range(max(at - _REACH, 2), min(at + _REACH, len(self._own) - 1) + 1)
+        near = [place for place in places if self._own[place - 2 : place] == last]
+        if not near:
+            return None
+        self._num_realigned += 1
+        place = min(near, key=lambda place: abs(place - at))
+        return Guess((*written, *self._own[place:]), Source.REALIGNED)
 
 
 @dataclass(slots=True)

@@ -8,14 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from e2p_ray.engine.agreement import NUM_CLASSES, Agreement, Source, classes_of
-from e2p_ray.engine.drafts import RowDraft
+from e2p_ray.engine.drafts import Guess, RowDraft, pair_of
 from e2p_ray.engine.reach import NO_GUESS, Outlook
 from e2p_ray.engine.resized import resized
 
 _Ints = npt.NDArray[np.int64]
-
-_MAX_REALIGNED = 3  # a row whose draft went wrong is set on it again this many times
-_REACH = 8  # tokens around the place that it left
 
 
 class Guesses:
@@ -32,38 +29,32 @@ class Guesses:
         self._sources = np.zeros(max_rows, np.int64)
         self._streaks = np.zeros(max_rows, np.int64)
         self._num_judged = np.zeros(max_rows, np.int64)  # tokens of the row that its guess was compared with
-        self._own = np.zeros((max_rows, max_new_tokens), np.int64)  # the rows' own drafts
-        self._own_lengths = np.zeros(max_rows, np.int64)
-        self._num_realigned = np.zeros(max_rows, np.int64)
+        self._may_realign = np.zeros(max_rows, np.bool_)
         self._likely = np.zeros(max_rows, np.int64)  # the length of a text of the same content; 0: none is known
         self._num_told = 0
 
     def grow(self, max_rows: int, max_new_tokens: int) -> None:
         """Room for so many rows of so many tokens, with what is there."""
-        self._tokens, self._own = (resized(one, (max_rows, max_new_tokens)) for one in (self._tokens, self._own))
-        self._lengths, self._sources, self._streaks, self._num_judged, self._own_lengths, self._num_realigned, \
-            self._likely = (resized(one, (max_rows,)) for one in self._per_row())  # fmt: skip
-
-    def _per_row(self) -> tuple[_Ints, ...]:
-        return (
-            self._lengths, self._sources, self._streaks, self._num_judged, self._own_lengths, self._num_realigned,
-            self._likely,
-        )  # fmt: skip
+        self._tokens = resized(self._tokens, (max_rows, max_new_tokens))
+        self._lengths, self._sources, self._streaks, self._num_judged, self._likely = (
+            resized(one, (max_rows,))
+            for one in (self._lengths, self._sources, self._streaks, self._num_judged, self._likely)
+        )
+        self._may_realign = resized(self._may_realign, (max_rows,))
 
     def add(self, drafts: Sequence[RowDraft]) -> None:
         """Of new rows, behind those that are there."""
         for slot, draft in enumerate(drafts, len(self._drafts)):
             self._drafts.append(draft)
-            self._num_judged[slot] = self._num_realigned[slot] = 0
-            own = draft.own[: self._own.shape[1]]
-            self._own[slot, : len(own)], self._own_lengths[slot] = own, len(own)
+            self._num_judged[slot], self._may_realign[slot] = 0, draft.may_realign
             self._find(slot, [])
 
     def move(self, targets: Sequence[int], sources: Sequence[int], num_left: int) -> None:
         """Rows take other rows' slots, of which num_left stay."""
         if not self._drafts:
             return
-        for array in (self._tokens, self._own, *self._per_row()):
+        for array in (self._tokens, self._lengths, self._sources, self._streaks, self._num_judged, self._likely,
+                      self._may_realign):  # fmt: skip
             array[targets] = array[sources]
         for target, source in zip(targets, sources, strict=True):
             self._drafts[target] = self._drafts[source]
@@ -137,33 +128,24 @@ class Guesses:
         """Another guess for this row, or none."""
         draft = self._drafts[slot]
         found = draft.next(written)
-        self._lengths[slot] = self._streaks[slot] = 0
-        self._likely[slot] = draft.likely_length
+        self._lengths[slot], self._likely[slot] = 0, draft.likely_length
         if found is not None:
-            tokens = found.tokens[: self._tokens.shape[1]]
-            self._tokens[slot, : len(tokens)], self._lengths[slot] = tokens, len(tokens)
-            self._sources[slot] = found.source
+            self._put(slot, found)
 
     def _realign(self, rows: _Ints, written: _Ints, num_written: _Ints) -> None:
-        """Set these rows, which have no guess, on their own drafts behind where these have the rows' last two tokens.
-
-        Behind the nearest such place; of most rows there is none.
-        """
-        rows = rows[
-            (num_written[rows] > 1) & (self._own_lengths[rows] > 2) & (self._num_realigned[rows] < _MAX_REALIGNED)
-        ]
+        """Set these rows, which have no guess, on their own drafts again where these go on like the rows."""
+        rows = rows[self._may_realign[rows] & (num_written[rows] > 1)]
         if not len(rows):
             return
-        own, ends, places = self._own[rows], num_written[rows], np.arange(2, self._own.shape[1])
-        before_last, last = written[rows, ends - 2, None], written[rows, ends - 1, None]
-        distances = np.abs(places - ends[:, None])
-        fit = (own[:, :-2] == before_last) & (own[:, 1:-1] == last)
-        fit &= (distances <= _REACH) & (places < self._own_lengths[rows, None])
-        nearest = places[np.where(fit, distances, _REACH + 1).argmin(axis=1)]
-        for at in np.flatnonzero(fit.any(axis=1)).tolist():
-            slot, end, place = int(rows[at]), int(ends[at]), int(nearest[at])
-            length = min(end + int(self._own_lengths[slot]) - place, self._tokens.shape[1])
-            self._tokens[slot, :end] = written[slot, :end]
-            self._tokens[slot, end:length] = own[at, place : place + length - end]
-            self._lengths[slot], self._streaks[slot], self._sources[slot] = length, 0, Source.REALIGNED
-            self._num_realigned[slot] += 1
+        ends = num_written[rows]
+        pairs = pair_of(written[rows, ends - 2], written[rows, ends - 1])
+        for slot, pair in zip(rows.tolist(), pairs.tolist(), strict=True):
+            draft = self._drafts[slot]
+            if draft.has_pair(pair) and (found := draft.realigned(written[slot, : num_written[slot]].tolist())):
+                self._put(slot, found)
+                self._may_realign[slot] = draft.may_realign
+
+    def _put(self, slot: int, guess: Guess) -> None:
+        tokens = guess.tokens[: self._tokens.shape[1]]
+        self._tokens[slot, : len(tokens)], self._lengths[slot] = tokens, len(tokens)
+        self._streaks[slot], self._sources[slot] = 0, guess.source

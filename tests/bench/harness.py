@@ -31,11 +31,14 @@ def hardware(num_threads: int | None = None) -> str:
 
 
 def interleaved(runs: Mapping[str, Callable[[], float]], num_repeats: int) -> dict[str, float]:
-    """The median of each system's figure; systems take turns, so that a noisy minute hits all of them."""
+    """The median of each system's figure; systems take turns, so that a noisy minute hits all of them.
+
+    There and back, so that none is always the one behind another.
+    """
     figures: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(num_repeats):
-        for name, run in runs.items():
-            figures[name].append(run())
+    for repeat in range(num_repeats):
+        for name in list(runs)[:: -1 if repeat % 2 else 1]:
+            figures[name].append(runs[name]())
     return {name: statistics.median(values) for name, values in figures.items()}
 
 
