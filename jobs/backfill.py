@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from e2p_ray.batch import EngineFactory
 from e2p_ray.config import JobConfig, ProjectorConfig
+from e2p_ray.config.options import explain
 from e2p_ray.downstream.report import Report, render_terminal
 from e2p_ray.errors import ConfigError
 from e2p_ray.update import Limits
@@ -41,7 +42,7 @@ def backfill_run(
         try:
             projector = ProjectorConfig(uri=projector_uri)
         except ValidationError as error:
-            raise ConfigError(f"--projector {projector_uri!r}: {error.errors()[0]['msg']}") from error
+            raise ConfigError(explain(error, ProjectorConfig, f"--projector {projector_uri!r}", {})) from error
         config = config.model_copy(update={"projector": projector})
     return generate_run(config, publish_it=publish_it, engine_factory=engine_factory, limits=limits, action="backfill")
 

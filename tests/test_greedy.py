@@ -139,9 +139,8 @@ class ExactDrafts(Drafts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_drafts_of_exact_tokens_change_no_text(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Right ones are accepted, wrong ones cost tokens; all of it in the compiled loops."""
-    monkeypatch.setattr(
-        decode, "measure_pass_cost", lambda base: tiny_models.pass_cost(1024)
-    )  # every guess that may hold is tried
+    # Every guess that may hold is tried.
+    monkeypatch.setattr(decode, "measure_pass_cost", lambda base: tiny_models.pass_cost(1024))
     monkeypatch.setattr(engine_module, "Drafts", ExactDrafts)
     tokens, num_greedy, plain, choose = dict[RequestKey, list[int]](), 0, Decoder._completion, GreedyHead.__call__
 

@@ -12,6 +12,7 @@ _Ints = npt.NDArray[np.int64]
 
 _MEMORY = 2048  # observations after which older ones count half
 MAX_STREAK = 4  # of tokens that held in a row: more say no more
+_CLASSES = (0, 1, 1, 1, 2)  # by streak: none, few, several
 NUM_CLASSES = 3
 
 
@@ -34,7 +35,7 @@ class Agreement:
         self._num_right, self._num_seen = list(num_right), list(num_seen)
 
     def rate(self, streak: int) -> float:
-        at = min(streak, 1) + (streak >= MAX_STREAK)
+        at = _CLASSES[min(streak, MAX_STREAK)]
         return self._num_right[at] / self._num_seen[at]
 
     def chances(self, streak: int, max_ahead: int) -> list[float]:
@@ -56,7 +57,7 @@ class Agreement:
 
 def classes_of(streaks: _Ints) -> _Ints:
     """The class of each streak."""
-    return np.minimum(streaks, 1) + (streaks >= MAX_STREAK)
+    return np.array(_CLASSES)[np.minimum(streaks, MAX_STREAK)]
 
 
 def new_agreements() -> tuple[Agreement, ...]:
