@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import services
+from ray._private import utils as ray_utils
 from ray._private import worker as ray_worker
 from ray._private.node import Node
+from ray._private.state import GlobalState
 
 from e2p_ray.environment import variables_set
 from e2p_ray.errors import ConfigError
@@ -22,14 +26,26 @@ _FOR_OTHERS = ("start_api_server", "start_monitor")
 _LOG_READER = "start_log_monitor"  # brings what workers print to the driver
 # Nobody knows where its figures are, and nobody asks it what tasks it had. Both cost every process that it has.
 _NO_FIGURES = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
+# A worker begins when it is wanted: the driver waits for all that are begun for it, 0.7 s (2026-11-29, a Zen 3 core).
+_NO_WORKERS_YET = {"RAY_prestart_worker_first_driver": "0"}
 # The raylet looks for its own object store before that is there, and again after a second: after 20 ms, for 10 s.
 _NO_WAITING = {"RAY_raylet_client_connect_timeout_milliseconds": "20", "RAY_raylet_client_num_connect_attempts": "500"}
 _NONE: Mapping[str, str] = {}
+# A node that is not there yet is looked for again after a second, which half of all starts lost (2026-11-29).
+_NODE_POLL_S, _MAX_NODE_POLLS = 0.02, 500
+
+
+def _nothing() -> None:
+    """Done while Ray starts."""
 
 
 @contextmanager
 def ray_session(
-    address: str | None, *, include_dashboard: bool = False, variables: Mapping[str, str] = _NONE
+    address: str | None,
+    *,
+    include_dashboard: bool = False,
+    variables: Mapping[str, str] = _NONE,
+    meanwhile: Callable[[], object] = _nothing,
 ) -> Iterator[bool]:
     """The Ray of this process if it has one, else what `start_ray` finds or starts, for the while.
 
@@ -39,27 +55,38 @@ def ray_session(
     if ray.is_initialized():
         yield False
         return
-    start_ray(address, include_dashboard=include_dashboard, variables=variables)
+    start_ray(address, include_dashboard=include_dashboard, variables=variables, meanwhile=meanwhile)
     try:
         yield _started_here()
     finally:
         ray.shutdown()
 
 
-def start_ray(address: str | None, *, include_dashboard: bool = False, variables: Mapping[str, str] = _NONE) -> None:
+def start_ray(
+    address: str | None,
+    *,
+    include_dashboard: bool = False,
+    variables: Mapping[str, str] = _NONE,
+    meanwhile: Callable[[], object] = _nothing,
+) -> None:
     """Connect this process to the Ray at `address`, RAY_ADDRESS, or a local one, which is started with `variables`.
 
     A local one has no dashboard unless asked for: nobody knows its port. Without it, it has only the processes and
-    keeps only the figures that a job needs. ConfigError where no Ray answers at an address.
+    keeps only the figures that a job needs. `meanwhile` is called while its processes start; it may not be, where Ray
+    was found. ConfigError where no Ray answers at an address.
     """
     debug = bool(os.environ.get("E2P_DEBUG"))
-    of_ray = _NO_WAITING if include_dashboard else _NO_WAITING | _NO_FIGURES
-    not_wanted = () if include_dashboard else _FOR_OTHERS if debug else (*_FOR_OTHERS, _LOG_READER)
+    of_ray = _NO_WAITING
+    changes: list[tuple[Any, str, Any]] = [(services, "get_node", _node_when_there(meanwhile))]
+    if not include_dashboard:
+        of_ray = _NO_WAITING | _NO_FIGURES | _NO_WORKERS_YET
+        changes.append((ray_utils, "get_dashboard_dependency_error", _small_agent))
+        changes += [(Node, name, _start_nothing) for name in (_FOR_OTHERS if debug else (*_FOR_OTHERS, _LOG_READER))]
     try:
         with (
             variables_set(of_ray, replace=False),  # what a user set himself comes first
             variables_set(variables, replace=True),
-            _not_started(not_wanted),
+            in_place(changes),
         ):
             ray.init(
                 address=address,
@@ -78,20 +105,42 @@ def _started_here() -> bool:
 
 
 @contextmanager
-def _not_started(names: Sequence[str]) -> Iterator[None]:
-    """Within, these methods of a node start no process."""
-    before = {name: getattr(Node, name) for name in names}
-    for name in names:
-        setattr(Node, name, _start_nothing)
+def in_place(changes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Within, these attributes of owners are others."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        for name, method in before.items():
-            setattr(Node, name, method)
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def _start_nothing(node: Node, **_: Any) -> None:
     """In place of a method that starts a process of a node."""
+
+
+def _small_agent() -> ImportError:
+    """In place of what asks whether the agent of a node can serve a dashboard; without, it is there 0.5 s sooner."""
+    return ImportError("no dashboard")
+
+
+def _node_when_there(meanwhile: Callable[[], object]) -> Callable[[str, str], Any]:
+    """In place of what asks for a node as soon as its processes have begun: it is asked for when it is there."""
+    get_node: Any = services.get_node
+
+    def node(gcs_address: str, node_id: str) -> Any:
+        meanwhile()
+        of_ray: Any = GlobalState()  # type: ignore[no-untyped-call]
+        of_ray._initialize_global_state(services._get_gcs_client_options(gcs_address))  # type: ignore[no-untyped-call]
+        for _ in range(_MAX_NODE_POLLS):
+            if any(found["NodeID"] == node_id for found in of_ray.node_table()):
+                break
+            time.sleep(_NODE_POLL_S)
+        return get_node(gcs_address, node_id)
+
+    return node
 
 
 def names_no_cluster(address: str | None) -> bool:

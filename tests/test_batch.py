@@ -10,8 +10,7 @@ import pytest
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
 
-import e2p_ray.batch
-from e2p_ray.batch import BatchProgress, ShardOutcome, run_batch
+from e2p_ray.batch import BatchProgress, ShardOutcome, pool, run_batch
 from e2p_ray.batch.pace import Pace
 from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import Tally
@@ -110,9 +109,9 @@ def test_a_worker_reads_its_next_shard_while_it_writes(
     tmp_path: Path, tries: Path, monkeypatch: pytest.MonkeyPatch, reads_ahead: bool
 ) -> None:
     job = opened(tmp_path, workers={"min_size": 1, "max_size": 1}, plan={"requests_per_shard": 20})
-    assert len(job.run.shard_ids) >= e2p_ray.batch._LEAST_SHARDS_TO_READ_AHEAD
+    assert len(job.run.shard_ids) >= pool.LEAST_SHARDS_TO_READ_AHEAD
     if not reads_ahead:  # control
-        monkeypatch.setattr(e2p_ray.batch, "_LEAST_SHARDS_TO_READ_AHEAD", len(job.run.shard_ids) + 1)
+        monkeypatch.setattr(pool, "LEAST_SHARDS_TO_READ_AHEAD", len(job.run.shard_ids) + 1)
     engines = Following(tries, max_wait_s=60 if reads_ahead else 0.5)
     summary = run_batch(job.config, job.storage, job.run, engine_factory=engines)
     assert (summary.num_attempts, summary.failures) == (1, ())
@@ -125,7 +124,7 @@ def test_a_worker_reads_its_next_shard_while_it_writes(
 
 def test_a_death_beside_a_shard_that_is_read_ahead_loses_neither(tmp_path: Path, tries: Path) -> None:
     job = opened(tmp_path, workers={"min_size": 1, "max_size": 1}, plan={"requests_per_shard": 20})
-    assert len(job.run.shard_ids) >= e2p_ray.batch._LEAST_SHARDS_TO_READ_AHEAD
+    assert len(job.run.shard_ids) >= pool.LEAST_SHARDS_TO_READ_AHEAD
     engines = Poisoned(tries, killing=keys_of(job, 0, 5), times=1)
     summary = run_batch(job.config, job.storage, job.run, engine_factory=engines)
     assert (engines.num_tries(), summary.num_attempts, summary.num_done) == (2, 2, len(job.run.shard_ids))
@@ -209,14 +208,14 @@ def test_a_committed_shard_counts_though_its_worker_died_before_it_said_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = opened(tmp_path)
-    real, lost = e2p_ray.batch._pool_outcomes, list[str]()
+    real, lost = pool.pool_outcomes, list[str]()
 
-    def losing(*arguments: Any) -> Iterator[ShardOutcome]:
-        outcomes = real(*arguments)
+    def losing(*arguments: Any, **options: Any) -> Iterator[ShardOutcome]:
+        outcomes = real(*arguments, **options)
         lost.append(next(outcomes).shard_id)
         yield from outcomes
 
-    monkeypatch.setattr("e2p_ray.batch._pool_outcomes", losing)
+    monkeypatch.setattr("e2p_ray.batch.pool.pool_outcomes", losing)
     told: list[BatchProgress] = []
     summary = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine, on_progress=told.append)
     assert len(lost) == 1

@@ -19,9 +19,8 @@ from ray._private import state, worker
 from ray.data._internal.metadata_exporter import sanitize_for_struct
 from ray.data._internal.stats import get_or_create_stats_actor
 
-import e2p_ray.batch
 import jobs.generate
-from e2p_ray.batch import run_batch
+from e2p_ray.batch import pool, run_batch
 from e2p_ray.config import JobConfig, StorageConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.errors import IncompleteRunError
@@ -86,14 +85,14 @@ def found_in_logs(marks: Iterable[bytes]) -> dict[str, list[bytes]]:
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """All operators of the data sets that a batch makes, as Ray Data tells its dashboard of them."""
-    made, dataset = list[Any](), e2p_ray.batch._dataset
+    made, dataset = list[Any](), pool._dataset
 
     def noted(*arguments: Any, **options: Any) -> Any:
         rows = dataset(*arguments, **options)
         made.extend(rows._logical_plan.dag.post_order_iter())
         return rows
 
-    monkeypatch.setattr(e2p_ray.batch, "_dataset", noted)
+    monkeypatch.setattr(pool, "_dataset", noted)
     return made
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +56,39 @@ def test_workers_of_a_ray_that_was_found_have_to_be_given_them() -> None:
     with ray_session(None, variables={"E2P_X": "1"}) as all_have_them:
         assert not all_have_them
     assert "E2P_X" not in os.environ
+
+
+_BATCH = """
+import json, sys
+from contextlib import nullcontext
+from pathlib import Path
+import psutil
+from e2p_ray.batch import pool, run_batch
+from tests.small_job import fake_engine
+from tests.test_batch import opened
+
+if sys.argv[2] == "theirs":
+    pool.no_actors_for_others = nullcontext
+job, seen = opened(Path(sys.argv[1]), workers={"min_size": 1, "max_size": 1}), set()
+
+def look(_):
+    seen.update(" ".join(child.cmdline()).strip() for child in psutil.Process().children(recursive=True))
+
+summary = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine, on_progress=look)
+print(json.dumps([summary.num_done == len(job.run.shard_ids), sorted(seen)]))
+"""
+
+
+@pytest.mark.parametrize("whose", ["own", "theirs"])
+def test_a_job_on_a_ray_of_its_own_has_no_actors_of_ray_data_for_others(tmp_path: Path, whose: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", _BATCH, str(tmp_path), whose]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert "Error occurred" not in ended.stderr
+    is_done, processes = json.loads(ended.stdout.splitlines()[-1])
+    assert is_done
+    assert any("ShardWorker" in process for process in processes)
+    # Without, they are there: another version of Ray may have other names for them.
+    for name in ("_StatsActor", "_AutoscalingCoordinatorActor"):
+        assert any(name in process for process in processes) == (whose == "theirs"), f"{name} in {processes}"

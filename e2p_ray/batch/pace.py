@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import ray
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
+
+from e2p_ray.ray_session import in_place
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
@@ -39,12 +40,6 @@ class Pace(ExecutionCallback):
             ray.wait(running, num_returns=1, timeout=_LONGEST_S, fetch_local=False)
 
 
-@contextmanager
-def steps_wait_for_nothing() -> Iterator[None]:
+def steps_wait_for_nothing() -> AbstractContextManager[None]:
     """A step of the loop looks at what is there; by itself it waits 0.1 s for all tasks. For where `Pace` waits."""
-    before = streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S
-    streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = 0.0
-    try:
-        yield
-    finally:
-        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = before
+    return in_place([(streaming_executor_state, "WAIT_FOR_TASK_COMPLETION_TIMEOUT_S", 0.0)])
