@@ -400,7 +400,7 @@ def test_bytes_that_are_no_text_are_named(table: str, column: str, kind: str, tm
         values = pa.DictionaryArray.from_arrays(pa.array(range(9), pa.int32()), values)
     changed = rows.set_column(rows.schema.get_field_index(column), column, values)
     pq.write_table(changed, path, row_group_size=3)
-    with pytest.raises(InputError, match=f"{path}, column '{column}', row 4: not UTF-8. Write it anew") as caught:
+    with pytest.raises(InputError, match=f"{path}, column '{column}', row 4 .counted from 0.: not UTF-8. W") as caught:
         plan_of(config)
     assert caught.value.exit_code == 3
     pq.write_table(rows, path, row_group_size=3)

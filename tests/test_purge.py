@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -378,7 +379,7 @@ def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("text", "row", "said"),
+    ("text", "line", "said"),
     [
         ("user_id\nuser-004\n", 1, "a header"),
         ("user_id,asked_at\nuser-004,2026-11-28\n", 1, "a header"),
@@ -390,13 +391,15 @@ def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.Mo
         ("user-004\t\n", 1, "blanks before or after"),
     ],
 )
-def test_a_list_that_would_be_misread_is_refused(text: str, row: int, said: str, tmp_path: Path) -> None:
+def test_a_list_that_would_be_misread_is_refused(text: str, line: int, said: str, tmp_path: Path) -> None:
     file = tmp_path / "users.txt"
     file.write_text(text, encoding="utf-8-sig")
     with pytest.raises(InputError) as caught:
         read_user_ids(Storage(), str(file))
-    assert caught.value.row == row
-    assert said in str(caught.value)
+    assert caught.value.line == line
+    assert str(caught.value).startswith(f"{file}, line {line}: {said}")
+    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own bytes
+    assert (str(again), again.line) == (str(caught.value), line)
     assert "user-00" not in str(caught.value), "no message names a user"
 
 

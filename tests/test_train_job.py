@@ -536,7 +536,7 @@ def _sizes() -> pa.Array:
         (
             {"targets": targets_table(task=False)},
             InputError,
-            "targets.parquet, column 'task', row 0: the configuration has 2 tasks.*Write the task's name",
+            "targets.parquet, column 'task', row 0 .counted from 0.: the config.* has 2 tasks.*Write the task's name",
         ),
         (
             {"targets": targets_table([*target_rows()[:7], ("user-001", "c1", None, "x", 1.0)])},

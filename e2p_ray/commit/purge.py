@@ -86,10 +86,10 @@ def read_user_ids(storage: Storage, uri: str) -> Users:
             ids = io.StringIO(data.decode("utf-8-sig"), newline=None).read().split("\n")  # ids may hold U+2028
         except UnicodeDecodeError as error:
             raise InputError("neither Parquet nor UTF-8", uri=uri, remedy="Write one user id a line.") from error
-        for row, line in enumerate(ids, 1):
-            if problem := _misreading(line, is_first=row == 1):
+        for line, user_id in enumerate(ids, 1):
+            if problem := _misreading(user_id, is_first=line == 1):
                 remedy = "Write one user id a line, as it is in your tables; ids that look like this go in Parquet."
-                raise InputError(problem, uri=uri, row=row, remedy=remedy)
+                raise InputError(problem, uri=uri, line=line, remedy=remedy)
     users = Users(user_id for user_id in ids if user_id.strip())
     if not users:
         raise InputError("no user id here", uri=uri, remedy="Write one user id a line, or Parquet with user_id.")
