@@ -33,6 +33,7 @@ from tests.plan_world import (
     Key,
     Outcome,
     World,
+    broken,
     candidate,
     content,
     job,
@@ -359,17 +360,6 @@ def test_a_file_with_another_schema_is_named(tmp_path: Path) -> None:
 
 
 # -- bytes that are no text
-
-
-SHIFT_JIS = "港に新しい橋".encode("shift_jis")
-
-
-def broken(column: pa.ChunkedArray, row: int) -> pa.Array:
-    """The column with such bytes in one row, as a writer that does not look makes it."""
-    values = [None if value is None else value.encode() for value in column.to_pylist()]
-    values[row] = SHIFT_JIS
-    data = pa.array(values, pa.binary())
-    return pa.Array.from_buffers(pa.string(), len(data), data.buffers())
 
 
 @pytest.mark.parametrize(

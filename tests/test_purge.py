@@ -36,6 +36,7 @@ from e2p_ray.storage import Storage
 from e2p_ray.update import Limits
 from jobs.cli import run_job
 from jobs.generate import generate_run
+from tests.plan_world import with_broken
 from tests.s3 import IS_LONG, PLACES
 from tests.small_job import first_groups
 from tests.update_world import User, World, content, make_world, vector
@@ -411,6 +412,13 @@ def test_ids_of_every_form_are_read(tmp_path: Path) -> None:
     odd = [*plain, " a ", '"a"', "user_id,x"]
     pq.write_table(pa.table({"user_id": odd}), parquet)
     assert read_user_ids(Storage(), str(parquet)).ids == set(odd)
+
+
+def test_ids_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "users.parquet"
+    pq.write_table(with_broken(pa.table({"user_id": ["user-004", None, "user-007"]}), "user_id", 2), file)
+    with pytest.raises(InputError, match=f"{file}, column 'user_id', row 2 .counted from 0.: not UTF-8"):
+        read_user_ids(Storage(), str(file))
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ from e2p_ray.commit.users_in import Rewritten, Users
 from e2p_ray.errors import InputError, StorageError
 from e2p_ray.storage import ObjectInfo, Storage
 from e2p_ray.storage.local import is_unfinished
+from e2p_ray.storage.utf8 import require_utf8
 
 VISIBLE, OTHER_FILES, LOG = "visible table", "older versions and runs", "table log"
 _PLACES = {"plans": "plans", "updates": "updates", "runs": "reports and markers", "audit": "audit log"}
@@ -80,7 +81,9 @@ def read_user_ids(storage: Storage, uri: str) -> Users:
     """
     data = storage.read_bytes(uri)
     if data[:4] == b"PAR1":
-        ids = storage.read_table(uri, ["user_id"])["user_id"].drop_null().cast("string").to_pylist()
+        table = storage.read_table(uri, ["user_id"])
+        require_utf8(table, uri)
+        ids = table["user_id"].drop_null().cast("string").to_pylist()
     else:
         try:
             ids = io.StringIO(data.decode("utf-8-sig"), newline=None).read().split("\n")  # ids may hold U+2028
