@@ -972,6 +972,19 @@ def _with_ghosts(world: World, num_ghosts: int, share: float) -> None:
     world.config = world.config.model_copy(update={"gates": gates})
 
 
+def _written(world: World) -> list[str]:
+    """All that is below the output, but plans."""
+    output = Path(world.config.output.uri)
+    return sorted(str(path) for path in output.rglob("*") if path.is_file() and output / "plans" not in path.parents)
+
+
+def test_a_gate_that_the_plan_closes_is_none_where_nothing_is_to_be_published(world: World) -> None:
+    before = world.rows()
+    _with_ghosts(world, 4, 0.0)
+    world.run(engine=no_engine)
+    assert world.rows() == before
+
+
 @pytest.mark.parametrize("options", [{}, {"full": True}, {"publish_it": False}, {"limits": Limits(max_requests=5)}])
 def test_dead_letters_of_the_plan_close_the_gate_before_anything_is_generated(
     options: dict[str, Any], world: World, capsys: pytest.CaptureFixture[str]
@@ -980,9 +993,11 @@ def test_dead_letters_of_the_plan_close_the_gate_before_anything_is_generated(
     _with_ghosts(world, 4, 7 / (num_planned + 8))
     _change_vector(world)
     said = rf"^8 of {num_planned + 8} requests cannot .* \(unknown_user 8\); .* more than 7, so .* raise the gate$"
+    written = _written(world)
     with pytest.raises(GateError, match=said) as caught:
         world.run(engine=no_engine, **options)
     assert world.rows() == before
+    assert _written(world) == written, "nor anything carried over"
     path, share = str(world.folder / "job.yaml"), ["--gates.max_dead_letter_share"]
     capsys.readouterr()
     assert run_job(plan_job.JOB, ["--config", path, *share, f"{7 / (num_planned + 8)}"]) == 0
