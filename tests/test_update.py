@@ -958,6 +958,9 @@ def test_jobs_plan_says_beforehand_what_changes(world: World, capsys: pytest.Cap
     }
     assert (shown["carry over"], shown["remove"]) == (str(carried), str(removed))
     assert world.table().version() == 0
+    for nonsense in ("0", "-5", "nan", "inf"):
+        assert run_job(plan_job.JOB, ["--config", str(path), "--rows-per-s", nonsense]) == 2
+        assert f"--rows-per-s {nonsense}: give a number above 0" in capsys.readouterr().err
     assert_exact(world, world.run)
 
 
