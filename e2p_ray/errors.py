@@ -9,7 +9,7 @@ E2PError
 │   └── AccessDeniedError
 └── RunError                 the run has to stop; every one says what to do about it
     ├── ConfigError          the configuration is wrong (exit code 2)
-    ├── InputError           a table breaks its schema: file, column, row, remedy (exit code 3)
+    ├── InputError           a table breaks its schema: file, column, row (or line), remedy (exit code 3)
     ├── IncompatibleError    projector, base model, layout or embedding space do not belong together (exit code 3)
     ├── UnsupportedModelError  the engine does not fit this architecture (exit code 3)
     ├── GateError            a run is complete but must not be published (exit code 4)
@@ -76,24 +76,42 @@ class ConfigError(RunError):
 
 
 class InputError(RunError):
-    """A table breaks its schema."""
+    """A table breaks its schema. Its rows count from 0, as in every reader of Parquet; a text's lines from 1."""
 
     exit_code = 3
 
     def __init__(
-        self, problem: str, *, uri: str, remedy: str, column: str | None = None, row: int | None = None
+        self,
+        problem: str,
+        *,
+        uri: str,
+        remedy: str,
+        column: str | None = None,
+        row: int | None = None,
+        line: int | None = None,
     ) -> None:
         place = uri
         if column is not None:
             place += f", column {column!r}"
         if row is not None:
-            place += f", row {row}"
+            place += f", row {row} (counted from 0)"
+        if line is not None:
+            place += f", line {line}"
         super().__init__(f"{place}: {problem}. {remedy}")
-        self.problem, self.uri, self.column, self.row, self.remedy = problem, uri, column, row, remedy
+        self.problem, self.uri, self.remedy = problem, uri, remedy
+        self.column, self.row, self.line = column, row, line
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Errors cross processes, and the default would call the constructor with the finished message alone.
-        rebuild = partial(type(self), self.problem, uri=self.uri, remedy=self.remedy, column=self.column, row=self.row)
+        rebuild = partial(
+            type(self),
+            self.problem,
+            uri=self.uri,
+            remedy=self.remedy,
+            column=self.column,
+            row=self.row,
+            line=self.line,
+        )
         return rebuild, ()
 
 

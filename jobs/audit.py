@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import asdict
 
 from e2p_ray.commit.audit import AuditLog, verify_log
 from e2p_ray.config import JobConfig
-from e2p_ray.errors import RunError
+from e2p_ray.errors import ConfigError, RunError
 from e2p_ray.storage import Storage
 from jobs.cli import Job, run_job
 from jobs.tables import print_pairs, print_table
+
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 class BrokenLogError(RunError):
@@ -23,7 +26,12 @@ class BrokenLogError(RunError):
 
 def audit(config: JobConfig, options: argparse.Namespace) -> None:
     """Raises BrokenLogError after the log has been printed."""
-    log = verify_log(Storage(config.storage), config.output.uri, options.known)
+    known = None if options.known is None else options.known.strip().lower()
+    if known is not None and not _HASH.fullmatch(known):
+        raise ConfigError(
+            f"--known {options.known!r} is no hash: give all 64 digits of a last hash that was printed here"
+        )
+    log = verify_log(Storage(config.storage), config.output.uri, known)
     if options.json:
         for entry in log.entries:
             print(json.dumps(asdict(entry), ensure_ascii=False, sort_keys=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import ssl
 import time
 import urllib.error
@@ -31,14 +32,19 @@ class Api:
     account: Path = ACCOUNT
     poll_s: float = _POLL_S
 
+    def __post_init__(self) -> None:
+        if not re.match("https?://[^/]", self.server):
+            raise ConfigError(f"--server {self.server!r}: not http://HOST:PORT or https://HOST")
+
     def call(self, method: str, path: str, body: object = None) -> dict[str, Any] | None:
-        """The answer; None for 404. E2PError for anything else that is not 2xx."""
+        """The answer; None for 404. E2PError for anything else that is not 2xx, ConfigError outside a pod."""
+        token, tls = self._credentials()
         request = urllib.request.Request(f"{self.server}{path}", method=method)
-        request.add_header("Authorization", f"Bearer {(self.account / 'token').read_text().strip()}")
+        request.add_header("Authorization", f"Bearer {token}")
         request.add_header("Content-Type", "application/json")
         data = None if body is None else json.dumps(body).encode()
         try:
-            with urllib.request.urlopen(request, data, _TIMEOUT_S, context=self._tls()) as answer:
+            with urllib.request.urlopen(request, data, _TIMEOUT_S, context=tls) as answer:
                 found: dict[str, Any] = json.load(answer)
                 return found
         except urllib.error.HTTPError as error:
@@ -46,11 +52,22 @@ class Api:
                 return None
             said = error.read(2000).decode(errors="replace")
             raise E2PError(f"{method} {path}: Kubernetes says {error.code}: {_message(said)}") from error
+        except ValueError as error:
+            raise E2PError(f"{method} {path}: {self.server} answers as no Kubernetes does ({error})") from error
         except OSError as error:
             raise E2PError(f"{method} {path}: {self.server} does not answer: {error}") from error
 
-    def _tls(self) -> ssl.SSLContext | None:
-        return ssl.create_default_context(cafile=self.account / "ca.crt") if self.server.startswith("https") else None
+    def _credentials(self) -> tuple[str, ssl.SSLContext | None]:
+        """The service account's token, and whom to trust where the server speaks TLS."""
+        try:
+            token = (self.account / "token").read_text().strip()
+            with_tls = self.server.startswith("https")
+            return token, ssl.create_default_context(cafile=self.account / "ca.crt") if with_tls else None
+        except OSError as error:
+            raise ConfigError(
+                f"{self.account} has no token and ca.crt that can be read ({error.strerror or error}). `submit` is for "
+                "pods with a service account, as the schedule's; elsewhere give the manifest to `kubectl create -f`"
+            ) from error
 
 
 def submit(manifest: Path, api: Api) -> str:
@@ -61,7 +78,7 @@ def submit(manifest: Path, api: Api) -> str:
     try:
         ray_job = yaml.safe_load(manifest.read_text(encoding="utf-8"))
         name, namespace = ray_job["metadata"]["name"], ray_job["metadata"]["namespace"]
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError) as error:
         raise ConfigError(f"{manifest}: not a RayJob with a name and a namespace ({error!r})") from error
     folder = f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs"
     found = api.call("GET", f"{folder}/{name}")

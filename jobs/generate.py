@@ -86,12 +86,15 @@ def generate_run(
 def _work(
     config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None, full: bool, limits: Limits
 ) -> Work | None:
-    """What is to be done; None when the published table needs no change."""
+    """What is to be done; None when the published table needs no change. GateError before an update is written."""
     table = table and as_of_last_change(setup.storage, table)
     if full or (table is None and not limits):
         return Work(full_run(config, setup, plan, again=table), plan)
     run = update_run(config, setup, plan, table, limits)
-    update = make_update(update_job(config, setup, plan, table), run, limits, say)
+    # The update's requests are those of the plan, so that the plan's dead letters weigh in it as much.
+    update = make_update(
+        update_job(config, setup, plan, table), run, limits, say, before_writing=lambda: dead_letters_left(config, plan)
+    )
     if update is None:
         return None
     return Work(replace(run, shard_ids=update.shard_ids), update.plan, update.changes)

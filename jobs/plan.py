@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import dataclass
 
 from e2p_ray.commit import PublishedTable, as_of_last_change, read_published
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
-from e2p_ray.errors import GateError, RowError
+from e2p_ray.errors import ConfigError, GateError, RowError
 from e2p_ray.plan import Plan, read_shard
 from e2p_ray.update import Changes, Limits, survey
 from jobs.cli import Job, run_job
@@ -39,6 +40,8 @@ class TokenEstimate:
 
 def plan(config: JobConfig, options: argparse.Namespace) -> None:
     """Make the plan, or find it finished, and print it."""
+    if options.rows_per_s is not None and not 0 < options.rows_per_s < math.inf:
+        raise ConfigError(f"--rows-per-s {options.rows_per_s:g}: give a number above 0, or leave it out")
     setup = set_up(config)
     made = planned(config, setup)
     table = read_published(setup.storage, config.output.table_uri)

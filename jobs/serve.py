@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,10 +16,13 @@ import ray
 import yaml
 from ray import serve
 from ray.serve.config import HTTPOptions
+from ray.serve.schema import ApplicationStatusOverview
 
+from e2p_ray import errors
 from e2p_ray.batch.session import check_resources
 from e2p_ray.config import ServeConfig
 from e2p_ray.engine.manifest import load_manifest
+from e2p_ray.errors import E2PError
 from e2p_ray.loaded import EngineFactory
 from e2p_ray.ray_session import names_no_cluster, ray_session
 from e2p_ray.serve.app import serve_file
@@ -29,6 +33,7 @@ from e2p_ray.storage import Storage
 from jobs.cli import Job, run_job
 from jobs.steps import say
 
+_OWN_ERROR = re.compile(r"^e2p_ray\.errors\.(\w+): (.+)$", re.MULTILINE)
 _LOOK_S = 0.5  # between two looks at what Serve has started; each asks its controller
 
 
@@ -78,11 +83,21 @@ def _comes_up(stop: threading.Event) -> bool:
         if app.status == "RUNNING":
             return True
         if app.status == "DEPLOY_FAILED":
-            raise RuntimeError(f"the replicas do not start: {app.message}")
+            raise _failed(app)
         now = "; ".join(found.message.partition("\n")[0] for found in app.deployments.values())  # no frames of ours
         if now not in ("", said):
             say(said := now)
     return False
+
+
+def _failed(app: ApplicationStatusOverview) -> Exception:
+    """Why the replicas do not start: an error of our own as what it is, although Serve only has its traceback."""
+    told = "\n".join([app.message, *(found.message for found in app.deployments.values())]).rstrip()
+    if not (own := _OWN_ERROR.findall(told)):
+        return RuntimeError(f"the replicas do not start: {told.splitlines()[-1]}")
+    name, message = own[-1]
+    kind: type[E2PError] = getattr(errors, name)
+    return kind.__new__(kind, f"the replicas do not start: {message}")  # past constructors that would say more
 
 
 @contextmanager

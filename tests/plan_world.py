@@ -56,6 +56,19 @@ def content(content_id: str | None, title: str | None = "title", body: str | Non
     return {**row, **fields}
 
 
+def broken(column: pa.ChunkedArray, row: int) -> pa.Array:
+    """The column with bytes that are no UTF-8 in one row, as a writer that does not look makes it."""
+    values = [None if value is None else value.encode() for value in column.to_pylist()]
+    values[row] = "港に新しい橋".encode("shift_jis")
+    data = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(data), data.buffers())
+
+
+def with_broken(table: pa.Table, column: str, row: int) -> pa.Table:
+    """The table with such a column in place of its own."""
+    return table.set_column(table.schema.get_field_index(column), column, broken(table[column], row))
+
+
 def candidate(user_id: str | None, content_id: str | None, rank: int = 1) -> Row:
     return {"user_id": user_id, "content_id": content_id, "rank": rank, "score": 0.5, "source": "test"}
 

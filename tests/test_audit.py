@@ -59,6 +59,8 @@ def test_entries_follow_each_other(place: tuple[Storage, str]) -> None:
     assert "@" in made[0].who
     assert verify_log(storage, uri, previous).problems == ()
     assert verify_log(storage, uri, "f" * 64).problems, "control: a hash that no entry has"
+    (problem,) = verify_log(storage, f"{uri}-gone", previous).problems
+    assert (problem.number, problem.kind) == (0, "removed"), "of a log that is gone as a whole, too"
 
 
 def test_writers_at_once_lose_no_entry(place: tuple[Storage, str]) -> None:
@@ -155,6 +157,15 @@ def test_jobs_record_what_they_publish_and_jobs_audit_reads_it(
     assert not [user for user in world.users if user in json.dumps(lines)]
     assert run_job(jobs.audit.JOB, job) == 0
     assert "last hash" in capsys.readouterr().out
+    last = verify_log(world.storage, world.config.output.uri).head
+    assert run_job(jobs.audit.JOB, [*job, "--known", f" {last.upper()}"]) == 0
+    for known in ("abc", last[:-1], ""):
+        assert run_job(jobs.audit.JOB, [*job, "--known", known]) == 2
+        said = capsys.readouterr().err
+        assert f"--known {known!r} is no hash: give all 64 digits" in said
+        assert "changed" not in said
+    assert run_job(jobs.audit.JOB, [*job, "--known", "f" * 64]) == 1, "the control"
+    assert "no entry has the known hash" in capsys.readouterr().err
     file = path(tmp_path / "out" / "audit", 1)
     file.write_bytes(file.read_bytes().replace(b"backfill", b"generate"))
     assert run_job(jobs.audit.JOB, job) == 1

@@ -178,6 +178,37 @@ def test_errors_are_messages_with_an_exit_code(
     manifest.write_text("- no RayJob", encoding="utf-8")
     with pytest.raises(ConfigError, match="not a RayJob"):
         submit(manifest, api(kubernetes, manifest))
+    manifest.write_bytes("名前: x".encode("shift_jis"))
+    with pytest.raises(ConfigError, match="not a RayJob"):
+        submit(manifest, api(kubernetes, manifest))
+
+
+def test_outside_a_pod_it_says_so(manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", str(manifest), "--account", str(tmp_path / "nothing")]) == 2
+    said = capsys.readouterr().err
+    assert "nothing has no token and ca.crt that can be read (No such file or directory)" in said
+    assert "kubectl create -f" in said
+    assert main(["submit", str(manifest), "--account", str(manifest.parent)]) == 2, "a token, but no ca.crt"
+    assert "unexpected" not in capsys.readouterr().err
+    assert main(["submit", str(manifest), "--account", str(manifest.parent), "--server", "localhost:8001"]) == 2
+    assert "--server 'localhost:8001': not http://HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_server_of_something_else_is_told(manifest: Path) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>hello</html>")
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        with pytest.raises(E2PError, match="answers as no Kubernetes does"):
+            submit(manifest, Api(f"http://127.0.0.1:{server.server_address[1]}", manifest.parent))
+        server.shutdown()
 
 
 # `ray job submit`

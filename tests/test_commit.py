@@ -31,6 +31,7 @@ from e2p_ray.commit import (
     ShardStats,
     check_gates,
     commit_shard,
+    consent,
     load_run,
     open_run,
     pending_shards,
@@ -51,6 +52,7 @@ from e2p_ray.errors import (
     GateError,
     IncompatibleError,
     IncompleteRunError,
+    InputError,
     PublishConflictError,
     ShardError,
 )
@@ -69,6 +71,7 @@ from e2p_ray.schema import (
     to_table,
 )
 from e2p_ray.storage import ObjectInfo, Storage, parquet_bytes
+from tests.plan_world import with_broken
 from tests.s3 import IS_LONG, PLACES, place_on
 
 GATES = GatesConfig(max_fallback_share=0.9, max_dead_letter_share=0.9)
@@ -611,6 +614,18 @@ def test_a_null_switch_means_no(local: World) -> None:
     local.write_users(users.set_column(3, "personalize", pa.nulls(NUM_USERS, pa.bool_())))
     local.publish()
     assert set(local.published()["status"].to_pylist()) == {"suppressed"}
+
+
+def test_bytes_that_are_no_text_in_the_users_table_are_named(local: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second of three batches: the row is the file's."""
+    monkeypatch.setattr(consent, "_BATCH_ROWS", 2)
+    local.write_users(with_broken(users_table(), "user_id", 3))
+    said = f"{local.users_uri}, column 'user_id', row 3 .counted from 0.: not UTF-8. Write it anew"
+    with pytest.raises(InputError, match=said):
+        local.publish()
+    assert read_published(local.storage, local.run.table_uri) is None
+    local.write_users(users_table())
+    assert local.publish().version == 0, "the control"
 
 
 # -- publishing

@@ -297,6 +297,10 @@ PROMPT = "tasks.headline.prompts.en"
         (f"{PROMPT}.head", "About {title}", "{title} would not be replaced: only {title} and {body} in content are"),
         (f"{PROMPT}.cue_before", "For {user_name}:", "{user_name} would not be replaced"),
         (f"{PROMPT}.cue_after", "{body}", "{body} would not be replaced"),
+        (f"{PROMPT}.cue_after", "For {{{user}}}", "content are; {{user}} is written as {user}"),
+        (f"{PROMPT}.content", "{title} {text}", "{body} are; {{text}} is written as {text}"),
+        (f"{PROMPT}.content", "{{title}}", "holds neither {title} nor {body}"),
+        (f"{PROMPT}.content", "{{title}: {body}", "'{{' is closed by '}': double both braces, or neither"),
         ("tasks.headline.limits.min_chars", "201", "limits: min_chars is above max_chars (200)"),
     ],
 )
@@ -318,6 +322,8 @@ def test_values_that_cannot_work_are_refused(key: str, value: str, said: str, jo
         ("base_model.device", "cuda:11"),
         (f"{PROMPT}.content", 'As {"title": "{title}"}, {} or { a b }'),
         (f"{PROMPT}.head", 'Answer as {"headline": "..."} or {1, 2}'),
+        (f"{PROMPT}.head", '{{name}} is {"a": {"b": {}}}'),
+        (f"{PROMPT}.content", "{{{title}}} for {{user}}"),
         ("tasks.headline.limits.min_chars", "200"),
     ],
 )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -21,8 +24,9 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
 from e2p_ray.errors import ConfigError, E2PError, IncompatibleError, InputError
-from e2p_ray.evaluate import evaluate
+from e2p_ray.evaluate import data, evaluate
 from e2p_ray.evaluate.contest import shuffled_users
+from e2p_ray.plan.inputs import Space
 from e2p_ray.schema import Content
 from e2p_ray.storage import Storage
 from e2p_ray.train.lessons import Target, UserTable
@@ -30,6 +34,7 @@ from e2p_ray.train.projector import train_projector
 from e2p_ray.train.settings import TrainSettings
 from jobs import evaluate as job
 from jobs.cli import run_job
+from tests.plan_world import with_broken
 from tests.train_world import (
     DIM,
     NUM_CONTENTS,
@@ -281,6 +286,27 @@ def test_wrong_inputs_have_clear_errors(
     config = place.config(**filled, evaluation=quick, training={"num_steps": 1})
     with pytest.raises(error, match=words):
         job.run_evaluation(config)
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "row", "read"),
+    [
+        (targets_table(), "text", 4, lambda storage, uri: data.read_targets(storage, uri, "headline")),
+        (users_table(), "user_id", 4, lambda storage, uri: data.read_user_vectors(storage, uri, [], Space(SPACE, DIM))),
+        (users_table(), "embedding_space", 0, data.space_of),
+        (contents_table(), "body", 4, lambda storage, uri: data._contents(storage, uri, pl.Series(["c1"]))),
+    ],
+    ids=["targets", "users", "space", "contents"],
+)
+def test_bytes_that_are_no_text_are_named(
+    table: pa.Table, column: str, row: int, read: Callable[[Storage, str], Any], tmp_path: Path
+) -> None:
+    uri = str(tmp_path / "table.parquet")
+    pq.write_table(with_broken(table, column, row), uri, row_group_size=3)
+    with pytest.raises(InputError, match=f"{uri}, column '{column}', row {row} .counted from 0.: not UTF-8"):
+        read(Storage(), uri)
+    pq.write_table(table, uri, row_group_size=3)
+    read(Storage(), uri)
 
 
 def test_a_profile_is_needed_where_it_is_asked_for(place: Place, tmp_path: Path) -> None:

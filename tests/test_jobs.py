@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import time
 from collections import Counter
 from dataclasses import replace
@@ -19,7 +20,21 @@ from e2p_ray.config import JobConfig
 from e2p_ray.engine.manifest import read_manifest, resolve_base_model
 from e2p_ray.errors import E2PError, IncompleteRunError, PublishConflictError, StorageError
 from e2p_ray.storage import Storage
-from jobs import backfill, evaluate, generate, plan, publish, train, validate
+from jobs import (
+    audit,
+    backfill,
+    evaluate,
+    generate,
+    history,
+    plan,
+    publish,
+    purge,
+    rollback,
+    status,
+    train,
+    vacuum,
+    validate,
+)
 from jobs.cli import Job, guarded, run_job
 from jobs.progress import ProgressLine, progress_text
 from jobs.tables import bytes_text, duration_text
@@ -210,6 +225,28 @@ def test_the_place_of_the_output_is_looked_at(
     assert "nobody-made-this-bucket" in capsys.readouterr().err
     assert run_job(validate.JOB, [*job, "--output.uri", f"{path}/out"]) == 2
     assert f"{path} is no folder" in capsys.readouterr().err
+
+
+def test_a_bucket_that_is_not_there_is_said_by_every_job_that_only_reads(
+    s3_server: S3Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, path = write_small_job(tmp_path, place=s3_server.new_bucket(), storage=s3_server.config)
+    words = ["--config", str(path), "--output.uri", "s3://nobody-made-this-bucket/out"]
+    users = tmp_path / "users.txt"
+    users.write_text("user-0001\n")
+    asked: list[tuple[Job[JobConfig], list[str]]] = [
+        (history.JOB, []),
+        (vacuum.JOB, []),
+        (audit.JOB, []),
+        (status.JOB, []),
+        (publish.JOB, []),
+        (rollback.JOB, ["--version", "0"]),
+        (purge.JOB, ["--users", str(users)]),
+    ]
+    for job, more in asked:
+        assert run_job(job, [*words, *more]) == 5, job.prog
+        said = rf"{job.prog}: there is no bucket for s3://nobody-made-this-bucket/out\S*\. Make it, or correct .*\n"
+        assert re.fullmatch(said, capsys.readouterr().err), job.prog
 
 
 @pytest.mark.parametrize(

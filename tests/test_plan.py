@@ -33,6 +33,7 @@ from tests.plan_world import (
     Key,
     Outcome,
     World,
+    broken,
     candidate,
     content,
     job,
@@ -361,17 +362,6 @@ def test_a_file_with_another_schema_is_named(tmp_path: Path) -> None:
 # -- bytes that are no text
 
 
-SHIFT_JIS = "港に新しい橋".encode("shift_jis")
-
-
-def broken(column: pa.ChunkedArray, row: int) -> pa.Array:
-    """The column with such bytes in one row, as a writer that does not look makes it."""
-    values = [None if value is None else value.encode() for value in column.to_pylist()]
-    values[row] = SHIFT_JIS
-    data = pa.array(values, pa.binary())
-    return pa.Array.from_buffers(pa.string(), len(data), data.buffers())
-
-
 @pytest.mark.parametrize(
     ("table", "column"),
     [
@@ -400,7 +390,7 @@ def test_bytes_that_are_no_text_are_named(table: str, column: str, kind: str, tm
         values = pa.DictionaryArray.from_arrays(pa.array(range(9), pa.int32()), values)
     changed = rows.set_column(rows.schema.get_field_index(column), column, values)
     pq.write_table(changed, path, row_group_size=3)
-    with pytest.raises(InputError, match=f"{path}, column '{column}', row 4: not UTF-8. Write it anew") as caught:
+    with pytest.raises(InputError, match=f"{path}, column '{column}', row 4 .counted from 0.: not UTF-8. W") as caught:
         plan_of(config)
     assert caught.value.exit_code == 3
     pq.write_table(rows, path, row_group_size=3)

@@ -227,6 +227,38 @@ class TestEmptyPrompt:
         assert [score.error_code for score in found] == [ErrorCode.EMPTY_CONTENT] * 2
 
 
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{title}", "{T}"),
+        ("{{title}}: {body}", "{title}: {{B}}"),
+        ("{{{title}}}", "{{T}}"),
+        ("{{{{title}}}} {body}", "{{title}} {{B}}"),
+        ('{"a": {"b": "{title}"}} {{x}}', '{"a": {"b": "{T}"}} {x}'),
+        ('{{"a": {{"b": "{title}"}}}}', '{"a": {"b": "{T}"}}'),
+        ("{title}}} {{ {} }} {{", "{T}}} { {} } {"),
+    ],
+)
+def test_doubled_braces_are_single_ones_and_no_others_change(template: str, text: str) -> None:
+    """Braces in a content are its own: doubled ones as well."""
+    one = TaskConfig(
+        prompts={"default": PromptTemplate(head="{{a}}", content=template, cue_before="{{b}}", cue_after="}}")}
+    )
+    tokenizer = tiny_models.byte_tokenizer()
+    layout = PromptLayout(tokenizer, "content_first", {"headline": one}, num_soft_tokens=1, max_positions=512)
+    segments = layout.segments(Content("c", "{T}", "{{B}}", "en"), "headline")
+    assert tokenizer.decode(list(segments.left), skip_special_tokens=True) == "{a}" + text + "{b}"
+    assert tokenizer.decode(list(segments.right)) == "}}"
+
+
+def test_of_templates_with_doubled_braces_alone_the_id_is_another_than_when_they_stood_as_they_are() -> None:
+    def prompt_id(head: str) -> str:
+        return TaskConfig(prompts={"default": PromptTemplate(head=head)}).prompt_id("en", "content_first", 1)
+
+    assert prompt_id('As {"a": {"b": 1}}') == "9859a7a67818cba9"
+    assert prompt_id("As {{x}}") != "37b5ae50b1b363eb"
+
+
 @pytest.mark.parametrize(("num_soft_tokens", "most"), [(1, 510), (3, 508)])
 def test_new_tokens_that_leave_no_room_for_any_prompt_are_refused(num_soft_tokens: int, most: int) -> None:
     def engine(max_new_tokens: int) -> Engine:

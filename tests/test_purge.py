@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ from e2p_ray.storage import Storage
 from e2p_ray.update import Limits
 from jobs.cli import run_job
 from jobs.generate import generate_run
+from tests.plan_world import with_broken
 from tests.s3 import IS_LONG, PLACES
 from tests.small_job import first_groups
 from tests.update_world import User, World, content, make_world, vector
@@ -378,7 +380,7 @@ def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("text", "row", "said"),
+    ("text", "line", "said"),
     [
         ("user_id\nuser-004\n", 1, "a header"),
         ("user_id,asked_at\nuser-004,2026-11-28\n", 1, "a header"),
@@ -390,13 +392,15 @@ def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.Mo
         ("user-004\t\n", 1, "blanks before or after"),
     ],
 )
-def test_a_list_that_would_be_misread_is_refused(text: str, row: int, said: str, tmp_path: Path) -> None:
+def test_a_list_that_would_be_misread_is_refused(text: str, line: int, said: str, tmp_path: Path) -> None:
     file = tmp_path / "users.txt"
     file.write_text(text, encoding="utf-8-sig")
     with pytest.raises(InputError) as caught:
         read_user_ids(Storage(), str(file))
-    assert caught.value.row == row
-    assert said in str(caught.value)
+    assert caught.value.line == line
+    assert str(caught.value).startswith(f"{file}, line {line}: {said}")
+    again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301 - our own bytes
+    assert (str(again), again.line) == (str(caught.value), line)
     assert "user-00" not in str(caught.value), "no message names a user"
 
 
@@ -408,6 +412,13 @@ def test_ids_of_every_form_are_read(tmp_path: Path) -> None:
     odd = [*plain, " a ", '"a"', "user_id,x"]
     pq.write_table(pa.table({"user_id": odd}), parquet)
     assert read_user_ids(Storage(), str(parquet)).ids == set(odd)
+
+
+def test_ids_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "users.parquet"
+    pq.write_table(with_broken(pa.table({"user_id": ["user-004", None, "user-007"]}), "user_id", 2), file)
+    with pytest.raises(InputError, match=f"{file}, column 'user_id', row 2 .counted from 0.: not UTF-8"):
+        read_user_ids(Storage(), str(file))
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

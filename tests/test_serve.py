@@ -29,7 +29,7 @@ import jobs.generate
 from e2p_ray.config import ApiConfig, JobConfig, ServeConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.engine.manifest import ProjectorManifest, read_manifest
-from e2p_ray.errors import ConfigError
+from e2p_ray.errors import ConfigError, InputError
 from e2p_ray.loaded import LoadedGenerator
 from e2p_ray.schema import Reason, RequestKey, Status
 from e2p_ray.serve.client import (
@@ -49,6 +49,7 @@ from e2p_ray.serve.problems import ProblemError
 from e2p_ray.serve.replica import Replica
 from e2p_ray.storage import Storage
 from jobs.generate import generate_run
+from tests.plan_world import with_broken
 from tests.serve_world import TOKENS, Site, serve_config, serving, slow
 from tests.small_job import DIM, SPACE, fake_engine, first_groups, write_small_job
 from tests.update_world import serial_batch
@@ -227,6 +228,23 @@ def test_tables_of_dictionaries_and_several_row_groups_are_read_as_the_plan_read
             answer = client.generate("headline", user_id=f"user-{number:04d}", content_id=f"content-00{number % 6}")
             kinds = [Status.SUPPRESSED, Status.FALLBACK, Status.FALLBACK]
             assert answer.status is (kinds + [Status.OK] * 7)[number % 10]
+
+
+@pytest.mark.parametrize(("table", "column"), [("users", "user_id"), ("contents", "title")])
+def test_bytes_that_are_no_text_are_named(table: str, column: str, tmp_path: Path) -> None:
+    """At the start; later they are logged, and what was read before goes on."""
+    config, _ = write_small_job(tmp_path, num_users=6)
+    uri = getattr(config.inputs, f"{table}_uri")
+    whole = Storage().read_table(uri)
+    with serving(serve_config(config)) as site:
+        pq.write_table(with_broken(whole, column, 4), uri, row_group_size=3)
+        said = f"{uri}, column '{column}', row 4 .counted from 0.: not UTF-8. Write it anew"
+        with pytest.raises(InputError, match=said):
+            site.service.tables.refresh()
+        with site.client() as client:
+            assert client.generate("headline", user_id=PLAIN, content_id="content-000").consent is Consent.GIVEN
+    with pytest.raises(InputError, match=said), serving(serve_config(config)):
+        pass
 
 
 def test_copies_are_bounded_in_bytes(job: JobConfig) -> None:

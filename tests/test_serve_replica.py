@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -20,14 +22,15 @@ from ray.serve.schema import ServeDeploySchema
 import jobs.serve
 from e2p_ray.config import JobConfig, ServeConfig, load_config
 from e2p_ray.engine.manifest import ProjectorManifest, read_manifest
-from e2p_ray.errors import ConfigError
+from e2p_ray.errors import ConfigError, InputError
 from e2p_ray.serve.app import build, serve_file
 from e2p_ray.serve.client import Client, DeadlineError, InvalidRequestError, Token, UnauthorizedError, UnavailableError
 from e2p_ray.serve.front import unused_ports
 from e2p_ray.serve.messages import GenerationAnswer, ModelsAnswer
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
-from jobs.serve import JOB, serve_until
+from jobs.serve import JOB, _failed, serve_until
+from tests.plan_world import with_broken
 from tests.serve_world import TOKENS, serve_config, slow
 from tests.small_job import write_small_job
 from tests.waiting import wait_until
@@ -170,6 +173,24 @@ def test_a_replica_that_this_machine_cannot_hold_is_refused(tmp_path: Path) -> N
     large = serve_config(config, api={"port": port}, workers={"num_cpus": 64})
     with pytest.raises(ConfigError, match=r"num_cpus 64 .* more than this machine has"):
         serve_until(large, threading.Event())
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_a_replica_does_not_start_for_is_said_as_the_error_that_it_is(tmp_path: Path) -> None:
+    config, _ = write_small_job(tmp_path, num_users=6)
+    uri = config.inputs.users_uri
+    Storage().write_table(uri, with_broken(Storage().read_table(uri), "user_id", 4))
+    (port,) = unused_ports(1)
+    said = f"^the replicas do not start: {uri}, column 'user_id', row 4 .counted from 0.: not UTF-8. Write it anew"
+    with pytest.raises(InputError, match=said):
+        serve_until(serve_config(config, api={"port": port}), threading.Event(), engine_factory=slow(0.01))
+
+
+def test_of_another_error_the_last_line_is_said() -> None:
+    deployment = SimpleNamespace(message="It failed 3 times. Error:\nTraceback:\n  File x\nMemoryError: 1 of 2 GB\n")
+    app: Any = SimpleNamespace(message="Failed to update", deployments={"generator": deployment})
+    found = _failed(app)
+    assert (type(found), str(found)) == (RuntimeError, "the replicas do not start: MemoryError: 1 of 2 GB")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -310,6 +310,7 @@ def test_wrong_credentials_are_not_tried_again(through: tuple[Storage, str], fau
         ),
         ("Generic S3 error: Error performing list request: 403 Forbidden <Code>AccessDenied</Code>", DenialError),
         ("Generic S3 error: 403 Forbidden <Code>SignatureDoesNotMatch</Code>", OSError),
+        ("Generic S3 error: Error performing list request: 404 <Code>NoSuchBucket</Code>", ObjectNotFoundError),
         ("request or response body error: error reading a body from connection", PassingError),
         ("Generic S3 error: in 2.4s, after 7 retries, max_retries 7: 503 Service Unavailable", OSError),
     ],
@@ -321,7 +322,7 @@ def test_what_deltalake_says_is_understood(said: str, kind: type[Exception]) -> 
         raise OSError(said)
 
     with pytest.raises(kind) as caught:
-        typed_delta(call)
+        typed_delta(call, "s3://bucket/table")
     assert type(caught.value) is kind
 
 

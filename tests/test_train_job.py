@@ -48,6 +48,7 @@ from e2p_ray.train.projector import new_projector, start_calmly
 from jobs import train, validate
 from jobs.cli import run_job
 from jobs.train_progress import TrainLine, training_text
+from tests.plan_world import with_broken
 from tests.s3 import IS_LONG, S3Server
 from tests.tiny_models import byte_tokenizer, configs, random_model
 from tests.train_world import (
@@ -536,15 +537,26 @@ def _sizes() -> pa.Array:
         (
             {"targets": targets_table(task=False)},
             InputError,
-            "targets.parquet, column 'task', row 0: the configuration has 2 tasks.*Write the task's name",
+            "targets.parquet, column 'task', row 0 .counted from 0.: the config.* has 2 tasks.*Write the task's name",
         ),
         (
             {"targets": targets_table([*target_rows()[:7], ("user-001", "c1", None, "x", 1.0)])},
             InputError,
             "column 'task', row 7",
         ),
+        *(
+            ({name: with_broken(table, column, 1)}, InputError, f"{name}.parquet, column '{column}', row 1 .*not UTF-8")
+            for name, table, column in (
+                ("users", users_table(), "user_id"),
+                ("contents", contents_table(), "body"),
+                ("targets", targets_table(), "text"),
+            )
+        ),
     ],
-    ids=["spaces", "sizes", "constant", "empty", "unusable", "no_task", "null_task"],
+    ids=[
+        *("spaces", "sizes", "constant", "empty", "unusable", "no_task", "null_task"),
+        *("users_no_text", "contents_no_text", "targets_no_text"),
+    ],
 )
 def test_inputs_that_cannot_be_learned_from(
     tables: dict[str, pa.Table], error: type[Exception], said: str, ray_cluster: None, tmp_path: Path

@@ -958,6 +958,9 @@ def test_jobs_plan_says_beforehand_what_changes(world: World, capsys: pytest.Cap
     }
     assert (shown["carry over"], shown["remove"]) == (str(carried), str(removed))
     assert world.table().version() == 0
+    for nonsense in ("0", "-5", "nan", "inf"):
+        assert run_job(plan_job.JOB, ["--config", str(path), "--rows-per-s", nonsense]) == 2
+        assert f"--rows-per-s {nonsense}: give a number above 0" in capsys.readouterr().err
     assert_exact(world, world.run)
 
 
@@ -972,6 +975,19 @@ def _with_ghosts(world: World, num_ghosts: int, share: float) -> None:
     world.config = world.config.model_copy(update={"gates": gates})
 
 
+def _written(world: World) -> list[str]:
+    """All that is below the output, but plans."""
+    output = Path(world.config.output.uri)
+    return sorted(str(path) for path in output.rglob("*") if path.is_file() and output / "plans" not in path.parents)
+
+
+def test_a_gate_that_the_plan_closes_is_none_where_nothing_is_to_be_published(world: World) -> None:
+    before = world.rows()
+    _with_ghosts(world, 4, 0.0)
+    world.run(engine=no_engine)
+    assert world.rows() == before
+
+
 @pytest.mark.parametrize("options", [{}, {"full": True}, {"publish_it": False}, {"limits": Limits(max_requests=5)}])
 def test_dead_letters_of_the_plan_close_the_gate_before_anything_is_generated(
     options: dict[str, Any], world: World, capsys: pytest.CaptureFixture[str]
@@ -980,9 +996,11 @@ def test_dead_letters_of_the_plan_close_the_gate_before_anything_is_generated(
     _with_ghosts(world, 4, 7 / (num_planned + 8))
     _change_vector(world)
     said = rf"^8 of {num_planned + 8} requests cannot .* \(unknown_user 8\); .* more than 7, so .* raise the gate$"
+    written = _written(world)
     with pytest.raises(GateError, match=said) as caught:
         world.run(engine=no_engine, **options)
     assert world.rows() == before
+    assert _written(world) == written, "nor anything carried over"
     path, share = str(world.folder / "job.yaml"), ["--gates.max_dead_letter_share"]
     capsys.readouterr()
     assert run_job(plan_job.JOB, ["--config", path, *share, f"{7 / (num_planned + 8)}"]) == 0

@@ -124,7 +124,8 @@ def verify_log(storage: Storage, output_uri: str, known: str | None = None) -> A
     if numbers and head is None:
         problems.append(Problem(last + 1, "removed", f"{folder}/{_HEAD} is missing: later entries may be as well"))
     if known not in (None, _FIRST, *(_digest(data) for data in blobs.values())):
-        problems.append(Problem(last, "changed", f"no entry has the known hash {known}"))
+        kind = "changed" if numbers else "removed"
+        problems.append(Problem(max(last, 0), kind, f"no entry has the known hash {known}"))
     return AuditLog(tuple(entries), previous, tuple(problems))
 
 

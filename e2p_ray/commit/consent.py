@@ -35,6 +35,7 @@ from e2p_ray.schema import (
     validate_schema,
 )
 from e2p_ray.storage import Storage, parquet_bytes
+from e2p_ray.storage.utf8 import require_utf8
 
 _BATCH_ROWS = 1 << 16
 _UNTITLED = "the user wants no personalisation and the content has no title to publish instead"
@@ -53,12 +54,18 @@ _SUPPRESSED: dict[str, object] = {
 
 
 def without_consent(storage: Storage, users: HashSpool, users_uri: str) -> Hashes:
-    """The hashes of those `users` who do not want personalisation now, or are no longer in the users table: (n, 2)."""
+    """The hashes of those `users` who do not want personalisation now, or are no longer in the users table: (n, 2).
+
+    InputError where that table breaks its schema.
+    """
     with HashSpool() as current:
         for info in storage.parquet_files(users_uri):
             with storage.open_parquet(info) as file:
                 validate_schema("users", file.schema_arrow, info.uri)
+                num_before = 0
                 for batch in file.iter_batches(_BATCH_ROWS, columns=["user_id", "personalize", "updated_at"]):
+                    require_utf8(batch, info.uri, num_before)
+                    num_before += len(batch)
                     batch = batch.filter(pc.is_valid(batch["user_id"]))
                     current.add(hash_rows(_strings(batch["user_id"])), _consent_ranks(batch))
         pairs = zip(users.frames(), current.frames(), strict=True)

@@ -89,7 +89,7 @@ class _Table(DeltaTable):
 def open_table(storage: Storage, table_uri: str, version: int | None = None) -> DeltaTable | None:
     """The Delta table as it is now or was at a version, or None when there is none.
 
-    StorageError when it cannot be opened, or not at this version.
+    StorageError when it cannot be opened, or not at this version, or when there is no such bucket.
     """
     options = storage.delta_options(table_uri, with_retries=True)
     try:

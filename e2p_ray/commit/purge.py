@@ -32,6 +32,7 @@ from e2p_ray.commit.users_in import Rewritten, Users
 from e2p_ray.errors import InputError, StorageError
 from e2p_ray.storage import ObjectInfo, Storage
 from e2p_ray.storage.local import is_unfinished
+from e2p_ray.storage.utf8 import require_utf8
 
 VISIBLE, OTHER_FILES, LOG = "visible table", "older versions and runs", "table log"
 _PLACES = {"plans": "plans", "updates": "updates", "runs": "reports and markers", "audit": "audit log"}
@@ -80,16 +81,18 @@ def read_user_ids(storage: Storage, uri: str) -> Users:
     """
     data = storage.read_bytes(uri)
     if data[:4] == b"PAR1":
-        ids = storage.read_table(uri, ["user_id"])["user_id"].drop_null().cast("string").to_pylist()
+        table = storage.read_table(uri, ["user_id"])
+        require_utf8(table, uri)
+        ids = table["user_id"].drop_null().cast("string").to_pylist()
     else:
         try:
             ids = io.StringIO(data.decode("utf-8-sig"), newline=None).read().split("\n")  # ids may hold U+2028
         except UnicodeDecodeError as error:
             raise InputError("neither Parquet nor UTF-8", uri=uri, remedy="Write one user id a line.") from error
-        for row, line in enumerate(ids, 1):
-            if problem := _misreading(line, is_first=row == 1):
+        for line, user_id in enumerate(ids, 1):
+            if problem := _misreading(user_id, is_first=line == 1):
                 remedy = "Write one user id a line, as it is in your tables; ids that look like this go in Parquet."
-                raise InputError(problem, uri=uri, row=row, remedy=remedy)
+                raise InputError(problem, uri=uri, line=line, remedy=remedy)
     users = Users(user_id for user_id in ids if user_id.strip())
     if not users:
         raise InputError("no user id here", uri=uri, remedy="Write one user id a line, or Parquet with user_id.")

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from e2p_ray.config.braces import taken_apart
+
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
-# Not every brace: prompts may show JSON. A word alone in braces is what somebody takes for a placeholder.
-_PLACEHOLDER = re.compile(r"\{\s*[^\W\d]\w*\s*\}")
 _FILLED_IN = ("{title}", "{body}")
 
 
@@ -132,7 +132,8 @@ class PromptTemplate(Section):
     head: str = ""
     content: str = Field(
         "{title}\n\n{body}",
-        description="{title} and {body} stand for the content's, here alone; other words in braces are errors",
+        description="{title} and {body} stand for the content's, here alone; other words in braces are errors. In "
+        "all texts of a prompt {{word}} is written as {word}",
     )
     cue_before: str = ""
     cue_after: str = ""
@@ -140,20 +141,25 @@ class PromptTemplate(Section):
     @field_validator("head", "cue_before", "cue_after")
     @classmethod
     def _is_as_it_stands(cls, text: str) -> str:
-        if found := _PLACEHOLDER.search(text):
-            raise ValueError(f"{found[0]} would not be replaced: only {' and '.join(_FILLED_IN)} in content are")
+        if words := taken_apart(text)[1::2]:
+            raise ValueError(_not_replaced(words[0], "in content are"))
         return text
 
     @field_validator("content")
     @classmethod
     def _holds_the_content(cls, text: str) -> str:
-        if unknown := [word for word in _PLACEHOLDER.findall(text) if word not in _FILLED_IN]:
-            raise ValueError(f"{unknown[0]} would not be replaced: only {' and '.join(_FILLED_IN)} are")
-        if not any(word in text for word in _FILLED_IN):
+        words = taken_apart(text)[1::2]
+        if unknown := [word for word in words if word not in _FILLED_IN]:
+            raise ValueError(_not_replaced(unknown[0], "are"))
+        if not words:
             raise ValueError(
                 f"holds neither {' nor '.join(_FILLED_IN)}: all contents would have one and the same prompt"
             )
         return text
+
+
+def _not_replaced(word: str, where: str) -> str:
+    return f"{word} would not be replaced: only {' and '.join(_FILLED_IN)} {where}; {{{word}}} is written as {word}"
 
 
 class SamplingConfig(Section):
@@ -203,6 +209,8 @@ class TaskConfig(Section):
         found = self.prompt_for(language)
         template = None if found is None else found.model_dump()
         parts = [layout, num_soft_tokens, self.max_content_tokens, template]
+        if any("{{" in text for text in (template or {}).values()):
+            parts.append("doubled braces")  # once they stood as they are: texts of then are not those of now
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 

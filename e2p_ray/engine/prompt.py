@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +11,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from e2p_ray.config import PromptTemplate, TaskConfig
+from e2p_ray.config.braces import filled
 from e2p_ray.engine.manifest import Layout
 from e2p_ray.errors import ConfigError, RowError
 from e2p_ray.schema import Content, ErrorCode
@@ -22,7 +22,6 @@ _MAX_KEPT = 256  # contents' segments: second tries and the texts that users sha
 # few. So many more are made than are kept.
 _MARGIN_TOKENS = 64
 _CHARS_PER_TOKEN = 6  # more than most texts have: the head is made once
-_PLACEHOLDER = re.compile(r"\{(title|body)\}")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -131,8 +130,8 @@ class PromptLayout:
     def _made(
         self, content: Content, template: PromptTemplate, max_content_tokens: int, max_new_tokens: int
     ) -> Segments:
-        head = [*self._start, *self._encode(template.head)]
-        before, after = self._encode(template.cue_before), self._encode(template.cue_after)
+        head = [*self._start, *self._encode(filled(template.head))]
+        before, after = self._encode(filled(template.cue_before)), self._encode(filled(template.cue_after))
         used = len(head) + len(before) + len(after) + self._num_soft_tokens + max_new_tokens
         room = min(max_content_tokens, self._max_positions - used)
         if room < 1:
@@ -141,8 +140,8 @@ class PromptLayout:
                 f"cues and {max_new_tokens} new tokens leave no room for the content in a window of "
                 f"{self._max_positions} tokens",
             )
-        values = {"title": content.title, "body": content.body}
-        body, truncated = self._fitting(_PLACEHOLDER.sub(lambda match: values[match[1]], template.content), room)
+        text = filled(template.content, {"title": content.title, "body": content.body})
+        body, truncated = self._fitting(text, room)
         if not (head or body or before or after):
             raise RowError(ErrorCode.EMPTY_CONTENT, f"the prompt of content {content.content_id!r} is empty")
         if self._layout == "soft_first":

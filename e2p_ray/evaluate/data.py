@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 
 from e2p_ray.config import EvaluateConfig
 from e2p_ray.errors import InputError
 from e2p_ray.plan.inputs import Space, as_matrix, latest, user_rows
 from e2p_ray.schema import Content, validate_schema
 from e2p_ray.storage import Storage
+from e2p_ray.storage.utf8 import require_utf8
 from e2p_ray.train.lessons import Target, UserTable
 
 _USER_COLUMNS = ("user_id", "embedding", "embedding_space", "personalize", "updated_at")
@@ -91,7 +93,7 @@ def read_targets(storage: Storage, uri: str, only_task: str) -> pl.DataFrame:
         with storage.open_parquet(info) as file:
             validate_schema("targets", file.schema_arrow, info.uri)
             names = [*_TARGET_COLUMNS, *(["task"] if "task" in file.schema_arrow.names else [])]
-            frame = pl.DataFrame(pl.from_arrow(file.read(columns=names)))
+            frame = _frame(file.read(columns=names), info.uri)
         task = pl.col("task").fill_null(only_task) if "task" in frame.columns else pl.lit(only_task)
         frames.append(
             frame.select("user_id", "content_id", task.alias("task"), "text", pl.col("weight").cast(pl.Float64))
@@ -112,6 +114,7 @@ def space_of(storage: Storage, uri: str) -> str:
         with storage.open_parquet(info) as file:
             validate_schema("users", file.schema_arrow, info.uri)
             for batch in file.iter_batches(batch_size=1, columns=["embedding_space"]):
+                require_utf8(batch, info.uri)
                 return str(batch.column(0)[0].as_py())
     raise InputError("has no rows", uri=uri, remedy="Give a users table, or leave this input out")
 
@@ -127,8 +130,11 @@ def _users(storage: Storage, uri: str, wanted: pl.Series, space: Space) -> pl.Da
         with storage.open_parquet(info) as file:
             validate_schema("users", file.schema_arrow, info.uri)
             more = [name for name in _MORE_USER_COLUMNS if name in file.schema_arrow.names]
+            num_before = 0
             for group in range(file.metadata.num_row_groups):
                 table = file.read_row_group(group, columns=[*_USER_COLUMNS, *more])
+                require_utf8(table, info.uri, num_before)
+                num_before += len(table)
                 rows = user_rows(table, space)
                 extra = [pl.Series(name, table[name].to_pylist()) for name in more]
                 frames.append(rows.with_columns(extra).filter(pl.col("user_id").is_in(wanted.implode())))
@@ -141,15 +147,21 @@ def _contents(storage: Storage, uri: str, wanted: pl.Series) -> dict[str, Conten
         with storage.open_parquet(info) as file:
             validate_schema("contents", file.schema_arrow, info.uri)
             names = ["content_id", "title", "body", "language", "updated_at"]
-            frame = pl.DataFrame(pl.from_arrow(file.read(columns=names)))
+            frame = _frame(file.read(columns=names), info.uri)
             found.append(frame.filter(pl.col("content_id").is_in(wanted.implode())))
     newest = pl.concat(found).sort("updated_at", nulls_last=False).unique("content_id", keep="last")
     texts = newest.select(pl.col("content_id", "title", "body", "language").fill_null("")).sort("content_id")
     return {row[0]: Content(*row) for row in texts.iter_rows()}
 
 
+def _frame(table: pa.Table, uri: str) -> pl.DataFrame:
+    """A whole file's table, its strings looked at."""
+    require_utf8(table, uri)
+    return pl.DataFrame(pl.from_arrow(table))
+
+
 def _impressions(storage: Storage, uri: str, config: EvaluateConfig) -> pl.DataFrame:
-    table = pl.concat(pl.DataFrame(pl.from_arrow(storage.read_table(info.uri))) for info in storage.parquet_files(uri))
+    table = pl.concat(_frame(storage.read_table(info.uri), info.uri) for info in storage.parquet_files(uri))
     for name in _IMPRESSION_COLUMNS:
         if name not in table.columns:
             raise InputError(

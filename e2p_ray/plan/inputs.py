@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from e2p_ray.config import InputsConfig
-from e2p_ray.errors import InputError
 from e2p_ray.schema import Reason, validate_schema
 from e2p_ray.storage import ObjectInfo, Storage
+from e2p_ray.storage.utf8 import is_text, require_utf8
 
 # What a plan reads. No request holds a candidate's rank, score or source, so any copy of a pair is as good.
 COLUMNS = {
@@ -136,7 +136,7 @@ def _read_piece(storage: Storage, piece: Piece, space: Space) -> pl.DataFrame:
     with storage.open_parquet(piece.info) as file:
         table = file.read_row_groups(list(piece.row_groups), columns=columns, use_threads=False)
         num_before = sum(file.metadata.row_group(index).num_rows for index in range(piece.row_groups[0]))
-    _require_utf8(table, piece.info.uri, num_before)
+    require_utf8(table, piece.info.uri, num_before)
     match piece.table:
         case "users":
             return user_rows(table, space)
@@ -145,41 +145,9 @@ def _read_piece(storage: Storage, piece: Piece, space: Space) -> pl.DataFrame:
     return pl.DataFrame({name: _strings(table[name]) for name in columns}, schema=CANDIDATES)
 
 
-def _require_utf8(table: pa.Table, uri: str, num_before: int) -> None:
-    """InputError where a string holds bytes that are no text: polars panics at some, others break a shard's readers."""
-    for name in table.column_names:
-        first_row = num_before
-        for chunk in table[name].chunks if _is_text(table.schema.field(name).type) else []:
-            strings = chunk.dictionary_decode() if pa.types.is_dictionary(chunk.type) else chunk
-            try:
-                strings.validate(full=True)
-            except pa.ArrowInvalid as error:
-                row = first_row + _first_broken(strings)
-                remedy = "Write it anew from text that is decoded with the encoding that it really has"
-                raise InputError("not UTF-8", uri=uri, column=name, row=row, remedy=remedy) from error
-            first_row += len(chunk)
-
-
-def _first_broken(strings: pa.Array) -> int:
-    """The first row whose bytes are no UTF-8."""
-    for row, value in enumerate(strings.cast(pa.large_binary()).to_pylist()):
-        try:
-            (value or b"").decode()
-        except UnicodeDecodeError:
-            return row
-    raise AssertionError("Arrow found a row that Python does not find")
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    types = pa.types
-    if types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
-
-
 def _plain(column: pa.ChunkedArray) -> pa.Array:
     # One string array ends at 2 GiB, which the bodies of one row group can pass.
-    array = (column.cast(pa.large_string()) if _is_text(column.type) else column).combine_chunks()
+    array = (column.cast(pa.large_string()) if is_text(column.type) else column).combine_chunks()
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 

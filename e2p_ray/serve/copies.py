@@ -17,6 +17,7 @@ import pyarrow as pa
 from e2p_ray.commit.spool import hash_key, hash_rows
 from e2p_ray.errors import ConfigError
 from e2p_ray.storage import ObjectInfo, Storage
+from e2p_ray.storage.utf8 import require_utf8
 
 _BATCH_ROWS = 16_384
 _MAX_HASHES = 1 << 16
@@ -126,7 +127,7 @@ class Copies:
             yield from copy.rows.select(list(columns)).to_batches(max_chunksize=_BATCH_ROWS)
 
     def _copied(self, info: ObjectInfo) -> _Copy:
-        taken, hashes = 0, [np.zeros((0, 2), np.uint64)]
+        taken, num_before, hashes = 0, 0, [np.zeros((0, 2), np.uint64)]
         try:
             # A file without a name from the beginning: a process that is killed meanwhile leaves no user embeddings.
             with tempfile.TemporaryFile(dir=self._folder) as sink, self._storage.open_parquet(info) as file:
@@ -135,6 +136,8 @@ class Copies:
                 with pa.ipc.new_file(sink, schema) as writer:
                     for group in range(file.metadata.num_row_groups):
                         rows = file.read_row_group(group, columns=self._columns, use_threads=False)
+                        require_utf8(rows, info.uri, num_before)
+                        num_before += len(rows)
                         rows = self._change(rows).select(self._columns).cast(schema)
                         num_bytes = rows.nbytes + _INDEX_ROW_BYTES * len(rows)
                         self._budget.take(num_bytes)

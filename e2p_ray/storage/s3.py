@@ -143,7 +143,7 @@ class S3Place:
 
     def patiently(self, call: Callable[[], _T], verb: str, uri: str) -> _T:
         """A call of deltalake's, tried as often as our own."""
-        return self._again(lambda: typed_delta(call), verb, uri)
+        return self._again(lambda: typed_delta(call, uri), verb, uri)
 
     def _session(self) -> boto3.session.Session:
         key_id, secret = self._config.access_key_id, self._config.secret_access_key

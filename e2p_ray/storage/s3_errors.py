@@ -25,7 +25,8 @@ _MAYBE_THROTTLED = frozenset({"AccessDenied", "Forbidden", "403", ""})  # a HEAD
 _DELTA_DENIED = ("lacked the necessary privileges", "403 Forbidden")  # of object_store 0.13: objects, listings
 _DELTA_CUT = "error reading a body"
 _DENIED = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"})
-_MISSING = frozenset({"NoSuchKey", "NoSuchBucket"})
+_NO_BUCKET = "NoSuchBucket"
+_MISSING = frozenset({"NoSuchKey", _NO_BUCKET})
 _PASSING = frozenset(
     {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "IncompleteBody", "BadDigest"}
     | {"InternalError", "ServiceUnavailable", "ConditionalRequestConflict", "OperationAborted"}
@@ -67,9 +68,7 @@ def _from_answer(error: ClientError, verb: str, uri: str) -> Exception:
     if status == 412:
         return PreconditionError(problem)
     if code in _MISSING or (status == 404 and code in ("404", "NotFound", "")):
-        return ObjectNotFoundError(
-            f"there is no bucket for {uri}" if code == "NoSuchBucket" else f"there is no object {uri}"
-        )
+        return _no_bucket(uri) if code == _NO_BUCKET else ObjectNotFoundError(f"there is no object {uri}")
     if code in _PASSING or status in (429, 500, 502, 503, 504):
         return PassingError(f"{code} (HTTP {status})", _asked_wait_s(http.get("HTTPHeaders", {})))
     if status == 403 and code in _MAYBE_THROTTLED:
@@ -81,15 +80,20 @@ def _from_answer(error: ClientError, verb: str, uri: str) -> Exception:
     return StorageError(problem)
 
 
+def _no_bucket(uri: str) -> ObjectNotFoundError:
+    return ObjectNotFoundError(f"there is no bucket for {uri}. Make it, or correct the name in the configuration")
+
+
 def _asked_wait_s(headers: dict[str, str]) -> float:
     asked = headers.get("retry-after", "")
     return float(asked) if asked.isdigit() else 0.0
 
 
-def typed_delta(call: Callable[[], _T]) -> _T:
+def typed_delta(call: Callable[[], _T], uri: str) -> _T:
     """Make a call of deltalake's once; PassingError for what it does not try again itself, else its own error.
 
-    It does so after errors of the server and lost connections, but not after denials and bodies that were cut.
+    It does so after errors of the server and lost connections, but not after denials and bodies that were cut. A bucket
+    that is not there is an error of ours.
     """
     try:
         return call()
@@ -97,6 +101,8 @@ def typed_delta(call: Callable[[], _T]) -> _T:
         said = str(error)
         if any(words in said for words in _DELTA_DENIED) and not any(code in said for code in _DENIED):
             raise DenialError("denied (HTTP 403). Check the credentials and the bucket's policy") from error
+        if f"<Code>{_NO_BUCKET}</Code>" in said:
+            raise _no_bucket(uri) from error
         if _DELTA_CUT in said:
             raise PassingError("a part of an answer arrived") from error
         raise

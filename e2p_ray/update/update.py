@@ -53,11 +53,14 @@ def update_id_of(source_id: str, table: PublishedTable | None, limits: Limits) -
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def make_update(job: UpdateJob, run: Run, limits: Limits, say: Callable[[str], None]) -> Update | None:
+def make_update(
+    job: UpdateJob, run: Run, limits: Limits, say: Callable[[str], None], before_writing: Callable[[], object]
+) -> Update | None:
     """Write the update at `run.plan_uri` and commit what it carries over, or return the finished one.
 
-    `run` has no shards yet. None when a table that we published needs no change. ConservationError when a request of
-    the plan would be neither written nor carried over nor deferred, or more than one of these.
+    `run` has no shards yet. None when a table that we published needs no change. `before_writing` raises where it is
+    known that the update could not be published. ConservationError when a request of the plan would be neither written
+    nor carried over nor deferred, or more than one of these.
     """
     if job.storage.exists(manifest_uri(run.plan_uri)):
         say(f"the update {run.plan_uri} is finished already")
@@ -66,6 +69,7 @@ def make_update(job: UpdateJob, run: Run, limits: Limits, say: Callable[[str], N
         changes, order = count(comparison, limits, say)
         if job.table is not None and job.table.shown and not (changes.num_changed or changes.num_removed):
             return None
+        before_writing()
         update = _write(comparison, run, limits, changes, order)
     say(
         f"{changes.num_to_write:,} requests need a new text, {changes.num_carried:,} rows are carried over, "

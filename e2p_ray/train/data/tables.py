@@ -18,6 +18,7 @@ from e2p_ray.errors import InputError
 from e2p_ray.plan.inputs import CONTENTS, USERS, Piece, Space, content_rows, pieces_of, user_rows
 from e2p_ray.schema import validate_schema
 from e2p_ray.storage import ObjectInfo, Storage, is_s3
+from e2p_ray.storage.utf8 import require_utf8
 
 SCHEMA_OF = {"users": "users", "contents": "contents", "targets": "targets", "validation": "targets"}
 _COLUMNS = {
@@ -99,6 +100,7 @@ def _read(storage: Storage, piece: Piece) -> tuple[pa.Table, int]:
     except (pa.ArrowException, OSError) as error:
         remedy = "Write the file again; it is damaged."
         raise InputError(f"cannot be read: {error}", uri=piece.info.uri, remedy=remedy) from error
+    require_utf8(table, piece.info.uri, first_row)
     return table, first_row
 
 
