@@ -18,7 +18,7 @@ from jobs import backfill, generate
 from jobs.cli import run_job
 from tests.s3 import S3Server
 from tests.small_job import fake_engine
-from tests.update_world import World, make_world
+from tests.update_world import World, make_world, serial_batch
 
 
 def other_projector(config: JobConfig, uri: str) -> ProjectorManifest:
@@ -29,11 +29,11 @@ def other_projector(config: JobConfig, uri: str) -> ProjectorManifest:
     return manifest
 
 
-def with_fake_engine(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """The jobs' own entry points, on real Ray, with the fake engine in the workers."""
+def with_fake_engine(monkeypatch: pytest.MonkeyPatch, batch: Any = run_batch, **options: Any) -> None:
+    """The jobs' own entry points with the fake engine in the workers, on real Ray unless `batch` is another."""
 
     def run(*arguments: Any, **named: Any) -> Any:
-        return run_batch(*arguments, **named | {"engine_factory": fake_engine} | options)
+        return batch(*arguments, **named | {"engine_factory": fake_engine} | options)
 
     monkeypatch.setattr(jobs.generate, "run_batch", run)
 
@@ -131,6 +131,33 @@ def test_without_a_new_projector_nothing_is_to_be_done(world: World) -> None:
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """Not run yet, and without Ray."""
     return make_world(tmp_path, monkeypatch)
+
+
+def test_options_of_generate_and_backfill_reach_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_fake_engine(monkeypatch, serial_batch)
+    world.write()
+    job_file = ["--config", str(world.folder / "job.yaml")]
+    assert run_job(generate.JOB, [*job_file, "--no-publish"]) == 0
+    assert not Path(world.config.output.table_uri, "_delta_log").exists()
+    assert run_job(generate.JOB, job_file) == 0
+    before = world.rows()
+    assert set(before) == set(world.wanted())
+    uri = f"{world.config.output.uri}/projector-2"
+    manifest = other_projector(world.config, uri)
+    limited = [*job_file, "--projector", f"{uri}/", "--max-requests", "4", "--priority", "rank"]
+    assert run_job(backfill.JOB, [*limited, "--no-publish"]) == 0
+    assert world.rows() == before
+    assert run_job(backfill.JOB, limited) == 0
+    after = world.rows()
+    written = {key for key, row in after.items() if row["projector_id"] == manifest.projector_id}
+    assert len(written) == 4
+    assert {key: row for key, row in after.items() if key not in written} == {
+        key: row for key, row in before.items() if key not in written
+    }
+    others = [world.candidates[key[:2]] for key in before if key not in written]
+    assert min(world.candidates[key[:2]] for key in written) >= max(others)
+    assert run_job(generate.JOB, [*job_file, "--full"]) == 0
+    assert {row["projector_id"] for row in world.rows().values()}.isdisjoint({manifest.projector_id})
 
 
 @pytest.mark.parametrize("uri", ["", " "])

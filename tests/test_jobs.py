@@ -18,7 +18,9 @@ from deltalake import DeltaTable
 from e2p_ray.batch import BatchProgress
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.manifest import read_manifest, resolve_base_model
+from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
 from e2p_ray.errors import E2PError, IncompleteRunError, PublishConflictError, StorageError
+from e2p_ray.plan import read_shard
 from e2p_ray.storage import Storage
 from jobs import (
     audit,
@@ -37,6 +39,7 @@ from jobs import (
 )
 from jobs.cli import Job, guarded, run_job
 from jobs.progress import ProgressLine, progress_text
+from jobs.steps import planned, set_up
 from jobs.tables import bytes_text, duration_text
 from tests.s3 import S3Server
 from tests.small_job import (
@@ -125,14 +128,44 @@ def test_the_whole_way_on_a_real_s3_server(
     assert secret.get_secret_value() not in again.to_json()
 
 
-def test_token_estimate_matches_what_the_engine_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, path = write_small_job(tmp_path)
+def test_token_estimate_matches_what_the_engine_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, path = write_small_job(tmp_path)
     assert run_job(plan.JOB, ["--config", str(path), "--rows-per-s", "36"]) == 0
     shown = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "10 s at 36.0 rows/s" in shown["estimated time"]
     assert "sampled groups" in shown["prompt tokens"]
     ratio = float(shown["sharing ratio"].split()[-1])
     assert 10 < ratio < 31  # 360 requests in 12 groups, each with a token of its own
+    monkeypatch.setattr(plan, "_SAMPLE_SHARDS", 20)  # all there are: nothing is left to be guessed
+    setup = set_up(config)
+    made = planned(config, setup)
+    layout = PromptLayout(
+        load_tokenizer(setup.base.path), "content_first", config.tasks, num_soft_tokens=1, max_positions=1 << 30
+    )
+    groups = [group for shard in made.shards for group in read_shard(setup.storage, made.uri, shard.shard_id)]
+    assert len(groups) == 12
+    sides = [(layout.segments(group.content, group.task), len(group.requests)) for group in groups]
+    num_left = sum(len(segments.left) for segments, _ in sides)
+    num_own = sum((1 + len(segments.right)) * number for segments, number in sides)
+    num_alone = sum(len(segments.left) * number for segments, number in sides) + num_own
+    found = plan.estimate_tokens(config, setup, made)
+    assert (found.num_shared, found.num_alone) == pytest.approx((num_left + num_own, num_alone), abs=1)
+    assert found.max_output == sum(180 * task.sampling.max_new_tokens for task in config.tasks.values())
+    soft_first = replace(setup, manifest=replace(setup.manifest, layout="soft_first", num_soft_tokens=2))
+    found = plan.estimate_tokens(config, soft_first, made)
+    assert (found.num_shared, found.num_alone) == pytest.approx((num_alone + 360, num_alone + 360), abs=1)
+
+
+def test_the_speed_that_is_expected_is_that_of_the_last_run_which_wrote_anything(tmp_path: Path) -> None:
+    config, _ = write_small_job(tmp_path)
+    setup = set_up(config)
+    assert plan.last_rows_per_s(config, setup) == (None, "")
+    for run_id, day, rows_per_s in (("a", 2, 9.0), ("b", 3, 5.0), ("c", 1, 7.0), ("d", 4, 0.0), ("e", 5, None)):
+        report = {"run_id": run_id, "finished_at": f"2026-11-0{day}T00:00:00+00:00", "rows_per_s": rows_per_s}
+        setup.storage.write_bytes(f"{config.output.uri}/runs/{run_id}/report.json", json.dumps(report).encode())
+    assert plan.last_rows_per_s(config, setup) == (5.0, "as run b")
 
 
 def test_gates_close_after_the_report_is_written(

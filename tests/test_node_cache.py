@@ -168,6 +168,11 @@ def test_a_cache_that_others_may_write_is_refused(model: Model, monkeypatch: pyt
         model.resolve()
 
 
+def test_nobody_else_may_look_into_a_cache_that_is_made(model: Model) -> None:
+    model.resolve(model.cache / "deep")
+    assert (model.cache / "deep").stat().st_mode & 0o777 == 0o700
+
+
 def test_a_full_disk_is_said_and_nothing_is_left_on_it(model: Model, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -100,6 +100,8 @@ def assert_as_reference(plan: Plan, world: World, storage: Storage = STORAGE) ->
     assert counts.num_pairs * len(TASKS) == len(planned) + len(dead)
     assert counts.num_requests == len(planned) == sum(shard.num_requests for shard in plan.shards)
     assert counts.num_contents == len({key[1] for key in planned})
+    whole = [row for row in world.candidates if row["user_id"] and row["content_id"]]
+    assert counts.num_users == len({row["user_id"] for row in whole} & {row["user_id"] for row in world.users})
     assert counts.dead_letters == {code: list(dead.values()).count(code) for code in set(dead.values())}
     reasons = [outcome[3] for _, outcome in rows if outcome[3]]
     assert counts.reasons == {reason: reasons.count(reason) for reason in set(reasons)}
@@ -461,6 +463,23 @@ def test_a_changed_input_file_is_another_plan(tmp_path: Path) -> None:
     assert plan_of(job(tmp_path / "in", tmp_path / "out")).uri != plan.uri
 
 
+def test_other_dead_letters_are_another_plan_though_no_shard_is_another(tmp_path: Path) -> None:
+    world = World([user("u1")], [content("c1")], [candidate("u1", "c1"), candidate("u2", "c1")])
+    plan = plan_world(world, tmp_path / "a")
+    for name, more in (("b", candidate("u3", "c1")), ("c", candidate("u1", "c2"))):
+        other = plan_world(replace(world, candidates=[*world.candidates[:1], more]), tmp_path / name)
+        assert (shard_ids(other) == shard_ids(plan), other.plan_id == plan.plan_id) == (True, False)
+    again = plan_world(world.shuffled(1), tmp_path / "d", num_files=2)
+    assert again.plan_id == plan.plan_id
+
+
+def test_ids_that_are_the_same_when_joined_are_other_shards(tmp_path: Path) -> None:
+    ids = (("a", "bc"), ("ab", "c"))
+    worlds = [World([*map(user, two)], [content("c1")], [candidate(one, "c1") for one in two]) for two in ids]
+    plans = [plan_world(world, tmp_path / str(number)) for number, world in enumerate(worlds)]
+    assert not set(shard_ids(plans[0])) & set(shard_ids(plans[1]))
+
+
 def test_a_small_plan_starts_no_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("Ray was started")
@@ -468,6 +487,8 @@ def test_a_small_plan_starts_no_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ray, "init", refuse)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     plan_world(messy_world(0, num_candidates=10_000), tmp_path)
+    with pytest.raises(AssertionError, match="Ray was started"):
+        plan_world(messy_world(0), tmp_path / "control", single_node_bytes=0)
 
 
 def test_shard_files_are_as_the_schema_says(tmp_path: Path) -> None:

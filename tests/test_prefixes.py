@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from e2p_ray.engine import prefixes
 from e2p_ray.engine.model import BaseModel
-from e2p_ray.engine.prefixes import PrefixStore
+from e2p_ray.engine.prefixes import MAX_PADDING, PrefixStore
 from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.engine.wave import Wave
 from e2p_ray.schema import Content
@@ -144,6 +145,59 @@ def test_stems_of_other_left_parts_count_once(base: BaseModel) -> None:
     assert store.num_bytes == before == real_bytes(store._kept.values())
     store.get([(*left[: LENGTH // 2], 7) for left in lefts], [LENGTH // 2] * 8)
     assert before < store.num_bytes == real_bytes(store._kept.values())
+
+
+def test_a_stem_whose_left_part_was_dropped_is_computed_again(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And as many that go on from one as there are, a few in a pass."""
+    monkeypatch.setattr(prefixes, "_MAX_CONTINUED", 3)
+    store = PrefixStore(base, 1 << 30)
+    (first, other), stem = lefts_of(2), LENGTH // 2
+    alike = [(*first[:stem], *(7, 8)[: at % 3], at) for at in range(8)]
+    expected = PrefixStore(base, 1 << 30).get(alike)
+
+    def num_computed(lefts: list[tuple[int, ...]]) -> int:
+        before = store.num_computed_tokens
+        for one, whole in zip(store.get(lefts, [stem] * len(lefts)), expected, strict=False):
+            assert one is not None
+            assert whole is not None
+            for mine, theirs in zip((*one.keys, *one.values), (*whole.keys, *whole.values), strict=True):
+                torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-4)
+        return store.num_computed_tokens - before
+
+    assert num_computed(alike) == sum(len(left) - stem for left in alike) + stem
+    assert num_computed(alike) == 0
+    store.trim(0)
+    assert num_computed(alike) == sum(len(left) - stem for left in alike) + stem
+    store.get([other], [stem])
+    assert not {first[:stem], other[:stem]} - store._with_stem.keys()
+    store.trim(0)
+    assert not store._with_stem
+    assert not store._stem_of
+
+
+def test_a_pass_of_prefills_is_bounded_in_tokens_and_padding_and_otherwise_full() -> None:
+    lengths = sorted(np.random.default_rng(1).integers(1, 120, 300).tolist())
+    batches = list(prefixes._batches([(0,) * length for length in lengths], 100))
+    assert [len(left) for batch in batches for left in batch] == lengths
+
+    def fits(batch: list[tuple[int, ...]]) -> bool:
+        """All are as long as the longest there."""
+        return len(batch) * len(batch[-1]) <= 100 and len(batch[-1]) <= MAX_PADDING * len(batch[0])
+
+    assert all(fits(batch) or len(batch) == 1 for batch in batches)
+    assert not any(fits([*one, other[0]]) for one, other in itertools.pairwise(batches))
+    assert {len(batch[0]) > 100 for batch in batches} == {True, False}
+
+
+def test_what_is_about_to_be_used_is_not_what_is_dropped_for_it(base: BaseModel) -> None:
+    store = PrefixStore(base, 1 << 30)
+    lefts = lefts_of(4)
+    for left in lefts:
+        store.get([left])
+    assert store.use(lefts[0]) is not None
+    assert store.use((1, 2, 3)) is None
+    store.trim(store.num_bytes // 2)
+    assert store._kept.keys() == {lefts[0], lefts[3]}
 
 
 def test_a_wave_and_the_store_keep_within_the_engine_s_bytes(monkeypatch: pytest.MonkeyPatch) -> None:

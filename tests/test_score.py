@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -186,6 +186,49 @@ def test_what_cannot_be_scored_says_so_and_the_others_go_on() -> None:
     del texts[second]
     with pytest.raises(KeyError):
         scores(engine, groups, texts)
+
+
+def test_no_pass_has_more_rows_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many contents with few rows, and one with many; with soft tokens and without."""
+    sizes, plain = list[int](), Batch.of
+
+    def watched(lessons: Sequence[Lesson], *rest: Any) -> Batch:
+        sizes.append(sum(len(lesson.rows) for lesson in lessons))
+        return plain(lessons, *rest)
+
+    monkeypatch.setattr(Batch, "of", watched)
+    contents = tiny_models.contents(9)
+    groups = [tiny_models.group(one, range(3), without=[1]) for one in contents[:8]]
+    groups.append(tiny_models.group(contents[8], range(23), without=range(1, 23, 2)))
+    texts = {request.key: " text" for group in groups for request in group.requests}
+    for max_rows in (5, 64):
+        sizes.clear()
+        scores(tiny_models.engine_of(LLAMA, max_rows=max_rows), groups, texts)
+        assert sum(sizes) == 8 * 3 + 23
+        assert max(sizes) <= max_rows
+    assert len(sizes) == 2, "the control: as many as it may"
+
+
+def test_a_text_may_fill_the_window_to_its_last_token() -> None:
+    engine, (group, *_) = tiny_models.engine_of(LLAMA), cases()[0]
+    room = LLAMA.max_position_embeddings - engine.layout.segments(group.content, group.task).num_tokens - 2
+    fitting, too_long = (
+        scores(engine, [group], {r.key: "x" * size for r in group.requests}) for size in (room, room + 1)
+    )
+    assert {score.error_code for score in fitting.values()} == {None}
+    assert {score.num_tokens for score in fitting.values()} == {room + 1}
+    assert {(score.error_code, score.num_tokens) for score in too_long.values()} == {(ErrorCode.PROMPT_TOO_LONG, 0)}
+
+
+def test_without_an_end_token_nothing_is_certain(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, texts = cases()
+    engine = tiny_models.engine_of(LLAMA)
+    monkeypatch.setattr(engine._scorer, "_end", [])
+    found = scores(engine, groups, texts)
+    assert {(found[key].logprob == 0, found[key].num_tokens) for key, text in texts.items() if not text} == {(True, 0)}
+    assert all(found[key].num_tokens == len(text.encode()) for key, text in texts.items())
+    assert all(found[key].logprob < 0 for key, text in texts.items() if text)
+    assert {score.error_code for score in found.values()} == {None}
 
 
 def test_the_fake_engine_keeps_the_contract() -> None:

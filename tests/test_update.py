@@ -9,16 +9,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from deltalake import write_deltalake
 
+import e2p_ray.plan.shards
 import e2p_ray.update.update
-from e2p_ray.commit import PublishedVersion, load_run, publish, read_published
+import jobs.generate
+from e2p_ray.commit import PublishedTable, PublishedVersion, load_run, publish, read_published
+from e2p_ray.commit.spool import HashSpool, hash_rows
 from e2p_ray.config import JobConfig
 from e2p_ray.downstream.report import Report
 from e2p_ray.errors import (
@@ -30,15 +35,28 @@ from e2p_ray.errors import (
     PublishConflictError,
 )
 from e2p_ray.plan import read_shard
-from e2p_ray.schema import ErrorCode
+from e2p_ray.schema import ErrorCode, Group
 from e2p_ray.storage import Storage, parquet_bytes
-from e2p_ray.update import Limits, Priority
+from e2p_ray.update import Changes, Limits, Priority, UpdateJob, update_id_of
+from e2p_ray.update.survey import _order
 from e2p_ray.update.write import ShardWriter, write_carried
 from jobs import plan as plan_job
 from jobs.cli import run_job
 from jobs.generate import dead_letters_left
 from jobs.steps import planned, set_up
-from tests.update_world import TASKS, Key, User, World, content, edit_at_random, make_world, vector, with_task
+from jobs.tables import duration_text
+from tests.update_world import (
+    TASKS,
+    Key,
+    User,
+    World,
+    content,
+    edit_at_random,
+    make_world,
+    serial_batch,
+    vector,
+    with_task,
+)
 
 
 def no_engine(config: JobConfig, storage: Storage) -> NoReturn:
@@ -245,6 +263,67 @@ def test_another_shard_size_carries_everything_else_over(world: World, requests_
     world.config = world.config.model_copy(update={"plan": plan})
     _change_vector(world)
     assert_exact(world, world.run)
+
+
+@pytest.mark.parametrize("max_texts", [4, 1000])
+def test_shards_of_an_update_are_as_full_as_their_bounds_let_them_be(
+    max_texts: int, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of requests, of a group's requests, of bytes of texts, and of requests that wait in memory to be a shard."""
+    held, add = list[int](), ShardWriter.add
+
+    def watched(self: ShardWriter, *arguments: Any) -> None:
+        add(self, *arguments)
+        held.append(sum(rows.height for rows in self._requests))
+
+    monkeypatch.setattr(ShardWriter, "add", watched)
+    plan = world.config.plan.model_copy(update={"requests_per_shard": 10, "max_group_requests": 3})
+    world.config = world.config.model_copy(update={"plan": plan})
+    max_bytes = max_texts * max(_text_bytes(text.title + text.body, 1) for text in world.contents.values())
+    monkeypatch.setattr(e2p_ray.plan.shards, "_MAX_TEXT_BYTES", max_bytes)
+    _projector(world)
+    run = load_run(world.storage, world.config.output.uri, world.run(publish_it=False).run_id)
+    shards = [read_shard(world.storage, run.plan_uri, one) for one in run.shard_ids if not one.startswith("carried")]
+    assert {tuple(r.key) for groups in shards for g in groups for r in g.requests} == set(world.wanted())
+    assert len(shards) > 5
+    assert max(held) <= 2 * 10
+    assert max(len(group.requests) for groups in shards for group in groups) == 3
+
+    def fits(groups: list[Group]) -> bool:
+        num_bytes = sum(_text_bytes(g.content.title + g.content.body, len(g.requests)) for g in groups)
+        return sum(len(group.requests) for group in groups) <= 10 and num_bytes <= max_bytes
+
+    assert all(map(fits, shards))
+    assert not any(fits([*one, other[0]]) for one, other in pairwise(shards))
+
+
+def _text_bytes(text: str, num_requests: int) -> int:
+    return num_requests * len(text.encode())
+
+
+def test_buckets_follow_the_larger_of_plan_and_table_but_are_no_finer_than_shards() -> None:
+    def num_buckets(requests_per_shard: int, bucket_rows: int, table: Any) -> int:
+        plan: Any = SimpleNamespace(counts=SimpleNamespace(num_requests=1000, num_pairs=500), tasks=("a", "b"))
+        settings: Any = None
+        job = UpdateJob(Storage(), plan, table, settings, "p", "b", "c", requests_per_shard, 9, bucket_rows)
+        return job.num_buckets()
+
+    table = SimpleNamespace(num_rows=4000)
+    assert [num_buckets(10, 100, one) for one in (None, table)] == [16, 64]
+    assert [num_buckets(100, 100, one) for one in (None, table)] == [16, 16], "a bucket of the plan is not cut"
+    assert num_buckets(1, 1, table) == 256, "each is an open file"
+
+
+def test_an_update_is_named_by_all_that_decides_what_it_writes() -> None:
+    table = PublishedTable("uri", "id", 3, (), 9, None)
+    tables = [None, table, replace(table, uri="other"), replace(table, table_id="other"), replace(table, version=4)]
+    limits = [
+        Limits(), Limits(max_requests=1), Limits(max_requests=2), Limits(max_seconds=1.0), Limits(1, 1.0),
+        *(Limits(1, priority=Priority(*column)) for column in (("a", True), ("a", False), ("b", True))),
+    ]  # fmt: skip
+    names = [update_id_of(source, one, limit) for source in ("s", "t") for one in tables for limit in limits]
+    assert len(set(names)) == len(names) == 2 * 5 * 8
+    assert update_id_of("s", table, Limits(max_seconds=1.0)) == update_id_of("s", table, Limits(max_seconds=2.0))
 
 
 def test_a_report_is_read_back_as_it_was(world: World) -> None:
@@ -611,6 +690,16 @@ def test_a_row_that_somebody_wrote_twice_is_written_anew(world: World) -> None:
     assert {key for key, found in world.rows().items() if found["run_id"] == report.run_id} == {first}
 
 
+def test_rows_that_somebody_else_wrote_are_carried_over_into_a_version_of_ours(world: World) -> None:
+    before = world.rows()
+    write_deltalake(world.table(), world.table().to_pyarrow_table(), mode="overwrite")
+    report = world.run(engine=no_engine)
+    assert (report.num_carried, report.causes) == (len(before), {})
+    assert world.rows() == before
+    assert world.table().version() == 2
+    assert_nothing_to_do(world)
+
+
 def test_control_a_row_with_a_flipped_fingerprint_is_written_anew(world: World) -> None:
     path = world.table().file_uris()[1]
     rows = world.storage.read_table(path)
@@ -653,6 +742,22 @@ def test_control_a_lost_request_stops_the_update(world: World, monkeypatch: pyte
         world.run()
     monkeypatch.setattr(ShardWriter, "add", add)
     assert_exact(world, world.run)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"), [("abc", "ab"), ("abc", "abcd"), ("abc", "abcc"), ("abc", ""), ("aabc", "abc"), ("", "a")]
+)
+def test_control_each_planned_key_once_and_no_other(wanted: str, found: str) -> None:
+    run: Any = SimpleNamespace(plan_uri="updates/1")
+    with HashSpool() as planned_keys, HashSpool() as results:
+        for spool, keys in ((planned_keys, wanted), (results, found)):
+            spool.add(hash_rows(pa.array(list(keys), pa.string())))
+        with pytest.raises(ConservationError, match=r"updates/1: 1 key|updates/1: 3 key"):
+            e2p_ray.update.update._require_same(planned_keys, results, run)
+    with HashSpool() as planned_keys, HashSpool() as results:
+        for spool, keys in ((planned_keys, "abc"), (results, "cab")):
+            spool.add(hash_rows(pa.array(list(keys), pa.string())))
+        e2p_ray.update.update._require_same(planned_keys, results, run)
 
 
 # -- limits
@@ -699,6 +804,83 @@ def test_the_most_important_come_first(world: World, priority: str, sign: int) -
     scores = [[sign * world.candidates[key[:2]] for key in keys] for keys in written]
     assert all(min(earlier) >= max(later) for earlier, later in pairwise(scores))
     assert sum(map(len, written)) == len(changed)
+
+
+def test_the_order_under_a_limit() -> None:
+    """Those that failed last, then by priority, then those without a text first, then as they lie."""
+    in_order = [
+        (-2.0, False, 0), (0.0, True, 0), (0.0, True, 0), (0.0, False, 0), (1.0, True, 0), (np.inf, True, 0),
+        (-9.0, True, 1), (-9.0, False, 1), (-10.0, True, 2),
+    ]  # fmt: skip
+    lie = [8, 3, 5, 1, 0, 7, 2, 4, 6]  # of two alike the first lies first
+    columns = {"priority": pl.Float64, "is_new": pl.Boolean, "standing": pl.Int8}
+    ranks = pl.DataFrame([in_order[at] for at in lie], schema=columns, orient="row")
+
+    def tiers(limits: Limits, requests_per_shard: int = 100) -> list[int]:
+        """Of the rows in their right order."""
+        found = _order(ranks, limits, requests_per_shard)
+        assert found.tiers is not None
+        assert max(found.tiers) < found.num_tiers
+        by_place = dict(zip(lie, found.tiers.tolist(), strict=True))
+        return [by_place[at] for at in range(len(lie))]
+
+    for number in range(1, 10):
+        assert tiers(Limits(max_requests=number)) == [0] * number + [-1] * (9 - number)
+    by_score = Priority("score", True)
+    assert tiers(Limits(max_seconds=1.0, priority=by_score), 3) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert tiers(Limits(6, 1.0, by_score), 3) == [0, 0, 0, 1, 1, 1, -1, -1, -1]
+    assert tiers(Limits(max_seconds=1.0, priority=by_score), 1) == [0, 0, 1, 2, 3, 4, 5, 6, 7], "eight at most"
+    assert tiers(Limits(max_seconds=1.0)) == [1, 0, 0, 1, 0, 0, 2, 2, 2]
+    assert Changes({"new_user": 9}, num_deferred=2, num_settled=3).num_to_write == 4
+
+
+def test_of_repeated_candidates_the_best_counts_and_one_without_a_value_comes_last(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best, unscored = ("user-003", "content-03"), {("user-003", "content-04"): None, ("user-004", "content-05"): np.nan}
+    world.candidates = dict.fromkeys(world.candidates, -3.0)
+    plain = world.write
+
+    def write() -> None:
+        plain()
+        uri = world.config.inputs.candidates_uri
+        rows = [row | {"score": unscored.get((row["user_id"], row["content_id"]), row["score"])}
+                for row in world.storage.read_table(uri).to_pylist()]  # fmt: skip
+        again = [row | {"score": score} for row in rows for score in (-1.0, -4.0)
+                 if (row["user_id"], row["content_id"]) == best]  # fmt: skip
+        schema = world.storage.read_table(uri).schema
+        world.storage.write_table(uri, pa.Table.from_pylist([*again[:1], *rows, *again[1:]], schema))
+
+    monkeypatch.setattr(world, "write", write)
+    _projector(world)
+    changed = world.changed()
+    limits = [Limits(max_requests=most, priority=Priority.parse("score")) for most in (2, len(changed) - 6)]
+    written = list[set[Key]]()
+    for limit in limits:
+        report = world.run(limit)
+        written.append({key for key, row in world.rows().items() if row["run_id"] == report.run_id})
+    assert written[0] == {(*best, task) for task in TASKS}
+    assert written[1] == {key for key in changed if key[:2] not in {best, *unscored}}
+
+
+def test_rows_that_stay_may_be_several_shards_of_one_bucket(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("e2p_ray.update.write._CARRIED_ROWS", 5)
+    world.contents["content-20"] = content(20)
+    world.candidates |= {(user, "content-20"): 1.0 for user in world.users}
+    _projector(world)
+    changed, num_new = world.changed(), 2 * len(world.users)
+    report = world.run(Limits(max_requests=10))
+    assert (report.num_carried, report.num_deferred) == (0, len(changed) - 10)
+    assert report.run_dead_letters == {ErrorCode.DEFERRED: num_new - 10}
+    rows = world.rows()
+    assert rows.keys() >= world.shown.keys()
+    written = {key: row for key, row in rows.items() if row["run_id"] == report.run_id}
+    numbers = [one.rpartition("-")[2] for one in _shards(world, report.run_id) if one.startswith("carried")]
+    assert max(numbers) > "001", "a bucket of more than two"
+    report = world.run()
+    assert (report.num_carried, report.num_rows_generated) == (10, len(changed) - 10)
+    assert {key: row for key, row in world.rows().items() if row["run_id"] != report.run_id} == written
+    assert_nothing_to_do(world)
 
 
 def test_a_deferred_request_keeps_its_old_row_or_is_a_dead_letter(world: World) -> None:
@@ -957,6 +1139,7 @@ def test_jobs_plan_says_beforehand_what_changes(world: World, capsys: pytest.Cap
         f"write: {cause}": number for cause, number in causes.items()
     }
     assert (shown["carry over"], shown["remove"]) == (str(carried), str(removed))
+    assert f"estimated time {duration_text(causes.total())} at 1.0 rows/s" in shown, "of what is written, not of all"
     assert world.table().version() == 0
     for nonsense in ("0", "-5", "nan", "inf"):
         assert run_job(plan_job.JOB, ["--config", str(path), "--rows-per-s", nonsense]) == 2
@@ -1022,6 +1205,24 @@ def test_what_the_gate_allows_is_what_the_gate_compares(world: World) -> None:
             most = max(n for n in range(num_requests + 1) if n / max(1, num_requests) <= hundredths / 100)
             assert dead_letters_left(world.config, replace(made, counts=counts)) == most
     assert int(0.29 * 100) == 28, "the control: a product that is rounded down"
+
+
+def test_only_a_full_run_is_stopped_by_the_dead_letters_that_the_gate_leaves(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update's share counts the rows that it carries over, too."""
+    found = list[int | None]()
+
+    def batch(*arguments: Any, **named: Any) -> Any:
+        found.append(named["max_dead_letters"])
+        return serial_batch(*arguments, **named)
+
+    monkeypatch.setattr(jobs.generate, "run_batch", batch)
+    _with_ghosts(world, 3, 0.25)
+    _change_vector(world)
+    world.run(publish_it=False)
+    world.run(full=True)
+    assert found == [None, (len(world.wanted()) + 6) // 4 - 6]
 
 
 # -- in a larger world

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from e2p_ray.engine import decode, waves
@@ -149,6 +150,29 @@ class TestTurns:
         turns.end(one)
         turns.turn(0, 10)
         assert turns.current is other
+
+    def test_more_waves_may_begin_later_and_those_that_run_go_on(self) -> None:
+        turns = Waves(1)
+        turns.current = one = self.wave(9)
+        turns.grow(1)
+        turns.turn(9, 10)
+        assert turns.current is one
+        for _ in range(2):
+            turns.grow(2)
+        assert turns.share(9, 10) == 9
+        turns.turn(9, 10)
+        assert turns.current is None
+        turns.current = other = self.wave(9)
+        turns.grow(1)
+        for expected in (one, other, one):
+            turns.turn(0, 10)
+            assert turns.current is expected
+        assert list(turns) == [one, other]
+
+    def test_only_a_gpu_with_rows_for_two_has_two(self) -> None:
+        devices = [torch.device(name) for name in ("cpu", "cuda")]
+        assert [[waves.num_waves(one, size) for size in (5, 6)] for one in devices] == [[1, 1], [1, 2]]
+        assert [waves.looks_later(one) for one in devices] == [False, True]
 
     def test_no_share_is_more_than_a_wave_may_have(self) -> None:
         assert Waves(2).share(100, 10) == 10
