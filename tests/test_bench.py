@@ -19,6 +19,7 @@ from torch import Tensor
 
 import tests.bench
 from e2p_ray.engine import decode as decoder
+from e2p_ray.engine import teaching
 from e2p_ray.engine.drafts import Drafts, RowDraft, Told
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.greedy import GreedyHead, Likeliest
@@ -171,7 +172,7 @@ def test_train_compares_losses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_train_refuses_other_losses_and_losses_that_no_user_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain_losses, plain_projector = train.row_losses, train.projector_of
+    plain_losses, plain_projector = teaching.row_losses, train.projector_of
 
     def measured() -> list[dict[str, Any]]:
         return train.measure(train.Case(4, 24, 2), num_repeats=1, plain_rows=4)
