@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -98,17 +100,29 @@ def write_job(
     }
 
 
-def run_job(folder: Path, values: Mapping[str, Any], num_actors: int) -> tuple[float, dict[str, Any]]:
-    """Seconds of one `jobs.generate` into a new place, and its report."""
+@dataclass(frozen=True)
+class JobTimes:
+    """What one `jobs.generate` into a new place took, as a process: in all, until its first shard, after its last."""
+
+    seconds: float
+    start_s: float
+    end_s: float
+    report: dict[str, Any]
+
+
+def run_job(folder: Path, values: Mapping[str, Any], num_actors: int) -> JobTimes:
+    """The start is an actor's cold start, and what the job does before: Python, Ray, the plan."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
         path = Path(output) / "job.yaml"
         workers = {"min_size": num_actors, "max_size": num_actors}
         path.write_text(yaml.safe_dump({**values, "output": {"uri": output}, "workers": workers}), "utf-8")
-        start = time.perf_counter()
+        start = time.time()
         subprocess.run([sys.executable, "-m", "jobs.generate", "--config", str(path)], check=True, capture_output=True)
-        seconds = time.perf_counter() - start
-        (report,) = Path(output).glob("runs/*/report.json")
-        return seconds, json.loads(report.read_text("utf-8"))
+        end = time.time()
+        (found,) = Path(output).glob("runs/*/report.json")
+        report = json.loads(found.read_text("utf-8"))
+        first, last = (datetime.fromisoformat(report[name]).timestamp() for name in ("started_at", "finished_at"))
+        return JobTimes(end - start, first - start, end - last, report)
 
 
 def run_engine(values: Mapping[str, Any], plan_uri: str) -> float:
@@ -155,6 +169,18 @@ def run_vllm_job(folder: Path, values: Mapping[str, Any], python: str, mode: str
         return time.perf_counter() - start
 
 
+def _of_jobs(times: Sequence[JobTimes], num_rows: int) -> dict[str, float]:
+    """Medians of what the job's own processes say; nothing of other systems."""
+    if not times:
+        return {}
+    return {
+        "generating_rows_per_s": statistics.median(each.report["rows_per_s"] for each in times),
+        "start_s": statistics.median(each.start_s for each in times),
+        "end_s": statistics.median(each.end_s for each in times),
+        "accepted_share": statistics.median(each.report["statuses"].get("ok", 0) / num_rows for each in times),
+    }
+
+
 def write_plan(folder: Path, values: Mapping[str, Any]) -> str:
     """The plan that all systems work on."""
     path = folder / "plan.yaml"
@@ -184,12 +210,12 @@ def main() -> None:
         folder = Path(place)
         values = write_job(folder, case, options.shard, random_model(llama_30m(LIVELY)), random_projector(512))
         plan_uri = write_plan(folder, values)
-        reports: dict[str, dict[str, Any]] = {}
+        jobs: dict[str, list[JobTimes]] = {"job, one actor": [], "job, two actors": []}
         num_rows = case.num_contents * case.num_users
 
         def job(name: str, num_actors: int) -> float:
-            seconds, reports[name] = run_job(folder, values, num_actors)
-            return num_rows / seconds
+            jobs[name].append(run_job(folder, values, num_actors))
+            return num_rows / jobs[name][-1].seconds
 
         def vllm_job(num_actors: int) -> float:
             return num_rows / run_vllm_job(folder, values, options.vllm_python, options.vllm_mode, num_actors)
@@ -211,8 +237,7 @@ def main() -> None:
             "system": name,
             "rows_per_s": rate,
             "ratio": rate / rates["engine alone"],
-            "generating_rows_per_s": reports[name]["rows_per_s"] if name in reports else None,
-            "accepted_share": reports[name]["statuses"].get("ok", 0) / num_rows if name in reports else None,
+            **_of_jobs(jobs.get(name, []), num_rows),
         }
         for name, rate in rates.items()
     ]
