@@ -157,7 +157,7 @@ def test_options_of_generate_and_backfill_reach_the_run(world: World, monkeypatc
     others = [world.candidates[key[:2]] for key in before if key not in written]
     assert min(world.candidates[key[:2]] for key in written) >= max(others)
     assert run_job(generate.JOB, [*job_file, "--full"]) == 0
-    assert {row["projector_id"] for row in world.rows().values()}.isdisjoint({manifest.projector_id})
+    assert len({row["run_id"] for row in world.rows().values()}) == 1
 
 
 @pytest.mark.parametrize("uri", ["", " "])
