@@ -421,6 +421,18 @@ def test_ids_that_are_no_text_are_refused(tmp_path: Path) -> None:
         read_user_ids(Storage(), str(file))
 
 
+@pytest.mark.parametrize("kind", [pa.float64(), pa.binary(), pa.list_(pa.int64())])
+def test_ids_of_a_type_that_no_table_has_are_refused(kind: pa.DataType, tmp_path: Path) -> None:
+    file, ids = tmp_path / "users.parquet", pa.array([4, 7])
+    whole = {pa.float64(): ids.cast(pa.float64()), pa.binary(): ids.cast(pa.string()).cast(pa.binary())}
+    pq.write_table(pa.table({"user_id": whole.get(kind, pa.array([[4], [7]]))}), file)
+    with pytest.raises(InputError, match=f"{file}, column 'user_id': is (double|binary|list.*), not string"):
+        read_user_ids(Storage(), str(file))
+    for plain in (ids, ids.cast(pa.string()).dictionary_encode()):  # control
+        pq.write_table(pa.table({"user_id": plain}), file)
+        assert read_user_ids(Storage(), str(file)).ids == {"4", "7"}
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     world = make_world(tmp_path, monkeypatch)
     world.run()

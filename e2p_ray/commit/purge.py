@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePosixPath
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from e2p_ray.commit.failures import is_failure
@@ -32,7 +33,7 @@ from e2p_ray.commit.users_in import Rewritten, Users
 from e2p_ray.errors import InputError, StorageError
 from e2p_ray.storage import ObjectInfo, Storage
 from e2p_ray.storage.local import is_unfinished
-from e2p_ray.storage.utf8 import require_utf8
+from e2p_ray.storage.utf8 import is_text, require_utf8
 
 VISIBLE, OTHER_FILES, LOG = "visible table", "older versions and runs", "table log"
 _PLACES = {"plans": "plans", "updates": "updates", "runs": "reports and markers", "audit": "audit log"}
@@ -83,6 +84,10 @@ def read_user_ids(storage: Storage, uri: str) -> Users:
     if data[:4] == b"PAR1":
         table = storage.read_table(uri, ["user_id"])
         require_utf8(table, uri)
+        kind = table.schema.field("user_id").type
+        if not (is_text(kind) or pa.types.is_integer(kind)):  # 12.0, say, is no id of any table
+            remedy = "Write the ids as strings, as they are in your tables."
+            raise InputError(f"is {kind}, not string", uri=uri, column="user_id", remedy=remedy)
         ids = table["user_id"].drop_null().cast("string").to_pylist()
     else:
         try:
