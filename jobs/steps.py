@@ -13,7 +13,7 @@ from e2p_ray.engine.manifest import BaseModelFolder, ProjectorManifest, load_man
 from e2p_ray.fingerprint import TextSettings, text_settings
 from e2p_ray.plan import Plan, make_plan
 from e2p_ray.storage import Storage
-from e2p_ray.update import Limits, UpdateJob, update_id_of
+from e2p_ray.update import Limits, UpdateJob, priorities_digest, update_id_of
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def full_run(config: JobConfig, setup: Setup, plan: Plan, *, again: PublishedTab
 def update_run(config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None, limits: Limits) -> Run:
     """The run of an update, still without shards."""
     source_id = source_id_of(config, setup, plan)
-    update_id = update_id_of(source_id, table, limits)
+    found = priorities_digest(setup.storage, config.inputs.candidates_uri, limits.priority) if limits.priority else ""
+    update_id = update_id_of(source_id, table, limits, found)
     run_id = run_id_of(update_id, config.text_hash(), setup.manifest.projector_id, setup.base.base_model_id)
     uri = f"{config.output.uri}/updates/{update_id}"
     return _run(config, setup, run_id, source_id, uri, plan.embedding_space, (), table)

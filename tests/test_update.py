@@ -37,7 +37,7 @@ from e2p_ray.errors import (
 from e2p_ray.plan import read_shard
 from e2p_ray.schema import ErrorCode, Group
 from e2p_ray.storage import Storage, parquet_bytes
-from e2p_ray.update import Changes, Limits, Priority, UpdateJob, update_id_of
+from e2p_ray.update import Changes, Limits, Priority, UpdateJob, priorities_digest, update_id_of
 from e2p_ray.update.survey import _order
 from e2p_ray.update.write import ShardWriter, write_carried
 from jobs import plan as plan_job
@@ -324,6 +324,7 @@ def test_an_update_is_named_by_all_that_decides_what_it_writes() -> None:
     names = [update_id_of(source, one, limit) for source in ("s", "t") for one in tables for limit in limits]
     assert len(set(names)) == len(names) == 2 * 5 * 8
     assert update_id_of("s", table, Limits(max_seconds=1.0)) == update_id_of("s", table, Limits(max_seconds=2.0))
+    assert update_id_of("s", table, limits[-1], "other scores") not in names
 
 
 def test_a_report_is_read_back_as_it_was(world: World) -> None:
@@ -504,6 +505,56 @@ def test_killed_while_the_update_is_written(world: World, num_carried: int, monk
         world.run()
     monkeypatch.setattr(e2p_ray.update.update, "write_carried", write_carried)
     assert_exact(world, world.run)
+
+
+def _worst_come_first_now(world: World) -> None:
+    world.candidates = {pair: -score for pair, score in world.candidates.items()}
+
+
+def _die(*_: Any) -> list[str]:
+    raise _KilledError
+
+
+@pytest.mark.parametrize("killed", ["while it is written", "before it is published"])
+def test_other_scores_after_a_limited_run_was_killed(
+    world: World, killed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan holds no scores: they alone decide which requests are carried over, and which are written."""
+    _projector(world)
+    limits = Limits(max_requests=9, priority=Priority.parse("score"))
+    if killed == "before it is published":
+        world.run(limits, publish_it=False)
+    else:
+        wrote = iter([write_carried, write_carried, write_carried])
+        monkeypatch.setattr(e2p_ray.update.update, "write_carried", lambda *given: next(wrote, _die)(*given))
+        with pytest.raises(_KilledError):
+            world.run(limits)
+        monkeypatch.setattr(e2p_ray.update.update, "write_carried", write_carried)
+    _worst_come_first_now(world)
+    best = sorted((world.candidates[key[:2]] for key in world.changed()), reverse=True)[:9]
+    report = world.run(limits)
+    written = [key for key, row in world.rows().items() if row["run_id"] == report.run_id]
+    assert sorted((world.candidates[key[:2]] for key in written), reverse=True) == best
+
+
+def test_the_digest_of_priorities_tells_who_comes_when_and_no_more(tmp_path: Path) -> None:
+    rows = [("a", "x", 0.5), ("a", "y", 0.25), ("b", "x", None), ("ab", "x", float("nan"))]
+    folders = iter(range(99))
+
+    def digest(*files: list[tuple[str, str, float | None]], column: str = "score", **others: Any) -> str:
+        folder = tmp_path / str(next(folders))
+        for number, part in enumerate(files):
+            columns = dict(zip(("user_id", "content_id", column), map(list, zip(*part, strict=True)), strict=True))
+            Storage().write_table(f"{folder}/{number}.parquet", pa.table(columns | others))
+        return priorities_digest(Storage(), str(folder), Priority.parse(column))
+
+    first = digest(rows)
+    swapped = [("a", "x", 0.25), ("a", "y", 0.5), *rows[2:]]
+    moved = [("a", "x", 0.5), ("a", "y", 0.25), ("b", "x", None), ("a", "bx", None)]
+    assert first == digest(rows[::-1]) == digest(rows[2:], rows[:2]) == digest([*rows[:3], ("ab", "x", None)])
+    assert first == digest(rows, source=["of", "no", "account", "here"])
+    found = [first, digest(rows[:3]), digest(swapped), digest(moved), digest([*rows[:3], ("ab", "x", 0.0)])]
+    assert len({*found, digest(rows, column="rank")}) == len(found) + 1, "each is another"
 
 
 def test_full_writes_everything_anew_and_resumes(world: World) -> None:

@@ -3,6 +3,7 @@
 from e2p_ray.update.compare import Cause, UpdateJob
 from e2p_ray.update.defer import defer_shards
 from e2p_ray.update.limits import Limits, Priority
+from e2p_ray.update.priorities import priorities_digest
 from e2p_ray.update.survey import Changes, survey
 from e2p_ray.update.update import Update, make_update, update_id_of
 
@@ -15,6 +16,7 @@ __all__ = [
     "UpdateJob",
     "defer_shards",
     "make_update",
+    "priorities_digest",
     "survey",
     "update_id_of",
 ]

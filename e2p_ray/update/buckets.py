@@ -12,15 +12,13 @@ import pyarrow as pa
 
 from e2p_ray.commit import PublishedTable
 from e2p_ray.commit.spool import HashSpool, hash_rows
-from e2p_ray.errors import IncompatibleError, InputError
+from e2p_ray.errors import IncompatibleError
 from e2p_ray.plan.inputs import stable_hash
 from e2p_ray.plan.pairs import bucket_of
 from e2p_ray.schema import GENERATIONS
 from e2p_ray.storage import Storage
-from e2p_ray.update.limits import Priority
 
 _BATCH_ROWS = 1 << 16
-PRIORITIES = pa.schema([("user_id", pa.string()), ("content_id", pa.string()), ("priority", pa.float64())])
 
 
 class BucketSpool:
@@ -89,29 +87,3 @@ def spool_published(storage: Storage, table: PublishedTable, spool: BucketSpool,
                 users.add(hash_rows(rows["user_id"]))
                 spool.add(rows)
     spool.close()
-
-
-def spool_priorities(storage: Storage, candidates_uri: str, priority: Priority, spool: BucketSpool) -> None:
-    """The priority of every candidate, the lower the earlier; none where the column is null or NaN."""
-    for info in storage.parquet_files(candidates_uri):
-        with storage.open_parquet(info) as file:
-            _check_column(file.schema_arrow, priority.column, info.uri)
-            columns = list(dict.fromkeys(["user_id", "content_id", priority.column]))
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
-                frame = pl.DataFrame(pl.from_arrow(batch)).select(
-                    pl.col("user_id", "content_id").cast(pl.String).fill_null(""),
-                    priority=pl.col(priority.column).cast(pl.Float64).fill_nan(None)
-                    * (-1 if priority.descending else 1),
-                )
-                spool.add(frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(PRIORITIES))
-    spool.close()
-
-
-def _check_column(schema: pa.Schema, column: str, uri: str) -> None:
-    kinds = pa.types
-    if column not in schema.names:
-        remedy = f"--priority takes a column of the candidates table; it has {schema.names}."
-        raise InputError("no such column", uri=uri, column=column, remedy=remedy)
-    kind = schema.field(column).type
-    if not (kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_decimal(kind) or kinds.is_boolean(kind)):
-        raise InputError(f"expected a number, found {kind}", uri=uri, column=column, remedy="Give a numeric column.")

@@ -21,10 +21,11 @@ from e2p_ray.plan.pairs import bucket_of, num_buckets
 from e2p_ray.plan.plan import plan_buckets
 from e2p_ray.schema import GENERATIONS, Arm, RequestKey
 from e2p_ray.storage import Storage
-from e2p_ray.update.buckets import PRIORITIES, BucketSpool, spool_priorities, spool_published
+from e2p_ray.update.buckets import BucketSpool, spool_published
 from e2p_ray.update.failed import FAILED, LETTER, spool_failed, with_letters
 from e2p_ray.update.limits import Limits
 from e2p_ray.update.planned import CONTENTS, REQUESTS, PlannedRows, SettingsOf, read_planned_rows
+from e2p_ray.update.priorities import PRIORITIES, read_priorities
 
 _KEY = list(RequestKey._fields)
 _BUCKET_ROWS = 1 << 16  # aimed at; a bucket is in memory with its user embeddings
@@ -99,7 +100,9 @@ class Comparison:
             if job.table is not None:
                 spool_published(job.storage, job.table, self._published, self.users)
             if priority is not None and self._priorities is not None:
-                spool_priorities(job.storage, job.candidates_uri, priority, self._priorities)
+                for frame in read_priorities(job.storage, job.candidates_uri, priority):
+                    self._priorities.add(frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(PRIORITIES))
+                self._priorities.close()
             if job.table is not None and run is not None and self._failed is not None:
                 spool_failed(job.storage, job.table, run, self._failed)
             self._stack = stack.pop_all()

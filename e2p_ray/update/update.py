@@ -40,15 +40,18 @@ class Update:
         return (*(shard.shard_id for shard in self.plan.shards), *self.carried_ids)
 
 
-def update_id_of(source_id: str, table: PublishedTable | None, limits: Limits) -> str:
-    """The id of the update of these, 16 hex digits. How many seconds a run may take is no part of it."""
+def update_id_of(source_id: str, table: PublishedTable | None, limits: Limits, priorities: str = "") -> str:
+    """The id of the update of these, 16 hex digits. How many seconds a run may take is no part of it.
+
+    `priorities` is the digest of what `limits.priority` reads: a plan, and so its id, knows nothing of it.
+    """
     parts = [
         _FORMAT,
         source_id,
         [table.uri, table.table_id, table.version] if table else None,
         limits.max_requests,
         limits.max_seconds is not None,
-        [limits.priority.column, limits.priority.descending] if limits.priority else None,
+        [limits.priority.column, limits.priority.descending, priorities] if limits.priority else None,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
