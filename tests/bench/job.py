@@ -165,8 +165,11 @@ def run_vllm_job(folder: Path, values: Mapping[str, Any], python: str, mode: str
         }
         start = time.perf_counter()
         command = [python, str(Path(__file__).with_name("job_vllm.py")), json.dumps(options)]
-        subprocess.run(command, check=True, capture_output=True, cwd=folder)
-        return time.perf_counter() - start
+        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder)
+        seconds_s = time.perf_counter() - start
+        if done.returncode:
+            sys.exit(f"the job with vLLM failed:\n{done.stderr[-4000:]}")
+        return seconds_s
 
 
 def _of_jobs(times: Sequence[JobTimes], num_rows: int) -> dict[str, float]:
