@@ -104,14 +104,19 @@ def test_the_pool_grows_to_its_largest_size(tmp_path: Path, tries: Path) -> None
     assert len({marker["stats"]["worker"] for marker in read_markers(job.storage, job.run)}) == 2
 
 
+def test_shards_are_read_ahead_where_no_idle_worker_misses_them() -> None:
+    many = 2 * pool.LEAST_SHARDS_TO_READ_AHEAD
+    assert [pool.reads_ahead(*given) for given in ((2, 1), (many, 2), (many - 1, 2))] == [True, True, False]
+
+
 @pytest.mark.parametrize("reads_ahead", [True, False])
 def test_a_worker_reads_its_next_shard_while_it_writes(
     tmp_path: Path, tries: Path, monkeypatch: pytest.MonkeyPatch, reads_ahead: bool
 ) -> None:
-    job = opened(tmp_path, workers={"min_size": 1, "max_size": 1}, plan={"requests_per_shard": 20})
-    assert len(job.run.shard_ids) >= pool.LEAST_SHARDS_TO_READ_AHEAD
+    job = opened(tmp_path, workers={"min_size": 1, "max_size": 1}, plan={"requests_per_shard": 40})
+    assert 3 < len(job.run.shard_ids) < pool.LEAST_SHARDS_TO_READ_AHEAD
     if not reads_ahead:  # control
-        monkeypatch.setattr(pool, "LEAST_SHARDS_TO_READ_AHEAD", len(job.run.shard_ids) + 1)
+        monkeypatch.setattr(pool, "reads_ahead", lambda *_: False)
     engines = Following(tries, max_wait_s=60 if reads_ahead else 0.5)
     summary = run_batch(job.config, job.storage, job.run, engine_factory=engines)
     assert (summary.num_attempts, summary.failures) == (1, ())
@@ -124,7 +129,6 @@ def test_a_worker_reads_its_next_shard_while_it_writes(
 
 def test_a_death_beside_a_shard_that_is_read_ahead_loses_neither(tmp_path: Path, tries: Path) -> None:
     job = opened(tmp_path, workers={"min_size": 1, "max_size": 1}, plan={"requests_per_shard": 20})
-    assert len(job.run.shard_ids) >= pool.LEAST_SHARDS_TO_READ_AHEAD
     engines = Poisoned(tries, killing=keys_of(job, 0, 5), times=1)
     summary = run_batch(job.config, job.storage, job.run, engine_factory=engines)
     assert (engines.num_tries(), summary.num_attempts, summary.num_done) == (2, 2, len(job.run.shard_ids))

@@ -25,9 +25,6 @@ from e2p_ray.errors import ConfigError
 from e2p_ray.ray_session import quiet_ray_data_log
 
 _MAX_INIT_FAILURES = 2  # of workers in a row, each after one more try in its own process
-# A worker reads its next shard and commits its last one while it writes: where storage takes 0.15 s a call, 1.0 for
-# 1.7 s a shard that is written in one (2026-11-28). Where a pass is to find out whose death takes which shard, it does
-# not, nor where workers have so few shards each that one which waits at a busy worker is missed at an idle one.
 LEAST_SHARDS_TO_READ_AHEAD = 16
 
 
@@ -82,6 +79,15 @@ def _configured(context: DataContext, config: JobConfig) -> DataContext:
     return context
 
 
+def reads_ahead(num_pieces: int, max_size: int) -> bool:
+    """Whether workers read their next shard and commit their last one while they write.
+
+    Where storage takes 0.15 s a call, 1.0 for 1.7 s a shard that is written in one (2026-11-28). Not where several
+    workers have so few each that one which waits at a busy worker is missed at an idle one.
+    """
+    return max_size == 1 or num_pieces >= LEAST_SHARDS_TO_READ_AHEAD * max_size
+
+
 def _dataset(
     config: JobConfig,
     pieces: Sequence[Mapping[str, Any]],
@@ -93,7 +99,7 @@ def _dataset(
     """The outcomes of these shards or pieces."""
     workers = config.workers
     max_size = min(workers.max_size, len(pieces))
-    num_at_once = 2 if may_read_ahead and len(pieces) >= LEAST_SHARDS_TO_READ_AHEAD * max_size else 1
+    num_at_once = 2 if may_read_ahead and reads_ahead(len(pieces), max_size) else 1
     items = ray.data.from_items([dict(piece) for piece in pieces], override_num_blocks=len(pieces))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # max_restarts and max_task_retries have no named parameter in this Ray

@@ -250,7 +250,7 @@ class EngineConfig(Section):
     max_rows: int | None = Field(
         None,
         ge=1,
-        description="rows decoded together; null: 512, on a GPU 4,096, but 512 where texts are written online",
+        description="rows decoded together; null: 544, on a GPU 4,096, but 512 where texts are written online",
     )
     max_bytes: int | None = Field(
         None,
@@ -268,7 +268,7 @@ class EngineConfig(Section):
 
     @property
     def usual_rows(self) -> int:
-        """Rows decoded together where nobody asks what they are decoded on."""
+        """Rows decoded together online, and by vLLM: there nobody asks what they are decoded on."""
         return self.max_rows or _USUAL_ROWS
 
     @property

@@ -42,6 +42,7 @@ class Told:
     counts: dict[TokenIds, int] = field(default_factory=dict)
     _users: list[UserEmbedding] = field(default_factory=list)
     _of_users: list[TokenIds] = field(default_factory=list)  # their texts
+    _stacked: npt.NDArray[np.float32] | None = None  # users, until there is another one: rows come in by hundreds
 
     def add(self, text: TokenIds, user: UserEmbedding | None) -> None:
         if text in self.counts:
@@ -52,13 +53,16 @@ class Told:
             if user is not None:
                 self._users.append(user)
                 self._of_users.append(text)
+                self._stacked = None
 
     def order_for(self, user: UserEmbedding | None) -> list[TokenIds]:
         """The nearest user's text first, then the others, the most common ones before."""
         by_count = sorted(self.texts, key=self.counts.__getitem__, reverse=True)
         if user is None or not self._users:
             return by_count
-        distances = np.square(np.stack(self._users) - user).sum(axis=1)
+        if self._stacked is None:
+            self._stacked = np.stack(self._users)
+        distances = np.square(self._stacked - user).sum(axis=1)
         nearest = self._of_users[int(distances.argmin())]
         return [nearest, *(text for text in by_count if text is not nearest)]
 
