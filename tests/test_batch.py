@@ -129,6 +129,7 @@ def test_a_worker_reads_its_next_shard_while_it_writes(
 
 def test_a_death_beside_a_shard_that_is_read_ahead_loses_neither(tmp_path: Path, tries: Path) -> None:
     job = opened(tmp_path, workers={"min_size": 1, "max_size": 1}, plan={"requests_per_shard": 20})
+    assert pool.reads_ahead(len(job.run.shard_ids), 1)
     engines = Poisoned(tries, killing=keys_of(job, 0, 5), times=1)
     summary = run_batch(job.config, job.storage, job.run, engine_factory=engines)
     assert (engines.num_tries(), summary.num_attempts, summary.num_done) == (2, 2, len(job.run.shard_ids))

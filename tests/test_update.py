@@ -488,8 +488,8 @@ def _recount(world: World) -> Any:
     return report
 
 
-@pytest.mark.parametrize("num_carried", [0, 1, 2])
-def test_killed_while_the_update_is_written(world: World, num_carried: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def _killed_while_an_update_is_written(world: World, num_carried: int, limits: Limits | None = None) -> None:
+    """After the rows that stay of so many buckets."""
     calls = list[int]()
 
     def dying(*arguments: Any) -> list[str]:
@@ -498,12 +498,17 @@ def test_killed_while_the_update_is_written(world: World, num_carried: int, monk
         calls.append(1)
         return write_carried(*arguments)
 
-    monkeypatch.setattr(e2p_ray.update.update, "write_carried", dying)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(e2p_ray.update.update, "write_carried", dying)
+        with pytest.raises(_KilledError):
+            world.run(limits)
+
+
+@pytest.mark.parametrize("num_carried", [0, 1, 2])
+def test_killed_while_the_update_is_written(world: World, num_carried: int) -> None:
     _change_vector(world)
     _remove_candidate(world)
-    with pytest.raises(_KilledError):
-        world.run()
-    monkeypatch.setattr(e2p_ray.update.update, "write_carried", write_carried)
+    _killed_while_an_update_is_written(world, num_carried)
     assert_exact(world, world.run)
 
 
@@ -511,25 +516,15 @@ def _worst_come_first_now(world: World) -> None:
     world.candidates = {pair: -score for pair, score in world.candidates.items()}
 
 
-def _die(*_: Any) -> list[str]:
-    raise _KilledError
-
-
 @pytest.mark.parametrize("killed", ["while it is written", "before it is published"])
-def test_other_scores_after_a_limited_run_was_killed(
-    world: World, killed: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_scores_after_a_limited_run_was_killed(world: World, killed: str) -> None:
     """A plan holds no scores: they alone decide which requests are carried over, and which are written."""
     _projector(world)
     limits = Limits(max_requests=9, priority=Priority.parse("score"))
     if killed == "before it is published":
         world.run(limits, publish_it=False)
     else:
-        wrote = iter([write_carried, write_carried, write_carried])
-        monkeypatch.setattr(e2p_ray.update.update, "write_carried", lambda *given: next(wrote, _die)(*given))
-        with pytest.raises(_KilledError):
-            world.run(limits)
-        monkeypatch.setattr(e2p_ray.update.update, "write_carried", write_carried)
+        _killed_while_an_update_is_written(world, 3, limits)
     _worst_come_first_now(world)
     best = sorted((world.candidates[key[:2]] for key in world.changed()), reverse=True)[:9]
     report = world.run(limits)

@@ -96,7 +96,10 @@ def _dataset(
     *,
     may_read_ahead: bool,
 ) -> ray.data.Dataset:
-    """The outcomes of these shards or pieces."""
+    """The outcomes of these shards or pieces.
+
+    may_read_ahead: not where the pass is to find out whose death takes which shard.
+    """
     workers = config.workers
     max_size = min(workers.max_size, len(pieces))
     num_at_once = 2 if may_read_ahead and reads_ahead(len(pieces), max_size) else 1

@@ -32,8 +32,8 @@ class Bounds:
         return replace(self, max_rows=self.max_rows * num_waves, max_bytes=self.max_bytes * num_waves)
 
 
-# So many hundreds, and room for the unpersonalised texts of their contents: of shards of 1,024 requests these few were
-# a wave of their own, as long as the others, with every weight read for two rows (2 % of a run; 2026-11-29).
+# 512, and room for the unpersonalised texts of a shard's contents: beside 1,024 requests these two to four rows were a
+# wave of their own, of as many steps as the others, each of which reads every weight (2 % of a run; 2026-11-29).
 _CPU_ROWS = 512 + 32
 # Paper arithmetic for an 8 B model on an H200 has its best waves at 1,024 to 4,096 rows; there two take turns.
 _GPU_ROWS = 4096

@@ -25,7 +25,7 @@ from e2p_ray.update.buckets import BucketSpool, spool_published
 from e2p_ray.update.failed import FAILED, LETTER, spool_failed, with_letters
 from e2p_ray.update.limits import Limits
 from e2p_ray.update.planned import CONTENTS, REQUESTS, PlannedRows, SettingsOf, read_planned_rows
-from e2p_ray.update.priorities import PRIORITIES, read_priorities
+from e2p_ray.update.priorities import PRIORITIES, spool_priorities
 
 _KEY = list(RequestKey._fields)
 _BUCKET_ROWS = 1 << 16  # aimed at; a bucket is in memory with its user embeddings
@@ -100,9 +100,7 @@ class Comparison:
             if job.table is not None:
                 spool_published(job.storage, job.table, self._published, self.users)
             if priority is not None and self._priorities is not None:
-                for frame in read_priorities(job.storage, job.candidates_uri, priority):
-                    self._priorities.add(frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(PRIORITIES))
-                self._priorities.close()
+                spool_priorities(job.storage, job.candidates_uri, priority, self._priorities)
             if job.table is not None and run is not None and self._failed is not None:
                 spool_failed(job.storage, job.table, run, self._failed)
             self._stack = stack.pop_all()

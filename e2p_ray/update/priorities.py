@@ -11,13 +11,14 @@ import pyarrow as pa
 from e2p_ray.errors import InputError
 from e2p_ray.plan.inputs import stable_hash
 from e2p_ray.storage import Storage
+from e2p_ray.update.buckets import BucketSpool
 from e2p_ray.update.limits import Priority
 
 PRIORITIES = pa.schema([("user_id", pa.string()), ("content_id", pa.string()), ("priority", pa.float64())])
 _BATCH_ROWS = 1 << 16
 
 
-def read_priorities(storage: Storage, candidates_uri: str, priority: Priority) -> Iterator[pl.DataFrame]:
+def _read(storage: Storage, candidates_uri: str, priority: Priority) -> Iterator[pl.DataFrame]:
     """The priority of every candidate, the lower the earlier; none where the column is null or NaN.
 
     Frames as `PRIORITIES`. InputError where the column is missing or holds no numbers.
@@ -34,10 +35,17 @@ def read_priorities(storage: Storage, candidates_uri: str, priority: Priority) -
                 )
 
 
+def spool_priorities(storage: Storage, candidates_uri: str, priority: Priority, spool: BucketSpool) -> None:
+    """The priority of every candidate, into a spool of `PRIORITIES`."""
+    for frame in _read(storage, candidates_uri, priority):
+        spool.add(frame.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(PRIORITIES))
+    spool.close()
+
+
 def priorities_digest(storage: Storage, candidates_uri: str, priority: Priority) -> str:
     """16 hex digits of all candidates with their priorities, in whatever order they lie."""
     total = 0
-    for frame in read_priorities(storage, candidates_uri, priority):
+    for frame in _read(storage, candidates_uri, priority):
         rows = frame.select(pl.concat_str(pl.all().cast(pl.String).fill_null(""), separator="\0"))
         total += int(stable_hash(rows.to_series()).sum(dtype=np.uint64))
     return f"{total % (1 << 64):016x}"
