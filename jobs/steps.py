@@ -11,7 +11,7 @@ from e2p_ray.commit import PublishedTable, Run, open_run, run_id_of
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.manifest import BaseModelFolder, ProjectorManifest, load_manifest
 from e2p_ray.fingerprint import TextSettings, text_settings
-from e2p_ray.plan import Plan, make_plan
+from e2p_ray.plan import Plan, ShardSize, make_plan
 from e2p_ray.storage import Storage
 from e2p_ray.update import Limits, UpdateJob, priorities_digest, update_id_of
 
@@ -90,7 +90,7 @@ def update_job(config: JobConfig, setup: Setup, plan: Plan, table: PublishedTabl
         projector_id=setup.manifest.projector_id,
         base_model_id=setup.base.base_model_id,
         candidates_uri=config.inputs.candidates_uri,
-        requests_per_shard=config.plan.requests_per_shard,
+        shard_size=ShardSize.of(config),
         max_group_requests=config.plan.max_group_requests,
     )
 

@@ -21,7 +21,7 @@ import ray
 
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import IncompatibleError, InputError, ShardError
-from e2p_ray.plan import Plan, inputs, largest_first, load_plan, make_plan, read_shard
+from e2p_ray.plan import Plan, ShardSize, inputs, largest_first, load_plan, make_plan, read_shard
 from e2p_ray.plan.inputs import stable_hash
 from e2p_ray.schema import DEAD_LETTERS, Group, Reason, planned_schema
 from e2p_ray.storage import Storage
@@ -444,6 +444,28 @@ def test_a_finished_plan_is_used_again_and_half_a_plan_never(tmp_path: Path) -> 
     assert plan_of(config) == plan
     assert not stale.exists()
     assert [info.uri for info in STORAGE.list_objects(plan.uri)] == [info.uri for info in objects]
+
+
+def test_shards_grow_with_the_plan_where_workers_have_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(messy_world(0, 3000).write(tmp_path / "in"), tmp_path / "out")
+    on_gpus = config.model_copy(update={"workers": config.workers.model_copy(update={"num_gpus": 1})})
+    given = job(tmp_path / "in", tmp_path / "out", requests_per_shard=2048)
+    given_on_gpus = given.model_copy(update={"workers": on_gpus.workers})
+    sizes = {name: ShardSize.of(one) for name, one in (("cpu", config), ("gpu", on_gpus), ("given", given_on_gpus))}
+    assert sizes == {"cpu": ShardSize(2048, 2048), "gpu": ShardSize(2048, 16384), "given": ShardSize(2048, 2048)}
+    millions = [0, 1_048_575, 1_048_576, 2_097_152, 4_194_304, 100_000_000]
+    assert [sizes["gpu"].among(number) for number in millions] == [2048, 2048, 4096, 8192, 16384, 16384]
+    assert {sizes["cpu"].among(number) for number in millions} == {2048}
+    assert ShardSize(10, 35).among(10**9) == 20, "never above the most"
+    assert plan_of(given).uri == plan_of(config).uri
+    small, large = plan_of(config), plan_of(on_gpus)
+    assert small.uri != large.uri, "of which only large ones differ"
+    assert small.shards == large.shards
+    monkeypatch.setattr(ShardSize, "of", classmethod(lambda cls, one: cls(20, 80 if one.workers.num_gpus else 20, 4)))
+    small, large = plan_of(config), plan_of(on_gpus)
+    assert small.counts == replace(large.counts, num_groups=small.counts.num_groups)
+    assert max(shard.num_requests for shard in small.shards) <= 2 * 20
+    assert 2 * 20 < max(shard.num_requests for shard in large.shards) <= 2 * 80
 
 
 @pytest.mark.parametrize("setting", [{"requests_per_shard": 7}, {"max_group_requests": 3}, {"tasks": ("headline",)}])

@@ -34,7 +34,7 @@ from e2p_ray.errors import (
     InputError,
     PublishConflictError,
 )
-from e2p_ray.plan import read_shard
+from e2p_ray.plan import ShardSize, read_shard
 from e2p_ray.schema import ErrorCode, Group
 from e2p_ray.storage import Storage, parquet_bytes
 from e2p_ray.update import Changes, Limits, Priority, UpdateJob, priorities_digest, update_id_of
@@ -297,15 +297,33 @@ def test_shards_of_an_update_are_as_full_as_their_bounds_let_them_be(
     assert not any(fits([*one, other[0]]) for one, other in pairwise(shards))
 
 
+def test_shards_of_an_update_are_as_large_as_what_it_writes_asks_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ShardSize, "of", classmethod(lambda cls, _: cls(5, 20, 1)))
+
+    def sizes() -> list[int]:
+        run = load_run(world.storage, world.config.output.uri, world.run(publish_it=False).run_id)
+        ids = [one for one in run.shard_ids if not one.startswith("carried")]
+        return [sum(len(g.requests) for g in read_shard(world.storage, run.plan_uri, one)) for one in ids]
+
+    _change_vector(world)
+    assert 0 < sum(few := sizes()) < 10
+    assert max(few) <= 5
+    _projector(world)
+    assert sum(many := sizes()) == len(world.wanted()) >= 40
+    assert 10 < max(many) <= 20
+
+
 def _text_bytes(text: str, num_requests: int) -> int:
     return num_requests * len(text.encode())
 
 
 def test_buckets_follow_the_larger_of_plan_and_table_but_are_no_finer_than_shards() -> None:
-    def num_buckets(requests_per_shard: int, bucket_rows: int, table: Any) -> int:
+    def num_buckets(size: int, bucket_rows: int, table: Any) -> int:
         plan: Any = SimpleNamespace(counts=SimpleNamespace(num_requests=1000, num_pairs=500), tasks=("a", "b"))
         settings: Any = None
-        job = UpdateJob(Storage(), plan, table, settings, "p", "b", "c", requests_per_shard, 9, bucket_rows)
+        job = UpdateJob(Storage(), plan, table, settings, "p", "b", "c", ShardSize(size, size), 9, bucket_rows)
         return job.num_buckets()
 
     table = SimpleNamespace(num_rows=4000)
@@ -864,7 +882,7 @@ def test_the_order_under_a_limit() -> None:
 
     def tiers(limits: Limits, requests_per_shard: int = 100) -> list[int]:
         """Of the rows in their right order."""
-        found = _order(ranks, limits, requests_per_shard)
+        found = _order(ranks, limits, ShardSize(requests_per_shard, requests_per_shard))
         assert found.tiers is not None
         assert max(found.tiers) < found.num_tiers
         by_place = dict(zip(lie, found.tiers.tolist(), strict=True))

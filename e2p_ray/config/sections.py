@@ -231,7 +231,12 @@ class ChecksConfig(Section):
 class PlanConfig(Section):
     """How candidates become groups and shards."""
 
-    requests_per_shard: int = Field(2048, ge=1, description="aimed at; a shard never holds more than twice this")
+    requests_per_shard: int | None = Field(
+        None,
+        ge=1,
+        description="aimed at; a shard never holds more than twice this; null: 2,048, and where workers have GPUs "
+        "(workers.num_gpus) up to 16,384 in plans of millions",
+    )
     max_group_requests: int = Field(1024, ge=1, description="a hot content is split into groups of at most this many")
     single_node_bytes: int = Field(
         2 << 30, ge=0, description="plans estimated below this are made by one polars process, others by Ray shuffles"

@@ -19,6 +19,7 @@ from e2p_ray.plan.pairs import (
     num_buckets,
     write_dead_letters,
 )
+from e2p_ray.plan.shard_size import ShardSize
 from e2p_ray.plan.shards import Cutting, ShardEntry, count_requests, write_shards
 from e2p_ray.storage import Storage
 
@@ -31,12 +32,13 @@ class Job:
     uri: str
     space: Space
     tasks: tuple[str, ...]
-    requests_per_shard: int
+    shard_size: ShardSize
     max_group_requests: int
 
     def cutting(self, num_pairs: int) -> Cutting:
-        buckets = num_buckets(num_pairs * len(self.tasks), self.requests_per_shard)
-        return Cutting(self.tasks, buckets, self.requests_per_shard, self.max_group_requests, self.space.dim)
+        num_requests = num_pairs * len(self.tasks)
+        size = self.shard_size.among(num_requests)
+        return Cutting(self.tasks, num_buckets(num_requests, size), size, self.max_group_requests, self.space.dim)
 
     def dead_letters_uri(self, number: int) -> str:
         return f"{self.uri}/dead_letters/part-{number:05d}.parquet"

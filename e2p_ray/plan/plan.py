@@ -15,6 +15,7 @@ from e2p_ray.config import JobConfig
 from e2p_ray.plan.dataflow import Job, Outcome, plan_on_one_node, typed_error
 from e2p_ray.plan.inputs import InputTable, Space, scan_inputs
 from e2p_ray.plan.pairs import num_buckets
+from e2p_ray.plan.shard_size import ShardSize
 from e2p_ray.plan.shards import ShardEntry, shard_uri
 from e2p_ray.ray_session import start_ray
 from e2p_ray.schema import checked_id
@@ -75,7 +76,7 @@ def make_plan(
     if storage.exists(manifest_uri(uri)):
         say(f"the plan {uri} is finished already")
         return load_plan(storage, uri)
-    job = Job(storage, uri, space, tasks, config.plan.requests_per_shard, config.plan.max_group_requests)
+    job = Job(storage, uri, space, tasks, ShardSize.of(config), config.plan.max_group_requests)
     num_bytes = _estimated_bytes(inputs, space)
     say(f"planning {inputs['candidates'].num_rows:,} candidates, about {num_bytes / 2**20:,.0f} MiB")
     try:
@@ -112,9 +113,10 @@ def load_plan(storage: Storage, plan_uri: str) -> Plan:
     )
 
 
-def plan_buckets(plan: Plan, requests_per_shard: int) -> int:
+def plan_buckets(plan: Plan, shard_size: ShardSize) -> int:
     """How many buckets of contents the plan was cut along: no shard holds contents of two."""
-    return num_buckets(plan.counts.num_pairs * len(plan.tasks), requests_per_shard)
+    num_requests = plan.counts.num_pairs * len(plan.tasks)
+    return num_buckets(num_requests, shard_size.among(num_requests))
 
 
 def manifest_uri(plan_uri: str) -> str:
@@ -127,11 +129,12 @@ def _hash(value: Any) -> str:
 
 def _plan_key(config: JobConfig, inputs: dict[str, InputTable], space: Space, tasks: tuple[str, ...]) -> str:
     """What decides the plan. Partitions and the choice of path do not."""
+    size = ShardSize.of(config)
     return _hash(
         {
             "format": _FORMAT,
             "inputs": {name: table.files for name, table in inputs.items()},
-            "requests_per_shard": config.plan.requests_per_shard,
+            "requests_per_shard": size.least if size.least == size.most else [size.least, size.most],
             "max_group_requests": config.plan.max_group_requests,
             "tasks": tasks,
             "embedding_space": space.name,

@@ -16,7 +16,7 @@ import pyarrow as pa
 from e2p_ray.commit import PublishedTable, Run
 from e2p_ray.commit.spool import HashSpool, hash_rows
 from e2p_ray.fingerprint import FINGERPRINT_CHARS, PART_CHARS
-from e2p_ray.plan import Plan, ShardEntry
+from e2p_ray.plan import Plan, ShardEntry, ShardSize
 from e2p_ray.plan.pairs import bucket_of, num_buckets
 from e2p_ray.plan.plan import plan_buckets
 from e2p_ray.schema import GENERATIONS, Arm, RequestKey
@@ -58,7 +58,7 @@ class UpdateJob:
     projector_id: str
     base_model_id: str
     candidates_uri: str
-    requests_per_shard: int
+    shard_size: ShardSize
     max_group_requests: int
     bucket_rows: int = _BUCKET_ROWS
 
@@ -66,7 +66,7 @@ class UpdateJob:
         """No more than the plan was cut along, so that every shard of it belongs to one of them."""
         num_rows = max(self.plan.counts.num_requests, self.table.num_rows if self.table else 0)
         wanted = min(num_buckets(num_rows, self.bucket_rows), _MAX_BUCKETS)
-        return min(wanted, plan_buckets(self.plan, self.requests_per_shard))
+        return min(wanted, plan_buckets(self.plan, self.shard_size))
 
 
 class Bucket(NamedTuple):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import polars as pl
 
 from e2p_ray.commit.spool import HashSpool, hash_rows
+from e2p_ray.plan import ShardSize
 from e2p_ray.update.compare import Bucket, Cause, Comparison, UpdateJob
 from e2p_ray.update.failed import is_settled
 from e2p_ray.update.limits import Limits
@@ -90,7 +91,7 @@ def count(comparison: Comparison, limits: Limits, say: Callable[[str], None]) ->
     if not limits:
         return changes, Order()
     ranked = pl.concat(ranks)
-    order = _order(ranked, limits, comparison.job.requests_per_shard)
+    order = _order(ranked, limits, comparison.job.shard_size)
     are_settled = ranked.filter(order.of(0, ranked.height) == DEFERRED)["standing"] == _SETTLED
     num_settled = int(are_settled.sum())
     return replace(changes, num_deferred=len(are_settled) - num_settled, num_settled=num_settled), order
@@ -115,7 +116,7 @@ def _of_new_pairs(undecided: HashSpool, known_users: HashSpool) -> Counter[str]:
     )
 
 
-def _order(ranks: pl.DataFrame, limits: Limits, requests_per_shard: int) -> Order:
+def _order(ranks: pl.DataFrame, limits: Limits, shard_size: ShardSize) -> Order:
     """By priority, those that failed before last; of equals first those that have no text at all, then as they lie.
 
     Without a priority contents stay whole as far as they can: new requests are one tier, those that have a text
@@ -132,7 +133,7 @@ def _order(ranks: pl.DataFrame, limits: Limits, requests_per_shard: int) -> Orde
     elif limits.priority is None:
         num_tiers, places = 3, np.where(standings[chosen] > _UNTRIED, 2, ~are_new[chosen]).astype(np.int8)
     else:
-        num_tiers = max(1, min(_MAX_TIERS, num_chosen // requests_per_shard))
+        num_tiers = max(1, min(_MAX_TIERS, num_chosen // shard_size.among(num_chosen)))
         places = (np.arange(num_chosen) * num_tiers // max(num_chosen, 1)).astype(np.int8)
     tiers[chosen] = places
     return Order(num_tiers, tiers)

@@ -94,7 +94,11 @@ def _write(comparison: Comparison, run: Run, limits: Limits, changes: Changes, o
     job = comparison.job
     _copy_dead_letters(job, run)
     with HashSpool() as planned, HashSpool() as results:
-        writers = [ShardWriter(job, run, results, keep_old=bool(limits.max_seconds)) for _ in range(order.num_tiers)]
+        size = job.shard_size.among(changes.num_to_write)
+        writers = [
+            ShardWriter(job, run, results, requests_per_shard=size, keep_old=bool(limits.max_seconds))
+            for _ in range(order.num_tiers)
+        ]
         carried_ids, start = list[str](), 0
         for bucket in comparison.buckets(planned):
             tiers = order.of(start, bucket.changed.height)

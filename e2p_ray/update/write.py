@@ -26,8 +26,9 @@ _CARRIED_ROWS = 1 << 17  # of one carried shard at most: a hot content is one bu
 class ShardWriter:
     """Gathers changed requests over the buckets and writes a shard whenever one is full: no slivers but the last."""
 
-    def __init__(self, job: UpdateJob, run: Run, keys: HashSpool, *, keep_old: bool) -> None:
+    def __init__(self, job: UpdateJob, run: Run, keys: HashSpool, *, requests_per_shard: int, keep_old: bool) -> None:
         self._job, self._run, self._keys, self._keep_old = job, run, keys, keep_old
+        self._requests_per_shard = requests_per_shard
         self._requests: list[pl.DataFrame] = []
         self._contents: list[pl.DataFrame] = []
         self._old: list[pa.Table] = []
@@ -41,7 +42,7 @@ class ShardWriter:
         self._contents.append(bucket.contents.join(changed, on="content_id", how="semi"))
         if self._keep_old:
             self._old.append(bucket.published.take(changed["at"].drop_nulls().to_arrow()))
-        if sum(rows.height for rows in self._requests) > 2 * self._job.requests_per_shard:
+        if sum(rows.height for rows in self._requests) > 2 * self._requests_per_shard:
             self._write(last=False)
 
     def finish(self) -> list[ShardEntry]:
@@ -56,7 +57,7 @@ class ShardWriter:
         requests = pl.concat(self._requests).join(contents.select("content_id", "content"), on="content_id")
         requests = requests.sort("content", "task", "user_id")
         old = pa.concat_tables(self._old) if self._old else None
-        packs = list(pack(list(self._slices(requests, text_bytes_of(contents))), self._job.requests_per_shard))
+        packs = list(pack(list(self._slices(requests, text_bytes_of(contents))), self._requests_per_shard))
         for slices in packs if last else packs[:-1]:
             self._write_one(requests, contents, slices, old)
         rest = requests[packs[-1][0].start :]
@@ -66,7 +67,7 @@ class ShardWriter:
 
     def _slices(self, requests: pl.DataFrame, text_bytes: list[int]) -> Iterator[Slice]:
         """Groups: one content and task each, capped."""
-        cap = min(self._job.max_group_requests, self._job.requests_per_shard)
+        cap = min(self._job.max_group_requests, self._requests_per_shard)
         start = 0
         for content, task, size in requests.group_by("content", "task", maintain_order=True).len().iter_rows():
             yield from slices_of(content, task, start, start + size, cap, text_bytes[content])
