@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from e2p_ray.config import SamplingConfig
+from e2p_ray.engine import sampling as sampling_module
 from e2p_ray.engine.attention import Shape
 from e2p_ray.engine.compiled import LANES, has_loops
 from e2p_ray.engine.compiled_attention import SharedReads, can_attend
@@ -377,6 +378,66 @@ def test_a_row_whose_logits_are_not_finite_is_told_from_others(wrong: float, pla
     sampling = RowSampling.of([(SamplingConfig(), 0)] * 20)
     chosen = choose(logits, sampling, np.zeros((20, 1), np.int64), np.zeros(20, np.int64)).fetched()
     assert np.flatnonzero(~chosen.finite).tolist() == [7, 9]
+
+
+def cuts_of(num_rows: int) -> RowSampling:
+    """Every kind of cut in turns, with temperatures from nearly greedy to nearly flat."""
+    cuts = [(0, 1.0), (0, 0.9), (5, 1.0), (40, 0.8), (0, 0.05), (100_000, 1.0), (0, 0.9999), (1, 1.0)]
+    temperatures = [0.7, 1.0, 0.05, 3.0, 100.0]
+    configs = [
+        SamplingConfig(top_k=cuts[at % 8][0], top_p=cuts[at % 8][1], temperature=temperatures[at % 5])
+        for at in range(num_rows)
+    ]
+    return RowSampling.of([(config, at) for at, config in enumerate(configs)])
+
+
+@needs_loops
+@pytest.mark.parametrize("width", [1, 7, 16, 1024, 1030, 5000])
+def test_tokens_are_drawn_as_by_torch_in_float64(width: int, num_threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling, rng = cuts_of(400), np.random.default_rng(3)
+    logits = 3 * random(400, width, seed=width)
+    logits[::7] = logits[::7].round()  # many equal ones
+    logits[::3, width // 2 :] = -torch.inf
+    logits[:, 0] = 1.0
+    numbers = rng.random(400)
+    found = sampling_module._sample(logits, sampling, numbers)
+    others = sampling_module._sample(logits, sampling, rng.permutation(numbers))
+    monkeypatch.setattr(sampling_module, "has_loops", lambda: False)
+    assert torch.equal(found, sampling_module._sample(logits, sampling, numbers))
+    assert width == 1 or not torch.equal(found, others), "the control must fail"
+
+
+@needs_loops
+@pytest.mark.parametrize("number", [0.0, np.nextafter(1.0, 0.0)])
+def test_at_the_ends_of_all_numbers_a_token_is_drawn_that_may_be(number: float) -> None:
+    sampling = cuts_of(160)
+    logits = 3 * random(160, 3000, seed=4)
+    logits[:, :10] = logits[:, -10:] = -torch.inf
+    found = sampling_module._sample(logits, sampling, np.full(160, number))
+    rank = (logits > logits.gather(1, found[:, None])).sum(1).numpy()
+    assert logits.gather(1, found[:, None]).isfinite().all()
+    assert (rank < np.where(sampling.top_k > 0, sampling.top_k, 3000)).all()
+    assert (rank[sampling.top_p == 0.05] < 1500).all()
+    cut = (sampling.top_k > 0) | (sampling.top_p < 1)
+    if number == 0.0:
+        assert (rank[cut] == 0).all()
+        assert (found[torch.from_numpy(~cut)] == 10).any(), "the first one that has a weight"
+
+
+@needs_loops
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_nothing_can_be_drawn_from_disturb_no_other(wrong: float) -> None:
+    sampling, numbers = cuts_of(80), np.random.default_rng(5).random(80)
+    logits = random(80, 300, seed=6)
+    expected = sampling_module._sample(logits, sampling, numbers)
+    logits[::10] = wrong
+    logits[5, 250] = wrong
+    found = sampling_module._sample(logits, sampling, numbers)
+    same = torch.ones(80, dtype=torch.bool)
+    same[::10] = same[5] = False
+    assert torch.equal(found[same], expected[same])
+    assert (found[::10] == 0).all()
+    assert 0 <= found[5] < 300
 
 
 @needs_loops

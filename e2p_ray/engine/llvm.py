@@ -10,7 +10,8 @@ from numba.core import cgutils
 
 from e2p_ray.engine.compiled import LANES
 
-FLOAT, SHORT, INT, LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
+SHORT, INT, LONG = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 VECTOR, INTS, SHORTS = (ir.VectorType(kind, LANES) for kind in (FLOAT, INT, SHORT))
 
 

@@ -18,7 +18,7 @@ from numba import config, njit
 # Loops, and what they take constants from.
 _SOURCES = (
     *("loop.py", "compiled.py", "panels.py", "llvm.py", "vectors.py", "tiles.py", "either.py"),
-    *("flash.py", "own_keys.py", "products.py", "row_norms.py", "turns.py", "likeliest.py", "calls.py"),
+    *("flash.py", "own_keys.py", "products.py", "row_norms.py", "turns.py", "likeliest.py", "draws.py", "calls.py"),
 )
 
 

@@ -269,6 +269,8 @@ def _sample(logits: Tensor, sampling: RowSampling, numbers: npt.NDArray[np.float
     Which way a row takes depends on its own settings and logits alone, never on the rows beside it.
     """
     device = logits.device
+    if device.type == "cpu" and has_loops():
+        return _drawn(logits, sampling, numbers)
     scaled = logits.double() / sent(sampling.temperature, device)[:, None]
     probabilities = torch.softmax(scaled, dim=-1)
     draws = sent(numbers, device)[:, None]
@@ -282,6 +284,27 @@ def _sample(logits: Tensor, sampling: RowSampling, numbers: npt.NDArray[np.float
         top_k = sent(sampling.top_k, device)[rows, None]
         top_p = sent(sampling.top_p, device)[rows, None]
         tokens[rows] = _sample_likeliest(probabilities[rows], draws[rows], top_k, top_p)
+    return tokens
+
+
+def _drawn(logits: Tensor, sampling: RowSampling, numbers: npt.NDArray[np.float64]) -> Tensor:
+    """The same by the compiled loop, whose weights are float32."""
+    from e2p_ray.engine import torch_threads
+    from e2p_ray.engine.draws import DrawCall, draw_tokens
+
+    logits, tokens = logits.contiguous(), torch.empty(len(logits), dtype=torch.long)
+    top_p, top_k = np.ascontiguousarray(sampling.top_p), np.ascontiguousarray(sampling.top_k)
+    temperature = np.ascontiguousarray(sampling.temperature)
+    call = DrawCall(
+        logits=logits.data_ptr(),
+        width=logits.shape[1],
+        temperatures=temperature.ctypes.data,
+        top_ps=top_p.ctypes.data,
+        top_ks=top_k.ctypes.data,
+        numbers=numbers.ctypes.data,
+        tokens=tokens.data_ptr(),
+    )
+    torch_threads.run(draw_tokens, len(logits), call)
     return tokens
 
 

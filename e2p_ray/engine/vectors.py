@@ -132,6 +132,14 @@ def load_int(typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def load_double(typing: Any, address: Any) -> Any:
+    """One float64 from an address."""
+    return types.float64(types.int64), lambda context, builder, signature, given: llvm.load(
+        builder, given[0], llvm.DOUBLE, 8
+    )
+
+
+@intrinsic
 def store_int(typing: Any, value: Any, address: Any) -> Any:
     """One int64 to an address."""
 

