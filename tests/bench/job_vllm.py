@@ -1,4 +1,4 @@
-"""The job one would write with Ray Data and vLLM, run by the python of vLLM's own virtual environment (and ray[data], polars).
+"""The job one would write with Ray Data and vLLM, run by the python of vLLM's own environment (and ray[data], polars).
 
     job_vllm.py '{"inputs": {...}, "output": ..., "model": ..., "mode": "embeds" | "ids", ...}'
 
