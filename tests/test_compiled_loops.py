@@ -383,9 +383,9 @@ def test_a_row_whose_logits_are_not_finite_is_told_from_others(wrong: float, pla
 def cuts_of(num_rows: int) -> RowSampling:
     """Every kind of cut in turns, with temperatures from nearly greedy to nearly flat."""
     cuts = [(0, 1.0), (0, 0.9), (5, 1.0), (40, 0.8), (0, 0.05), (100_000, 1.0), (0, 0.9999), (1, 1.0)]
-    temperatures = [0.7, 1.0, 0.05, 3.0, 100.0]
+    temperatures = [0.7, 1.0, 0.05, 3.0, 100.0, 1e-300, 1e-6]
     configs = [
-        SamplingConfig(top_k=cuts[at % 8][0], top_p=cuts[at % 8][1], temperature=temperatures[at % 5])
+        SamplingConfig(top_k=cuts[at % 8][0], top_p=cuts[at % 8][1], temperature=temperatures[at % 7])
         for at in range(num_rows)
     ]
     return RowSampling.of([(config, at) for at, config in enumerate(configs)])
@@ -418,6 +418,7 @@ def test_at_the_ends_of_all_numbers_a_token_is_drawn_that_may_be(number: float) 
     assert logits.gather(1, found[:, None]).isfinite().all()
     assert (rank < np.where(sampling.top_k > 0, sampling.top_k, 3000)).all()
     assert (rank[sampling.top_p == 0.05] < 1500).all()
+    assert (rank[sampling.temperature < 0.01] == 0).all()
     cut = (sampling.top_k > 0) | (sampling.top_p < 1)
     if number == 0.0:
         assert (rank[cut] == 0).all()

@@ -39,6 +39,7 @@ _Ints = npt.NDArray[np.int64]
 _BLOCK = 64 * LANES  # numbers whose sum is kept, so that the running sum need not go through all of them
 _BUCKETS_A_NAT = 16  # of the histogram of weights
 _NUM_BUCKETS = 90 * _BUCKETS_A_NAT  # weights below exp(-87) are 0
+_MAX_FACTOR = 1e30  # of a temperature at which the likeliest token is all there is; in float32, and times 0 is 0
 _SURE = 1.0 - 1e-4  # more than sums in float32 are wrong by
 
 
@@ -233,7 +234,7 @@ def draw_tokens(p: _Ints) -> None:
         of_row, token = logits + 4 * row * width, 0
         top = _largest_of(of_row, width)
         if np.isfinite(top):
-            factor = 1.0 / load_double(temperatures + 8 * row)
+            factor = min(1.0 / load_double(temperatures + 8 * row), _MAX_FACTOR)
             everything = _weigh(of_row, width, factor, top, weights, sums)
             top_k, top_p = load_int(top_ks + 8 * row), load_double(top_ps + 8 * row)
             number = load_double(numbers + 8 * row)
