@@ -22,7 +22,7 @@ def has_loops() -> bool:
 
 
 def prepare() -> None:
-    """Compile the loops, 8 to 13 s of CPU time where numba's cache lacks them: before anybody waits for a text."""
+    """Compile the loops, 12 s of CPU time where numba's cache does not have them: before anybody waits for a text."""
     if has_loops():
         from e2p_ray.engine.calls import KINDS, run_calls
         from e2p_ray.engine.draws import draw_tokens

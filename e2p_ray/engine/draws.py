@@ -141,6 +141,49 @@ def _sort_falling(
 
 
 @loop
+def _cut(
+    by_count: bool,
+    goal: float,
+    last: int,
+    num_last: int,
+    logits: int,
+    weights: int,
+    masses: npt.NDArray[np.float64],
+    counts: _Ints,
+    known: _Ints,
+    buckets: _Ints,
+    num_known: int,
+    ids: _Ints,
+    other_ids: _Ints,
+    values: npt.NDArray[np.float32],
+    other_values: npt.NDArray[np.float32],
+) -> tuple[int, int, float]:
+    """Where falling tokens, or their weights, come to the goal: the bucket, how many of its tokens belong, all weights.
+
+    Among the buckets before `last` and the first num_last tokens of that one. `ids` are the bucket's, sorted.
+    """
+    bucket, mass, count = 0, 0.0, 0
+    while bucket < last and (count + counts[bucket] if by_count else mass + masses[bucket]) < goal:
+        mass, count, bucket = mass + masses[bucket], count + counts[bucket], bucket + 1
+    while counts[bucket] == 0:  # behind the last token: the goal is beyond all there are, or sums are a little wrong
+        bucket -= 1
+        mass, count = mass - masses[bucket], count - counts[bucket]
+    num_ids = 0
+    for at in range(num_known):
+        if buckets[at] == bucket:
+            ids[num_ids], values[num_ids] = known[at], load_float(logits + 4 * known[at])
+            num_ids += 1
+    _sort_falling(values, ids, num_ids, other_values, other_ids)
+    if bucket == last:
+        num_ids = min(num_ids, num_last)
+    num = 0
+    while num < num_ids and (num == 0 or (count + num if by_count else mass) < goal):
+        mass += load_float(weights + 4 * ids[num])
+        num += 1
+    return bucket, num, mass
+
+
+@loop
 def _drawn_from_likeliest(
     logits: int,
     weights: int,
@@ -177,42 +220,13 @@ def _drawn_from_likeliest(
             counts[bucket] += 1
             known[num_known], buckets[num_known] = token, bucket
             num_known += 1
-    # Kept are all buckets before `last`, and the first `num_last` of that one: by top-k, then by top-p, and then the
-    # token is found in the same way. Whichever bucket is decided in is sorted.
-    last, num_last, kept, step = _NUM_BUCKETS - 1, width, everything, 0 if top_k > 0 else 1
-    while True:
-        goal = top_p * kept if step == 1 else number * kept
-        bucket, mass, count = 0, 0.0, 0
-        while bucket < last and (
-            count + counts[bucket] < top_k
-            if step == 0
-            else (mass + masses[bucket] < goal if step == 1 else mass + masses[bucket] <= goal)
-        ):
-            mass, count, bucket = mass + masses[bucket], count + counts[bucket], bucket + 1
-        while counts[bucket] == 0:  # behind the last token: top_k is more than there are, or sums are a little wrong
-            bucket -= 1
-            mass, count = mass - masses[bucket], count - counts[bucket]
-        num_ids = 0
-        for at in range(num_known):
-            if buckets[at] == bucket:
-                ids[num_ids], values[num_ids] = known[at], load_float(logits + 4 * known[at])
-                num_ids += 1
-        _sort_falling(values, ids, num_ids, other_values, other_ids)
-        if bucket == last:
-            num_ids = min(num_ids, num_last)
-        num = 0
-        while num < num_ids:
-            if step == 0 and count + num >= top_k:
-                break
-            if step == 1 and mass >= goal and num > 0:
-                break
-            mass += load_float(weights + 4 * ids[num])
-            num += 1
-            if step == 2 and mass > goal:
-                break
-        if step == 2:
-            return ids[num - 1]
-        last, num_last, kept, step = bucket, num, mass, step + 1
+    rest = (logits, weights, masses, counts, known, buckets, num_known, ids, other_ids, values, other_values)
+    last, num_last, kept = _NUM_BUCKETS - 1, width, everything
+    if top_k > 0:
+        last, num_last, kept = _cut(True, float(top_k), last, num_last, *rest)
+    last, num_last, kept = _cut(False, top_p * kept, last, num_last, *rest)
+    _, num, _ = _cut(False, np.nextafter(number * kept, np.inf), last, num_last, *rest)  # beyond it, not only at it
+    return ids[num - 1]
 
 
 @loop

@@ -293,14 +293,12 @@ def _drawn(logits: Tensor, sampling: RowSampling, numbers: npt.NDArray[np.float6
     from e2p_ray.engine.draws import DrawCall, draw_tokens
 
     logits, tokens = logits.contiguous(), torch.empty(len(logits), dtype=torch.long)
-    top_p, top_k = np.ascontiguousarray(sampling.top_p), np.ascontiguousarray(sampling.top_k)
-    temperature = np.ascontiguousarray(sampling.temperature)
     call = DrawCall(
         logits=logits.data_ptr(),
         width=logits.shape[1],
-        temperatures=temperature.ctypes.data,
-        top_ps=top_p.ctypes.data,
-        top_ks=top_k.ctypes.data,
+        temperatures=sampling.temperature.ctypes.data,
+        top_ps=sampling.top_p.ctypes.data,
+        top_ks=sampling.top_k.ctypes.data,
         numbers=numbers.ctypes.data,
         tokens=tokens.data_ptr(),
     )

@@ -16,7 +16,6 @@ from e2p_ray.plan.pairs import (
     check_space,
     join_contents,
     join_users,
-    num_buckets,
     write_dead_letters,
 )
 from e2p_ray.plan.shard_size import ShardSize
@@ -37,8 +36,9 @@ class Job:
 
     def cutting(self, num_pairs: int) -> Cutting:
         num_requests = num_pairs * len(self.tasks)
-        size = self.shard_size.among(num_requests)
-        return Cutting(self.tasks, num_buckets(num_requests, size), size, self.max_group_requests, self.space.dim)
+        size = self.shard_size
+        buckets, wanted = size.num_buckets(num_requests), size.among(num_requests)
+        return Cutting(self.tasks, buckets, wanted, self.max_group_requests, self.space.dim)
 
     def dead_letters_uri(self, number: int) -> str:
         return f"{self.uri}/dead_letters/part-{number:05d}.parquet"

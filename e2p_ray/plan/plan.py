@@ -14,7 +14,6 @@ import ray
 from e2p_ray.config import JobConfig
 from e2p_ray.plan.dataflow import Job, Outcome, plan_on_one_node, typed_error
 from e2p_ray.plan.inputs import InputTable, Space, scan_inputs
-from e2p_ray.plan.pairs import num_buckets
 from e2p_ray.plan.shard_size import ShardSize
 from e2p_ray.plan.shards import ShardEntry, shard_uri
 from e2p_ray.ray_session import start_ray
@@ -115,8 +114,7 @@ def load_plan(storage: Storage, plan_uri: str) -> Plan:
 
 def plan_buckets(plan: Plan, shard_size: ShardSize) -> int:
     """How many buckets of contents the plan was cut along: no shard holds contents of two."""
-    num_requests = plan.counts.num_pairs * len(plan.tasks)
-    return num_buckets(num_requests, shard_size.among(num_requests))
+    return shard_size.num_buckets(plan.counts.num_pairs * len(plan.tasks))
 
 
 def manifest_uri(plan_uri: str) -> str:
@@ -129,7 +127,7 @@ def _hash(value: Any) -> str:
 
 def _plan_key(config: JobConfig, inputs: dict[str, InputTable], space: Space, tasks: tuple[str, ...]) -> str:
     """What decides the plan. Partitions and the choice of path do not."""
-    size = ShardSize.of(config)
+    size = ShardSize.of(config)  # one number where it does not grow: such plans keep the names that they had before
     return _hash(
         {
             "format": _FORMAT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from e2p_ray.config import JobConfig
+from e2p_ray.plan.pairs import num_buckets
 
 _USUAL = 2048  # seconds to minutes of a CPU
 _MOST_ON_GPU = 16384
@@ -36,3 +37,7 @@ class ShardSize:
         while 2 * size <= self.most and num_requests >= 2 * size * self.num_shards:
             size *= 2
         return size
+
+    def num_buckets(self, num_requests: int) -> int:
+        """Along how many buckets of contents so many requests are cut."""
+        return num_buckets(num_requests, self.among(num_requests))
