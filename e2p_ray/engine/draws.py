@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from e2p_ray.engine.compiled import LANES
+from e2p_ray.engine.either import load_up_to
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
     VECTOR_BYTES,
@@ -28,7 +29,6 @@ from e2p_ray.engine.vectors import (
     multiply,
     splat,
     store,
-    store_float,
     store_int,
     subtract,
     total,
@@ -71,10 +71,8 @@ def _weigh(logits: int, width: int, factor: float, top: float, weights: int, sum
             store(weight, weights + 4 * at)
             sum_ = add(sum_, weight)
         if whole < width <= block + _BLOCK:
-            store(splat(np.float32(-np.inf)), rest.ctypes.data)
-            for at in range(whole, width):
-                store_float(load_float(logits + 4 * at), rest.ctypes.data + 4 * (at - whole))
-            weight = exp(multiply(subtract(load(rest.ctypes.data), shift), scale))
+            logit = load_up_to(0, logits + 4 * whole, width - whole, rest.ctypes.data)
+            weight = exp(multiply(subtract(logit, shift), scale))
             store(weight, weights + 4 * whole)
             sum_ = add(sum_, weight)
         sums[block // _BLOCK] = total(sum_)

@@ -8,17 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from e2p_ray.engine.compiled import LANES
-from e2p_ray.engine.either import load_either, load_one_of_either
+from e2p_ray.engine.either import load_either, load_one_of_either, load_up_to
 from e2p_ray.engine.loop import loop
 from e2p_ray.engine.vectors import (
     add,
     exp,
     fetch_and_add,
     largest,
-    load,
     maximum,
     splat,
-    store,
     store_float,
     store_int,
     subtract,
@@ -93,11 +91,8 @@ def find_likeliest(p: _Ints) -> None:
                 c = add(c, exp(subtract(load_either(is_half, at + 2 * vector), splat(top))))
                 d = add(d, exp(subtract(load_either(is_half, at + 3 * vector), splat(top))))
             for left in range(whole, width, LANES):
-                store(nothing, rest.ctypes.data)
-                for place in range(left, min(left + LANES, width)):
-                    number = load_one_of_either(is_half, of_row + size * place)
-                    store_float(number, rest.ctypes.data + 4 * (place - left))
-                a = add(a, exp(subtract(load(rest.ctypes.data), splat(top))))
+                number = load_up_to(is_half, of_row + size * left, min(width - left, LANES), rest.ctypes.data)
+                a = add(a, exp(subtract(number, splat(top))))
             store_int(token, tokens + 8 * row)
             store_float(top, tops + 4 * row)
             store_float(total(add(add(a, b), add(c, d))), sums + 4 * row)
