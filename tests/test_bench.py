@@ -117,7 +117,7 @@ class TestBackfill:
     def test_it_refuses_where_no_draft_is_accepted(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(Drafts, "of", lambda _, rows: [RowDraft([], Told(), None) for _ in rows])
+        monkeypatch.setattr(Drafts, "of", lambda _, rows, num_running: [RowDraft([], Told(), None) for _ in rows])
         with pytest.raises(SystemExit, match=r"unchanged80: none of 0 draft tokens accepted"):
             results_of(backfill, ["--rows", "8", "--quick"], monkeypatch, capsys)
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["bench"] == "backfill", "the figures all the same"

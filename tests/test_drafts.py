@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from e2p_ray.engine import decode
-from e2p_ray.engine.agreement import Agreement, Source, new_agreements
+from e2p_ray.engine.agreement import Agreement, Source
 from e2p_ray.engine.drafts import Drafts, Experience, Guess, RowDraft, Told
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.guesses import Guesses
 from e2p_ray.engine.reach import NO_GUESS
 from e2p_ray.engine.row import Row
+from e2p_ray.engine.worth import Worth, kind_of
 from e2p_ray.schema import Completion, Group, RequestKey
 from tests import tiny_models
 from tests.listening import Listening
@@ -150,8 +151,8 @@ def test_rows_that_nothing_can_be_found_for_are_left_alone(monkeypatch: pytest.M
 class Followed:
     """Rows of a wave that write what a test says, and the guesses that they have."""
 
-    def __init__(self, drafts: Sequence[RowDraft], max_new: int = 12) -> None:
-        self.guesses, self.agreements = Guesses(len(drafts), max_new), new_agreements()
+    def __init__(self, drafts: Sequence[RowDraft | None], max_new: int = 12) -> None:
+        self.guesses, self.experience = Guesses(len(drafts), max_new), Experience()
         self.written, self.num_written = np.zeros((len(drafts), max_new), np.int64), np.zeros(len(drafts), np.int64)
         self.guesses.add(drafts)
 
@@ -160,7 +161,11 @@ class Followed:
             end = self.num_written[slot] + len(tokens)
             self.written[slot, self.num_written[slot] : end] = tokens
             self.num_written[slot] = end
-        self.guesses.follow(slice(0, len(rows)), self.written, self.num_written, num_told, self.agreements)
+        self.guesses.follow(slice(0, len(rows)), self.written, self.num_written, num_told, self.experience)
+
+    @property
+    def agreements(self) -> tuple[Agreement, ...]:
+        return self.experience.agreements
 
     def ahead(self) -> list[list[int]]:
         """All that is guessed of each row."""
@@ -221,14 +226,16 @@ def test_the_nearest_user_s_text_is_guessed_first_and_then_the_most_common_ones(
         drafts.tell(teller, shared)
     expected = {(0.1, 0.8): north, (0.8, 0.1): east, (0.2, -0.7): south}
     for place, text in expected.items():
-        (draft,) = drafts.of([of(*place)])
+        (draft,) = drafts.of([of(*place)], 0)
+        assert draft is not None
         assert draft.next([]) == (text, Source.TOLD)
         assert draft.next([shared[0]]) == (shared, Source.TOLD), "what began otherwise goes on with another"
         assert draft.next([shared[0]]) is None
         others = drafts._told_of(row).order_for(np.array(place, np.float32))
         assert others[:2] == [text, shared]
         assert sorted(others) == [north, east, south, shared]
-    (draft,) = drafts.of([replace(row, user_embedding=None)])
+    (draft,) = drafts.of([replace(row, user_embedding=None)], 0)
+    assert draft is not None
     assert draft.next([]) == (shared, Source.TOLD), "the control: without a user the common one"
 
 
@@ -272,6 +279,80 @@ def test_drafts_that_never_hold_are_given_up(monkeypatch: pytest.MonkeyPatch) ->
     num_tokens = sum(completion.num_output_tokens for completion in expected.values())
     assert num_tried(64) < 0.2 * num_tokens
     assert num_tried(4096) > num_tried(64)
+
+
+def test_rows_get_guesses_where_these_have_saved_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some calls whose drafts were wrong one in eight has any; as soon as they are right again all have."""
+    made, plain = list[int](), Drafts.of
+
+    def watched(self: Drafts, rows: Sequence[Row], num_running: int) -> list[RowDraft | None]:
+        drafts = plain(self, rows, num_running)
+        made.append(sum(draft is not None for draft in drafts))
+        return drafts
+
+    monkeypatch.setattr(Drafts, "of", watched)
+    calls = [group for at in range(40) for group in groups_of(1, 4, first=4 * at)]
+    expected = run(engine_of(GREEDY, drafts=False), calls)
+    wrong = with_drafts(calls, lambda key: "no such text at all, whatever is asked")
+    right = with_drafts(calls, lambda key: expected[key].text)
+    engine = engine_of(GREEDY)
+
+    def num_made(calls: list[Group]) -> list[int]:
+        """Rows of each call, which are written one call after the other, that had guesses."""
+        made.clear()
+        found = dict[RequestKey, Completion]()
+        for group in calls:
+            found |= run(engine, [group])
+        assert same(found, {key: expected[key] for key in found})
+        assert len(made) == len(calls)
+        return made
+
+    learning = num_made(wrong)
+    assert learning[:4] == [4] * 4
+    assert sum(num_made(wrong)) == 4 * len(calls) / 8
+    num_steps = engine.stats.num_steps
+    learning = num_made(right)
+    assert sum(learning[:16]) < 4 * 16, "the control: not at once"
+    assert learning[-16:] == [4] * 16
+    assert engine.stats.num_steps - num_steps < 0.7 * num_steps / 2
+    bare = [replace(request, draft=None) for request in calls[0].requests]
+    assert num_made([replace(calls[0], requests=tuple(bare[:3]) + calls[0].requests[3:])]) == [4], "of another kind"
+
+
+def test_what_guesses_are_worth_is_asked_of_rows_that_are_alike() -> None:
+    worth, alone, many = Worth(), kind_of(1, has_draft=True), kind_of(300, has_draft=True)
+    assert many == kind_of(500, has_draft=True) != kind_of(512, has_draft=True)
+    assert kind_of(1, has_draft=False) != alone
+
+    def see(kind: int, num_tokens: int, num_saved: int) -> None:
+        worth.see(np.array([kind] * 2), np.array([num_tokens - 1, 1]), np.array([num_saved, 0]))
+
+    def tried(kind: int) -> list[bool]:
+        return [worth.is_tried(kind) for _ in range(16)]
+
+    for kind in (alone, many):
+        see(kind, 1000, 0)
+    assert tried(many) == [True] * 16, "a thousand tokens of hundreds of rows say little"
+    assert tried(alone) == ([False] * 7 + [True]) * 2
+    assert tried(kind_of(1, has_draft=False)) == [True] * 16
+    see(alone, 125, 60)
+    assert tried(alone) == [True] * 16
+    for _ in range(20):
+        see(alone, 125, 0)
+    assert tried(alone) == ([False] * 7 + [True]) * 2
+
+
+def test_rows_without_guesses_stay_beside_those_that_have_some() -> None:
+    rows = Followed([None, RowDraft([(1, 2, 3, 4)], Told(), None), None, RowDraft([(5, 6, 7)], Told(), None)])
+    rows.write([9, 9], [1], [9], [5, 6])
+    assert rows.ahead() == [[], [2, 3, 4], [], [7]]
+    rows.guesses.move([0], [3], 3)
+    rows.guesses.move([1], [2], 2)
+    rows.num_written, rows.written = np.array([2, 1]), np.array([[5, 6, 0, 0], [9, 0, 0, 0]])
+    assert rows.ahead() == [[7], []]
+    rows.guesses.add([None, RowDraft([(8, 8)], Told(), None)])
+    rows.num_written, rows.written = np.array([2, 1, 0, 0]), np.zeros((4, 4), np.int64)
+    assert rows.ahead() == [[7], [], [], [8, 8]]
 
 
 def test_a_draft_with_an_insertion_is_found_again() -> None:

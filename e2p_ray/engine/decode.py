@@ -227,7 +227,7 @@ class Decoder:
 
     def _enter(self, wave: Wave, rows: list[Row], prefixes: list[Prefix | None]) -> None:
         """From those that wait into the wave, without any token in its slots yet."""
-        drafts = self._call.drafts.of(rows) if self._call.drafts is not None else []
+        drafts = [None] * len(rows) if self._call.drafts is None else self._call.drafts.of(rows, len(wave))
         stops = [self._stopping.number_of(row.sampling.stop) for row in rows]
         wave.add(rows, drafts, prefixes, [row.num_visible(self._num_soft) for row in rows], stops)
         for _ in rows:
@@ -296,7 +296,7 @@ class Decoder:
             return np.full((len(wave) - first, 1), -1, np.int64)
         outlook = wave.guesses.outlook(first, wave.num_written[span], wave.max_new[span])
         reach_of = reach_of_each if each_counts else reach_of_all
-        reach = reach_of(outlook, num_tokens, self._pass_cost(), drafts.agreements)
+        reach = reach_of(outlook, num_tokens, self._pass_cost(), drafts.experience.agreements)
         return wave.guesses.ahead(first, wave.num_written[span], reach)
 
     def _choose(self, wave: Wave, launched: Launched, hidden: Tensor, step: RowsStep) -> None:
@@ -326,7 +326,7 @@ class Decoder:
         wave.num_own[slots] += right + 1
         if (drafts := self._call.drafts) is not None:
             some = slice(int(slots[0]), int(slots[-1]) + 1)
-            wave.guesses.follow(some, wave.written, wave.num_written, drafts.num_told, drafts.agreements)
+            wave.guesses.follow(some, wave.written, wave.num_written, drafts.num_told, drafts.experience)
         self.stats = replace(
             self.stats,
             num_draft_tokens=self.stats.num_draft_tokens + int(launched.num_guessed.sum()),

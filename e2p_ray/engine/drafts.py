@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from e2p_ray.engine.agreement import Agreement, Source, new_agreements
 from e2p_ray.engine.row import Row
+from e2p_ray.engine.worth import Worth, kind_of
 from e2p_ray.schema import UserEmbedding
 
 TokenIds = tuple[int, ...]
@@ -31,6 +32,7 @@ _MAX_REALIGNED = 3  # a row whose draft went wrong is set on it again this many 
 _REACH = 8  # tokens around the place that it left
 _BLANKS = (" ", "\u0120", "\u2581")  # how tokenizers write the blank that a token begins with
 _MAX_SEEN = 64
+_MANY = 64  # texts
 _SURE = 16  # texts of which so many more began one way than the other: drafts are tried that way alone
 
 
@@ -82,10 +84,10 @@ def pair_of(before: _Number, last: _Number) -> _Number:
 class RowDraft:
     """What one row may be guessed to write: its own draft, begun in one way or another, and what is told."""
 
-    __slots__ = ("_num_realigned", "_num_told", "_own", "_pairs", "_told", "_waiting")
+    __slots__ = ("_num_realigned", "_num_told", "_own", "_pairs", "_told", "_waiting", "kind")
 
-    def __init__(self, given: Sequence[TokenIds], told: Told, user: UserEmbedding | None) -> None:
-        self._told = told
+    def __init__(self, given: Sequence[TokenIds], told: Told, user: UserEmbedding | None, kind: int = 0) -> None:
+        self._told, self.kind = told, kind
         self._waiting = [
             *(Guess(text, Source.GIVEN) for text in given), *(Guess(text, Source.TOLD) for text in told.order_for(user))
         ]  # fmt: skip
@@ -147,6 +149,7 @@ class Experience:
     """What an engine has seen of its drafts."""
 
     agreements: tuple[Agreement, ...] = field(default_factory=new_agreements)  # by `Source`
+    worth: Worth = field(default_factory=Worth)
     num_after_blank: int = 1  # texts that began with a blank, less those that did not
     are_blank: dict[int, bool] = field(default_factory=dict)  # tokens that texts began with, of those that were seen
 
@@ -157,32 +160,30 @@ class Drafts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token: int | None, experience: Experience) -> None:
         self._tokenizer = tokenizer
         self._end = () if end_token is None else (end_token,)
-        self._experience = experience
+        self.experience = experience
         self._told: OrderedDict[tuple[TokenIds, TokenIds], Told] = OrderedDict()
         self.num_told = 0  # texts, so that one may know that there is no new one
 
-    @property
-    def agreements(self) -> tuple[Agreement, ...]:
-        """By `Source`."""
-        return self._experience.agreements
-
-    def of(self, rows: Sequence[Row]) -> list[RowDraft]:
-        """The guesses for rows that come in."""
+    def of(self, rows: Sequence[Row], num_running: int) -> list[RowDraft | None]:
+        """The guesses for rows that come in beside so many others; None for those that none are worth while for."""
+        kinds = [kind_of(num_running + len(rows), has_draft=bool(row.draft)) for row in rows]
+        is_tried = {kind: self.experience.worth.is_tried(kind) for kind in set(kinds)}
+        given = iter(self._given([row for row, kind in zip(rows, kinds, strict=True) if is_tried[kind]]))
         return [
-            RowDraft(given, self._told_of(row), row.user_embedding)
-            for row, given in zip(rows, self._given(rows), strict=True)
+            RowDraft(next(given), self._told_of(row), row.user_embedding, kind) if is_tried[kind] else None
+            for row, kind in zip(rows, kinds, strict=True)
         ]
 
     def tell(self, row: Row, tokens: TokenIds) -> None:
         """A row is done: what it wrote is a guess for those that come."""
         self._told_of(row).add(tokens, row.user_embedding)
         self.num_told += 1
-        seen = self._experience.num_after_blank + (1 if self._is_blank(tokens[0]) else -1)
-        self._experience.num_after_blank = max(-_MAX_SEEN, min(seen, _MAX_SEEN))
+        seen = self.experience.num_after_blank + (1 if self._is_blank(tokens[0]) else -1)
+        self.experience.num_after_blank = max(-_MAX_SEEN, min(seen, _MAX_SEEN))
 
     def _is_blank(self, token: int) -> bool:
         """Whether it begins with a blank; of each token the tokenizer is asked once."""
-        known = self._experience.are_blank
+        known = self.experience.are_blank
         if token not in known:
             known[token] = str(self._tokenizer.convert_ids_to_tokens(token)).startswith(_BLANKS)
         return known[token]
@@ -196,18 +197,25 @@ class Drafts:
         return told
 
     def _given(self, rows: Sequence[Row]) -> list[list[TokenIds]]:
-        """Their drafts as tokens, begun after a blank or right away: first the way that was seen more often.
-
-        All of them at once: 25 us a text in place of 100.
-        """
-        num_after = self._experience.num_after_blank
+        """Their drafts as tokens, begun after a blank or right away: first the way that was seen more often."""
+        num_after = self.experience.num_after_blank
         ways = [" ", ""] if num_after > 0 else ["", " "]
         if abs(num_after) >= _SURE:
             ways.pop()
         texts = [way + row.draft for row in rows if row.draft for way in ways]
-        ids = iter(self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
+        ids = iter(self._token_ids(texts))
         found = []
         for row in rows:
             given = [(*next(ids), *self._end) for _ in ways] if row.draft else []
             found.append(list(dict.fromkeys(given)))
+        return found
+
+    def _token_ids(self, texts: list[str]) -> list[list[int]]:
+        """Many at once: 25 us a text in place of 100. Few one by one.
+
+        The tokenizer's threads wait for a core on which torch's still spin: eight texts 0.5 to 2.4 ms, one by one 0.4.
+        """
+        if len(texts) < _MANY:
+            return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
         return found

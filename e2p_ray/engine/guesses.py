@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from e2p_ray.engine.agreement import NUM_CLASSES, Agreement, Source, classes_of
-from e2p_ray.engine.drafts import Guess, RowDraft, pair_of
+from e2p_ray.engine.drafts import Experience, Guess, RowDraft, pair_of
 from e2p_ray.engine.reach import NO_GUESS, Outlook
 from e2p_ray.engine.resized import resized
 
@@ -23,7 +23,9 @@ class Guesses:
     """
 
     def __init__(self, max_rows: int, max_new_tokens: int) -> None:
-        self._drafts: list[RowDraft] = []
+        self._drafts: list[RowDraft | None] = []
+        self._has_draft = np.zeros(max_rows, np.bool_)
+        self._kinds = np.zeros(max_rows, np.int64)  # `worth.kind_of`
         self._tokens = np.zeros((max_rows, max_new_tokens), np.int64)
         self._lengths = np.zeros(max_rows, np.int64)  # of the guesses, with what is written; 0: no guess
         self._sources = np.zeros(max_rows, np.int64)
@@ -40,22 +42,26 @@ class Guesses:
             resized(one, (max_rows,))
             for one in (self._lengths, self._sources, self._streaks, self._num_judged, self._likely)
         )
-        self._may_realign = resized(self._may_realign, (max_rows,))
+        self._may_realign, self._has_draft = (resized(one, (max_rows,)) for one in (self._may_realign, self._has_draft))
+        self._kinds = resized(self._kinds, (max_rows,))
 
-    def add(self, drafts: Sequence[RowDraft]) -> None:
+    def add(self, drafts: Sequence[RowDraft | None]) -> None:
         """Of new rows, behind those that are there."""
         for slot, draft in enumerate(drafts, len(self._drafts)):
             self._drafts.append(draft)
-            self._num_judged[slot], self._may_realign[slot] = 0, draft.may_realign
-            self._find(slot, [])
+            self._has_draft[slot] = draft is not None
+            self._lengths[slot] = self._likely[slot] = self._num_judged[slot] = 0
+            self._may_realign[slot] = False
+            if draft is not None:
+                self._may_realign[slot], self._kinds[slot] = draft.may_realign, draft.kind
+                self._find(slot, draft, [])
 
     def move(self, targets: Sequence[int], sources: Sequence[int], num_left: int) -> None:
         """Rows take other rows' slots, of which num_left stay."""
-        if not self._drafts:
-            return
-        for array in (self._tokens, self._lengths, self._sources, self._streaks, self._num_judged, self._likely,
-                      self._may_realign):  # fmt: skip
-            array[targets] = array[sources]
+        if self._has_draft[: len(self._drafts)].any():
+            for array in (self._tokens, self._lengths, self._sources, self._streaks, self._num_judged, self._likely,
+                          self._may_realign, self._has_draft, self._kinds):  # fmt: skip
+                array[targets] = array[sources]
         for target, source in zip(targets, sources, strict=True):
             self._drafts[target] = self._drafts[source]
         del self._drafts[num_left:]
@@ -80,24 +86,26 @@ class Guesses:
         tokens = np.take_along_axis(self._tokens[first : first + len(reach)], places, axis=1)
         return np.where(columns < reach[:, None], tokens, -1)
 
-    def follow(
-        self, slots: slice, written: _Ints, num_written: _Ints, num_told: int, agreements: Sequence[Agreement]
-    ) -> None:
+    def follow(self, slots: slice, written: _Ints, num_written: _Ints, num_told: int, experience: Experience) -> None:
         """Judge guesses by what their rows really wrote since, and find others where they were wrong or are used up.
 
         `written` (rows, tokens) and `num_written` (rows,) are the wave's; num_told texts have been told in all.
         """
-        rows = np.arange(slots.start, slots.stop)
-        is_guessed = self._lengths[slots] > 0
-        looking = self._judged_wrong(rows[is_guessed], written, num_written, agreements).tolist()
-        self._num_judged[slots] = num_written[slots]
+        rows = slots.start + np.flatnonzero(self._has_draft[slots])
+        if not len(rows):
+            return
+        num_new = num_written[rows] - self._num_judged[rows]
+        experience.worth.see(self._kinds[rows], num_new, np.maximum(num_new - 1, 0))
+        is_guessed = self._lengths[rows] > 0
+        looking = self._judged_wrong(rows[is_guessed], written, num_written, experience.agreements).tolist()
+        self._num_judged[rows] = num_written[rows]
         if num_told != self._num_told:  # what was told since may go on as the row did
             looking += [slot for slot in rows[~is_guessed].tolist() if self._drafts[slot].has_news]
-            if len(rows) == len(self._drafts):
+            if slots.stop - slots.start == len(self._drafts):
                 self._num_told = num_told
         for slot in looking:
-            self._find(slot, written[slot, : num_written[slot]].tolist())
-        self._realign(rows[self._lengths[slots] == 0], written, num_written)
+            self._find(slot, self._drafts[slot], written[slot, : num_written[slot]].tolist())
+        self._realign(rows[self._lengths[rows] == 0], written, num_written)
 
     def _judged_wrong(self, rows: _Ints, written: _Ints, num_written: _Ints, agreements: Sequence[Agreement]) -> _Ints:
         """Those of these rows, which have a guess, that have none any more; agreements learn from all of them."""
@@ -124,9 +132,8 @@ class Guesses:
         wrong: _Ints = rows[(num_held < judged.sum(axis=1)) | (num_written[rows] >= ends[:, 0])]
         return wrong
 
-    def _find(self, slot: int, written: list[int]) -> None:
+    def _find(self, slot: int, draft: RowDraft, written: list[int]) -> None:
         """Another guess for this row, or none."""
-        draft = self._drafts[slot]
         found = draft.next(written)
         self._lengths[slot], self._likely[slot] = 0, draft.likely_length
         if found is not None:

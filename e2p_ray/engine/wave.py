@@ -80,12 +80,12 @@ class Wave:
     def add(
         self,
         rows: Sequence[Row],
-        drafts: Sequence[RowDraft],
+        drafts: Sequence[RowDraft | None],
         prefixes: Sequence[Prefix | None],
         visible: Sequence[int],
         stops: Sequence[int],
     ) -> None:
-        """Put new rows behind those that are there; with a draft each, or without any."""
+        """Put new rows behind those that are there; with guesses or without."""
         span = slice(len(self.rows), len(self.rows) + len(rows))
         self.rows += rows
         self.guesses.add(drafts)
