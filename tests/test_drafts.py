@@ -161,7 +161,7 @@ class Followed:
             end = self.num_written[slot] + len(tokens)
             self.written[slot, self.num_written[slot] : end] = tokens
             self.num_written[slot] = end
-        self.guesses.follow(slice(0, len(rows)), self.written, self.num_written, num_told, self.experience)
+        self.guesses.follow(self.written, self.num_written, num_told, self.experience)
 
     @property
     def agreements(self) -> tuple[Agreement, ...]:

@@ -247,6 +247,8 @@ class Decoder:
         num_own = np.array([*[1] * (begun - first), *(row.num_suffix_tokens(self._num_soft) for row in new)])
         guesses = self._guesses(wave, first, int(num_own.sum()), others_wait=others_wait)
         num_guessed = np.count_nonzero(guesses >= 0, axis=1)
+        if first == 0:
+            wave.guesses.tried(int(num_guessed.sum()))
         counts = num_own + num_guessed
         step = RowsStep(wave.slots, first, wave.num_own[first:num_rows], counts, wave.readers(first))
         embeds = self._embeds(wave.last_tokens(first, begun), new, num_own, guesses, step)
@@ -325,8 +327,7 @@ class Decoder:
         wave.write(slots, right + 1, chosen, logprobs)
         wave.num_own[slots] += right + 1
         if (drafts := self._call.drafts) is not None:
-            some = slice(int(slots[0]), int(slots[-1]) + 1)
-            wave.guesses.follow(some, wave.written, wave.num_written, drafts.num_told, drafts.experience)
+            wave.guesses.follow(wave.written, wave.num_written, drafts.num_told, drafts.experience)
         self.stats = replace(
             self.stats,
             num_draft_tokens=self.stats.num_draft_tokens + int(launched.num_guessed.sum()),

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from e2p_ray.engine.agreement import NUM_CLASSES, Agreement, Source, classes_of
+from e2p_ray.engine.agreement import MAX_STREAK, NUM_CLASSES, Agreement, Source, classes_of
 from e2p_ray.engine.drafts import Experience, Guess, RowDraft, pair_of
 from e2p_ray.engine.reach import NO_GUESS, Outlook
 from e2p_ray.engine.resized import resized
 
 _Ints = npt.NDArray[np.int64]
+
+_MAX_REST = 8
 
 
 class Guesses:
@@ -34,6 +36,8 @@ class Guesses:
         self._may_realign = np.zeros(max_rows, np.bool_)
         self._likely = np.zeros(max_rows, np.int64)  # the length of a text of the same content; 0: none is known
         self._num_told = 0
+        self._num_vain = 0  # looks at the guesses since any was tried
+        self._rest, self._num_resting = 1, 0  # passes from one look to the next, and that are left of them
 
     def grow(self, max_rows: int, max_new_tokens: int) -> None:
         """Room for so many rows of so many tokens, with what is there."""
@@ -47,6 +51,7 @@ class Guesses:
 
     def add(self, drafts: Sequence[RowDraft | None]) -> None:
         """Of new rows, behind those that are there."""
+        self._num_vain, self._rest, self._num_resting = 0, 1, 0
         for slot, draft in enumerate(drafts, len(self._drafts)):
             self._drafts.append(draft)
             self._has_draft[slot] = draft is not None
@@ -67,8 +72,21 @@ class Guesses:
         del self._drafts[num_left:]
 
     def any_from(self, first: int) -> bool:
-        """Whether any row from this slot on has a guess."""
-        return bool(self._lengths[first : len(self._drafts)].any())
+        """Whether any row from this slot on has a guess that is to be looked at now."""
+        return self._num_resting == 0 and bool(self._lengths[first : len(self._drafts)].any())
+
+    def tried(self, num_guessed: int) -> None:
+        """So many guesses are tried in a pass of all rows.
+
+        Where none was for so many passes that nothing is new any more, they are looked at every second one, fourth and
+        so on: the later the more rows there are, as it takes the longer and pays the less often.
+        """
+        if num_guessed:
+            self._num_vain, self._rest = 0, 1
+        elif self._num_resting == 0:
+            self._num_vain += 1
+            longest = min(_MAX_REST, len(self._drafts))
+            self._rest = self._num_resting = min(2 ** max(self._num_vain - MAX_STREAK, 0), longest)
 
     def outlook(self, first: int, num_written: _Ints, max_new: _Ints) -> Outlook:
         """Before a pass of the rows from slot `first` on, which have written and may write so many tokens (n,)."""
@@ -86,23 +104,23 @@ class Guesses:
         tokens = np.take_along_axis(self._tokens[first : first + len(reach)], places, axis=1)
         return np.where(columns < reach[:, None], tokens, -1)
 
-    def follow(self, slots: slice, written: _Ints, num_written: _Ints, num_told: int, experience: Experience) -> None:
+    def follow(self, written: _Ints, num_written: _Ints, num_told: int, experience: Experience) -> None:
         """Judge guesses by what their rows really wrote since, and find others where they were wrong or are used up.
 
         `written` (rows, tokens) and `num_written` (rows,) are the wave's; num_told texts have been told in all.
         """
-        rows = slots.start + np.flatnonzero(self._has_draft[slots])
-        if not len(rows):
+        self._num_resting = max(self._num_resting - 1, 0)
+        rows = np.flatnonzero(self._has_draft[: len(self._drafts)])
+        if self._num_resting or not len(rows):
             return
         num_new = num_written[rows] - self._num_judged[rows]
-        experience.worth.see(self._kinds[rows], num_new, np.maximum(num_new - 1, 0))
+        experience.worth.see(self._kinds[rows], num_new, np.maximum(num_new - self._rest, 0))
         is_guessed = self._lengths[rows] > 0
         looking = self._judged_wrong(rows[is_guessed], written, num_written, experience.agreements).tolist()
         self._num_judged[rows] = num_written[rows]
         if num_told != self._num_told:  # what was told since may go on as the row did
             looking += [slot for slot in rows[~is_guessed].tolist() if self._drafts[slot].has_news]
-            if slots.stop - slots.start == len(self._drafts):
-                self._num_told = num_told
+            self._num_told = num_told
         for slot in looking:
             self._find(slot, self._drafts[slot], written[slot, : num_written[slot]].tolist())
         self._realign(rows[self._lengths[rows] == 0], written, num_written)
