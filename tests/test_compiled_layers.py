@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
 from e2p_ray.engine.compiled import has_loops
 from e2p_ray.engine.compiled_layers import CompiledLayers
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.fused import FusedDecoder
+from e2p_ray.engine.layers_table import LayersTable
 from e2p_ray.engine.packed import can_pack
+from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.schema import Completion
 from tests import tiny_models
+from tests.listening import Listening
 from tests.test_engine_architectures import TOLERANCE, largest_difference, run_traced
 
 pytestmark = pytest.mark.skipif(not has_loops(), reason="the compiled loops need AVX2")
@@ -113,6 +118,57 @@ def test_in_bf16_it_is_as_near_as_the_models_own(name: str, monkeypatch: pytest.
     print(ours, theirs, largest_difference(model, engine, groups, trace, swap=True))
     assert 0 < ours < 1.5 * theirs
     assert largest_difference(model, engine, groups, trace, swap=True) > 1.5 * theirs, "the control must fail"
+
+
+class TestKeptTable:
+    """The calls of a pass are those of the one before where only a token came to each row."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("name", ["llama", "qwen2"])
+    def test_texts_are_those_of_new_tables(
+        self, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine, _ = engine_of(name, dtype)
+        num_kept, advanced = 0, LayersTable.advanced
+
+        def counted(self: LayersTable) -> LayersTable:
+            nonlocal num_kept
+            num_kept += 1
+            return advanced(self)
+
+        monkeypatch.setattr(LayersTable, "advanced", counted)
+        kept = run(engine)
+        assert num_kept > 2
+        monkeypatch.setattr(LayersTable, "advanced", lambda self: self)
+        assert run(engine) != kept, "the control must fail"
+        monkeypatch.setattr(RowsStep, "precedes", lambda *_: False)
+        assert run(engine) == kept
+
+    def test_another_pass_in_between_may_take_more_memory(self) -> None:
+        """What a wider pass between two steps makes anew is not what the calls were told to use."""
+        engine, _ = engine_of("llama", torch.float32)
+        fused = engine._decoder._base.fused
+        assert isinstance(fused, FusedDecoder)
+        content, *others = tiny_models.contents(8)
+        few, many = [tiny_models.group(content, range(2))], [tiny_models.group(one, range(5)) for one in others]
+        expected = [engine_of("llama", torch.float32)[0].generate(groups) for groups in (few, many)]
+        other = engine._decoder.with_bounds(engine._decoder.given_bounds)
+        before, are_there, found = list[weakref.ref[Tensor]](), list[bool](), list[Completion]()
+
+        def between(step: int) -> None:
+            if step == 4:
+                before.extend(map(weakref.ref, fused._workspace.memory))
+                found.extend(other.run(engine._rows(many)))
+            if step == 6:
+                are_there.extend(one() is not None for one in before)
+
+        engine.listener = Listening(between=between)
+        texts = [*engine.generate(few)]
+        assert len(are_there) > 5
+        assert all(are_there)
+        assert not any(one() is not None for one in before), "the control: the workspace has other memory now"
+        for ours, theirs in zip((texts, found), expected, strict=True):
+            assert {one.key: one.text for one in ours} == {one.key: one.text for one in theirs}
 
 
 def test_layers_that_the_loops_do_not_know_are_left_to_others() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from e2p_ray.engine.layers_table import LayersTable
 from e2p_ray.engine.packed import FEW_ROWS
 from e2p_ray.engine.rows_step import RowsStep
 
@@ -56,16 +57,25 @@ class CompiledLayers:
 
     def __call__(self, states: Tensor, turns: Tensor, step: RowsStep, normed: Tensor) -> None:
         """Packed tokens (T, d_model) and their rotations (T, 1, head_dim / 2) to the last layer's normed states."""
+        states = states.contiguous()
+        if step.table_before is None:
+            step.table = self._table_of(states, turns, step, normed)
+        else:
+            step.table = step.table_before.advanced()
+        step.table.run(states, turns, normed)
+
+    def _table_of(self, states: Tensor, turns: Tensor, step: RowsStep, normed: Tensor) -> LayersTable:
         from e2p_ray.engine.calls import ROW_NUMBERS
         from e2p_ray.engine.flash import SharedCall
         from e2p_ray.engine.own_keys import OwnCall
         from e2p_ray.engine.products import ProductCall
         from e2p_ray.engine.row_norms import NormCall
-        from e2p_ray.engine.torch_threads import put_calls, run_table
+        from e2p_ray.engine.torch_threads import put_calls
         from e2p_ray.engine.turns import TurnCall
 
-        first, states = self._layers[0], states.contiguous()
+        first = self._layers[0]
         calls, out = first.calls(states, turns, step), first.output_of(states)
+        attention = step.compiled(first.num_heads, first.num_kv_heads)
         num_layers = len(self._layers)
         table = np.zeros((1 + num_layers * len(calls) + 1, ROW_NUMBERS), np.int64)
         by_layer = table[1:-1].reshape(num_layers, len(calls), ROW_NUMBERS)
@@ -76,8 +86,11 @@ class CompiledLayers:
         for at, (_, _, numbers) in enumerate(calls):
             places.setdefault(type(numbers), []).append(at)
 
+        def column(kind: Any, field: str) -> int:
+            return 2 + int(kind._fields.index(field))
+
         def put(kind: Any, field: str, values: _Table) -> None:
-            by_layer[:, places[kind], 2 + kind._fields.index(field)] = values
+            by_layer[:, places[kind], column(kind, field)] = values
 
         for (kind, field), values in self._own.items():
             put(kind, field, values)
@@ -87,14 +100,29 @@ class CompiledLayers:
                 put(kind, "keys", keys)
                 put(kind, "values", values)
         if SharedCall in places:
-            attention = step.compiled(first.num_heads, first.num_kv_heads)
             addresses = attention.addresses
             by_number = addresses.ctypes.data + addresses.strides[0] * np.arange(num_layers)
             put(SharedCall, "addresses", by_number[:, None])
         # Every layer but the first reads what the one before has written.
-        by_layer[1:, places[NormCall][0], 2 + NormCall._fields.index("states")] = out.data_ptr()
-        by_layer[1:, places[ProductCall][1], 2 + ProductCall._fields.index("others")] = out.data_ptr()
-        run_table(table)
+        reading = [
+            (places[NormCall][0], column(NormCall, "states")),
+            (places[ProductCall][1], column(ProductCall, "others")),
+        ]
+        for of_layer in reading:
+            by_layer[1:, *of_layer] = out.data_ptr()
+        own = slice(*(places[OwnCall][0] + end for end in (0, 1))) if OwnCall in places else slice(0)
+        room = step.room(first.number)
+        return LayersTable(
+            rows=table,
+            turns=by_layer[:, places[TurnCall][0], column(TurnCall, "turns")],
+            states=(by_layer[0, *reading[0], None], by_layer[0, *reading[1], None]),
+            normed=table[-1, column(NormCall, "outputs"), None],
+            max_own=by_layer[:, own, column(OwnCall, "max_keys")],
+            at=attention.place,
+            places=room.places,
+            place_bytes=room.keys.stride(2) * room.keys.element_size(),
+            held=(attention, *first.memory),
+        )
 
 
 def _table(rows: Any) -> _Table:

@@ -32,7 +32,7 @@ class CompiledRows:
         self._slots, self._prefixes, self._num_heads = slots, readers.prefixes, num_heads
         group = num_heads // num_kv_heads
         self._slot_of = tokens.row + tokens.first_slot
-        self._place = np.ascontiguousarray(tokens.at)
+        self.place = tokens.at.copy()  # that the loops read, of whichever pass
         self._max_own = tokens.num_own
         self._shared: SharedReads | None = None
         self._has_blocks = not self._prefixes and tokens.is_fresh and self._max_own > _MAX_SINGLY
@@ -102,7 +102,7 @@ class CompiledRows:
         call = own_keys.OwnCall(
             num_tokens=len(self._slot_of),
             slots=self._slot_of.ctypes.data,
-            places=self._place.ctypes.data,
+            places=self.place.ctypes.data,
             keys=keys.data_ptr(),
             values=values.data_ptr(),
             slot_bytes=size * keys.stride(0),

@@ -212,11 +212,12 @@ class Decoder:
         if not rows:
             return False
         if wave is None:
-            self.stats = replace(self.stats, num_waves=self.stats.num_waves + 1)
+            self._count(num_waves=1)
         wave = self._call.waves.current = self._admission.wave_for(rows, min(len(self._call.pending), room), wave)
-        computed = self.store.num_computed_tokens
+        before = self.store.num_computed_tokens
         prefixes = self.store.get([row.segments.left for row in rows], [row.segments.num_stem for row in rows])
-        self._count(prefix=self.store.num_computed_tokens - computed)
+        computed = self.store.num_computed_tokens - before
+        self._count(num_computed_tokens=computed, num_prefix_tokens=computed)
         running = len(wave) > 0 and self._admission.run_along(rows, len(wave))
         others_wait = len(self._call.pending) > len(rows)
         for part in self._admission.parts(rows):
@@ -250,16 +251,15 @@ class Decoder:
         if first == 0:
             wave.guesses.tried(int(num_guessed.sum()))
         counts = num_own + num_guessed
-        step = RowsStep(wave.slots, first, wave.num_own[first:num_rows], counts, wave.readers(first))
+        step = wave.step(first, counts)
         embeds = self._embeds(wave.last_tokens(first, begun), new, num_own, guesses, step)
         hidden = self._base.hidden(embeds[None], step.position_ids, step)[0]
         wave.num_own[first:num_rows] += num_own - 1  # the last of them counts as what the next token follows
-        self._count(rows=int(num_own[begun - first :].sum()), prompt=sum(map(self._num_prompt_tokens, new)))
-        num_truncated = sum(row.segments.truncated for row in new)
-        self.stats = replace(
-            self.stats,
-            num_truncated=self.stats.num_truncated + num_truncated,
-            num_steps=self.stats.num_steps + (begun > first),
+        self._count(
+            num_computed_tokens=int(num_own[begun - first :].sum()),
+            num_prompt_tokens=sum(map(self._num_prompt_tokens, new)),
+            num_truncated=sum(row.segments.truncated for row in new),
+            num_steps=begun > first,
         )
         launched = Launched(np.arange(first, num_rows), guesses, num_guessed)
         self._choose(wave, launched, hidden, step)
@@ -268,6 +268,8 @@ class Decoder:
     def _embeds(self, last_tokens: _Ints, new: list[Row], num_own: _Ints, guesses: _Ints, step: RowsStep) -> Tensor:
         """(T, d_model): the last tokens of rows that run; new rows' soft tokens and right parts; all rows' guesses."""
         base, num_begun = self._base, len(last_tokens)
+        if len(step.tokens.row) == num_begun:
+            return base.embed(sent(last_tokens, base.device))
         num_soft = np.zeros(len(num_own), np.int64)
         num_soft[num_begun:] = [self._num_soft if row.user_embedding is not None else 0 for row in new]
         packed = step.tokens
@@ -328,11 +330,8 @@ class Decoder:
         wave.num_own[slots] += right + 1
         if (drafts := self._call.drafts) is not None:
             wave.guesses.follow(wave.written, wave.num_written, drafts.num_told, drafts.experience)
-        self.stats = replace(
-            self.stats,
-            num_draft_tokens=self.stats.num_draft_tokens + int(launched.num_guessed.sum()),
-            num_accepted_tokens=self.stats.num_accepted_tokens + int(right.sum()),
-        )
+        if num_guessed := int(launched.num_guessed.sum()):
+            self._count(num_draft_tokens=num_guessed, num_accepted_tokens=int(right.sum()))
 
     def _likeliest(self, wave: Wave, rows: _Ints, hidden: Tensor, places: _Ints, max_rows: int) -> Likeliest | None:
         """The likeliest tokens behind these packed places, where that is all their rows ask for and loops find them."""
@@ -363,9 +362,10 @@ class Decoder:
             self._look_at(wave, launched)
         wave.launched.clear()
         reasons = cut_where_they_end(wave, self._stopping)
+        if not reasons:
+            return []
         ended = [wave.ended(slot, reason) for slot, reason in sorted(reasons.items())]
-        num_output_tokens = sum(len(one.tokens) for one in ended if one.reason is not FinishReason.ERROR)
-        self.stats = replace(self.stats, num_output_tokens=self.stats.num_output_tokens + num_output_tokens)
+        self._count(num_output_tokens=sum(len(one.tokens) for one in ended if one.reason is not FinishReason.ERROR))
         self._leave(wave, sorted(reasons))
         return ended
 
@@ -426,13 +426,8 @@ class Decoder:
     def _num_prompt_tokens(self, row: Row) -> int:
         return row.segments.num_tokens + (self._num_soft if row.user_embedding is not None else 0)
 
-    def _count(self, *, prefix: int = 0, rows: int = 0, prompt: int = 0) -> None:
-        self.stats = replace(
-            self.stats,
-            num_prompt_tokens=self.stats.num_prompt_tokens + prompt,
-            num_computed_tokens=self.stats.num_computed_tokens + prefix + rows,
-            num_prefix_tokens=self.stats.num_prefix_tokens + prefix,
-        )
+    def _count(self, **more: int) -> None:
+        self.stats = replace(self.stats, **{name: getattr(self.stats, name) + number for name, number in more.items()})
 
 
 def _continued(wave: Wave, slots: _Ints, guesses: _Ints, width: int) -> _Ints:

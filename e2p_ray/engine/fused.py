@@ -130,6 +130,11 @@ class FusedLayer(nn.Module):
         products = self.qkv.panels is not None and self.output.panels is not None and self.mlp.has_calls
         return self._by_loop and norms and products
 
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """What its calls write to and read from each other."""
+        return self._workspace.memory
+
     def output_of(self, states: Tensor) -> Tensor:
         """Where the calls leave the layer's output."""
         return self._room("after MLP", states)

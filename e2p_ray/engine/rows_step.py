@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from e2p_ray.engine.attention import Room, Shape
 from e2p_ray.engine.compiled_attention import can_attend
 from e2p_ray.engine.compiled_rows import CompiledRows
+from e2p_ray.engine.layers_table import LayersTable
 from e2p_ray.engine.packed_tokens import PackedTokens
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.rows_attention import RowsAttention
@@ -44,6 +46,24 @@ class RowsStep:
         self._places: _Ints | None = None
         self._compiled: CompiledRows | None = None
         self._by_torch: RowsAttention | None = None
+        self.table: LayersTable | None = None  # its calls, once it has been run by them
+        self.table_before: LayersTable | None = None  # those of the pass that precedes this one
+
+    def precedes(self, slots: SuffixSlots, first_slot: int, lengths: _Ints, counts: _Ints, readers: Readers) -> bool:
+        """Whether a pass is this one a token later, and by the same calls."""
+        is_alike = self.table is not None and self.is_single and slots is self.slots and readers is self.readers
+        if not is_alike or first_slot != self.tokens.first_slot or len(counts) != len(self.tokens.counts):
+            return False
+        return int(counts.max()) == 1 and np.array_equal(lengths, self.tokens.at + 1)
+
+    def next(self) -> RowsStep:
+        """The pass that it precedes."""
+        found = copy(self)
+        found.tokens = replace(self.tokens, lengths=self.tokens.at + 1, at=self.tokens.at + 1)
+        found.last_position, found.position_ids = self.last_position + 1, self.position_ids + 1
+        found._places = found._compiled = found.table = None
+        found.table_before = self.table
+        return found
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
         for slots, new in ((self.slots.keys[layer], keys), (self.slots.values[layer], values)):

@@ -14,6 +14,7 @@ from e2p_ray.engine.launched import Launched
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.resized import resized
 from e2p_ray.engine.row import Row
+from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.sampling import RowSampling
 from e2p_ray.engine.sent import sent
 from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
@@ -54,6 +55,7 @@ class Wave:
         self.prefixes: list[Prefix | None] = []
         self._visible: list[int] = []
         self._readers: Readers | None = None
+        self._step: RowsStep | None = None  # the last one
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -65,7 +67,7 @@ class Wave:
 
     def grow(self, max_rows: int, max_tokens: int, max_new_tokens: int) -> None:
         """Buffers for so many rows of so many tokens, with what these hold."""
-        self.slots = self.slots.grown(max_rows, max_tokens, len(self.rows))
+        self.slots, self._step = self.slots.grown(max_rows, max_tokens, len(self.rows)), None
         self.guesses.grow(max_rows, max_new_tokens)
         self.written = resized(self.written, (max_rows, max_new_tokens))
         self.logprobs = resized(self.logprobs, (max_rows, max_new_tokens))
@@ -105,6 +107,13 @@ class Wave:
         if self._readers is None:
             self._readers = Readers.of(self.prefixes, self._visible)
         return self._readers
+
+    def step(self, first: int, counts: _Ints) -> RowsStep:
+        """The next pass of the rows from slot `first` on, with so many new tokens (n,) of each."""
+        given = self.slots, first, self.num_own[first : len(self)], counts, self.readers(first)
+        before = self._step
+        self._step = before.next() if before is not None and before.precedes(*given) else RowsStep(*given)
+        return self._step
 
     def last_tokens(self, first: int, end: int) -> _Ints:
         """The token that each of these rows wrote last."""

@@ -17,6 +17,11 @@ class Workspace:
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
 
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """All that is kept now."""
+        return tuple(self._kept.values())
+
     def tensor(self, name: str, *size: int, dtype: torch.dtype) -> Tensor:
         """Of this size with whatever it holds; good until this name is asked for again."""
         num, kept = math.prod(size), self._kept.get((name, dtype))
