@@ -161,6 +161,7 @@ class Followed:
             end = self.num_written[slot] + len(tokens)
             self.written[slot, self.num_written[slot] : end] = tokens
             self.num_written[slot] = end
+        self.guesses.passed()
         self.guesses.follow(self.written, self.num_written, num_told, self.experience)
 
     @property
@@ -353,6 +354,32 @@ def test_rows_without_guesses_stay_beside_those_that_have_some() -> None:
     rows.guesses.add([None, RowDraft([(8, 8)], Told(), None)])
     rows.num_written, rows.written = np.array([2, 1, 0, 0]), np.zeros((4, 4), np.int64)
     assert rows.ahead() == [[7], [], [], [8, 8]]
+
+
+def test_guesses_that_do_not_pay_are_looked_at_less_and_less() -> None:
+    def looks(guesses: Guesses, num_passes: int, num_tried: int = 0) -> list[int]:
+        """The passes of so many whose tokens guesses are judged by."""
+        found = []
+        for at in range(num_passes):
+            guesses.tried(num_tried)
+            if guesses.passed():
+                found.append(at)
+                guesses.num_unseen = 0
+        return found
+
+    def rows(num: int) -> Guesses:
+        return Followed([RowDraft([(1, 2, 3)], Told(), None) for _ in range(num)]).guesses
+
+    many = rows(20)
+    assert looks(many, 40) == [0, 1, 2, 3, 5, 9, 17, 25, 33]
+    assert not many.any_from(0)
+    many.num_unseen = 0
+    many.add([])
+    assert many.any_from(0), "rows come in"
+    assert looks(many, 6) == [0, 1, 2, 3, 5]
+    assert looks(many, 6, num_tried=3) == [*range(6)], "as soon as one is tried"
+    assert looks(rows(1), 10) == [*range(10)], "of a row alone every pass counts"
+    assert looks(rows(2), 10) == [0, 1, 2, 3, 5, 7, 9]
 
 
 def test_a_draft_with_an_insertion_is_found_again() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from e2p_ray.engine.admission import Admission, Bounds
 from e2p_ray.engine.contract import EngineStats, Listener
-from e2p_ray.engine.drafts import Drafts
+from e2p_ray.engine.drafts import Drafts, RowDraft
 from e2p_ray.engine.ending import cut_where_they_end
 from e2p_ray.engine.greedy import Likeliest
 from e2p_ray.engine.launched import Launched
@@ -228,7 +228,11 @@ class Decoder:
 
     def _enter(self, wave: Wave, rows: list[Row], prefixes: list[Prefix | None]) -> None:
         """From those that wait into the wave, without any token in its slots yet."""
-        drafts = [None] * len(rows) if self._call.drafts is None else self._call.drafts.of(rows, len(wave))
+        drafts: list[RowDraft | None] = [None] * len(rows)
+        if self._call.drafts is not None:
+            drafts = self._call.drafts.of(rows, len(wave))
+            if wave.guesses.num_unseen:
+                self._follow(wave, self._call.drafts)
         stops = [self._stopping.number_of(row.sampling.stop) for row in rows]
         wave.add(rows, drafts, prefixes, [row.num_visible(self._num_soft) for row in rows], stops)
         for _ in rows:
@@ -328,10 +332,13 @@ class Decoder:
         right = np.cumprod((chosen == guesses) & launched.asked, axis=1).sum(axis=1)
         wave.write(slots, right + 1, chosen, logprobs)
         wave.num_own[slots] += right + 1
-        if (drafts := self._call.drafts) is not None:
-            wave.guesses.follow(wave.written, wave.num_written, drafts.num_told, drafts.experience)
+        if self._call.drafts is not None and wave.guesses.passed():
+            self._follow(wave, self._call.drafts)
         if num_guessed := int(launched.num_guessed.sum()):
             self._count(num_draft_tokens=num_guessed, num_accepted_tokens=int(right.sum()))
+
+    def _follow(self, wave: Wave, drafts: Drafts) -> None:
+        wave.guesses.follow(wave.written, wave.num_written, drafts.num_told, drafts.experience)
 
     def _likeliest(self, wave: Wave, rows: _Ints, hidden: Tensor, places: _Ints, max_rows: int) -> Likeliest | None:
         """The likeliest tokens behind these packed places, where that is all their rows ask for and loops find them."""

@@ -37,7 +37,8 @@ class Guesses:
         self._likely = np.zeros(max_rows, np.int64)  # the length of a text of the same content; 0: none is known
         self._num_told = 0
         self._num_vain = 0  # looks at the guesses since any was tried
-        self._rest, self._num_resting = 1, 0  # passes from one look to the next, and that are left of them
+        self._num_resting = 0  # passes to the next look
+        self.num_unseen = 0  # passes since the last one
 
     def grow(self, max_rows: int, max_new_tokens: int) -> None:
         """Room for so many rows of so many tokens, with what is there."""
@@ -51,7 +52,8 @@ class Guesses:
 
     def add(self, drafts: Sequence[RowDraft | None]) -> None:
         """Of new rows, behind those that are there."""
-        self._num_vain, self._rest, self._num_resting = 0, 1, 0
+        assert self.num_unseen == 0, "those that are there have been followed"
+        self._num_vain = self._num_resting = 0
         for slot, draft in enumerate(drafts, len(self._drafts)):
             self._drafts.append(draft)
             self._has_draft[slot] = draft is not None
@@ -82,14 +84,21 @@ class Guesses:
         so on: the later the more rows there are, as it takes the longer and pays the less often.
         """
         if num_guessed:
-            self._num_vain, self._rest = 0, 1
+            self._num_vain = 0
         elif self._num_resting == 0:
             self._num_vain += 1
             longest = min(_MAX_REST, len(self._drafts))
-            self._rest = self._num_resting = min(2 ** max(self._num_vain - MAX_STREAK, 0), longest)
+            self._num_resting = min(2 ** max(self._num_vain - MAX_STREAK, 0), longest)
+
+    def passed(self) -> bool:
+        """A pass is done: whether it is time to `follow` it, and those before."""
+        self.num_unseen += 1
+        self._num_resting = max(self._num_resting - 1, 0)
+        return self._num_resting == 0
 
     def outlook(self, first: int, num_written: _Ints, max_new: _Ints) -> Outlook:
         """Before a pass of the rows from slot `first` on, which have written and may write so many tokens (n,)."""
+        assert self.num_unseen == 0, "guesses are followed before they are used"
         span = slice(first, len(self._drafts))
         lengths, likely = self._lengths[span], self._likely[span]
         # A text that begins otherwise need not be longer or shorter; of one that is longer already nothing is known.
@@ -109,12 +118,12 @@ class Guesses:
 
         `written` (rows, tokens) and `num_written` (rows,) are the wave's; num_told texts have been told in all.
         """
-        self._num_resting = max(self._num_resting - 1, 0)
+        num_passes, self.num_unseen = self.num_unseen, 0
         rows = np.flatnonzero(self._has_draft[: len(self._drafts)])
-        if self._num_resting or not len(rows):
+        if not len(rows):
             return
         num_new = num_written[rows] - self._num_judged[rows]
-        experience.worth.see(self._kinds[rows], num_new, np.maximum(num_new - self._rest, 0))
+        experience.worth.see(self._kinds[rows], num_new, np.maximum(num_new - num_passes, 0))
         is_guessed = self._lengths[rows] > 0
         looking = self._judged_wrong(rows[is_guessed], written, num_written, experience.agreements).tolist()
         self._num_judged[rows] = num_written[rows]
