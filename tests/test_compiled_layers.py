@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
+from e2p_ray.engine import torch_threads
 from e2p_ray.engine.compiled import has_loops
 from e2p_ray.engine.compiled_layers import CompiledLayers
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.fused import FusedDecoder
 from e2p_ray.engine.layers_table import LayersTable
 from e2p_ray.engine.packed import can_pack
+from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.rows_step import RowsStep
+from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.schema import Completion
 from tests import tiny_models
 from tests.listening import Listening
@@ -118,6 +123,43 @@ def test_in_bf16_it_is_as_near_as_the_models_own(name: str, monkeypatch: pytest.
     print(ours, theirs, largest_difference(model, engine, groups, trace, swap=True))
     assert 0 < ours < 1.5 * theirs
     assert largest_difference(model, engine, groups, trace, swap=True) > 1.5 * theirs, "the control must fail"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_contents_go_through_as_rows_do(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their keys and values are those of padded batches, layer by layer, which end before the last layer's rest."""
+    engine, _ = engine_of(name, dtype)
+    base, rng = engine._decoder._base, np.random.default_rng(0)
+    lefts = [tuple(rng.integers(1, 250, size).tolist()) for size in (60, 61, 64, 70, 12, 3)]
+    num_calls, run_table = list[int](), torch_threads.run_table
+
+    def counted(table: npt.NDArray[np.int64]) -> None:
+        num_calls.append(len(table))
+        run_table(table)
+
+    monkeypatch.setattr(torch_threads, "run_table", counted)
+    packed = PrefixStore(base, 1 << 30).get(lefts)
+    assert 0 < len(num_calls) < len(lefts), "several contents in one call"
+    num_calls.clear()
+    monkeypatch.setattr(type(base), "packs_contents", lambda *_: False)
+    padded = PrefixStore(base, 1 << 30).get(lefts)
+    assert not num_calls
+
+    def differences(ours: Sequence[Prefix | None], theirs: Sequence[Prefix | None]) -> list[float]:
+        """Of keys and values of every layer, as a share of them; of the shorter one's tokens."""
+        found = []
+        for one, other in zip(ours, theirs, strict=True):
+            assert one is not None
+            assert other is not None
+            length = min(one.length, other.length)
+            for a, b in zip((*one.keys, *one.values), (*other.keys, *other.values), strict=True):
+                a, b = a[:, :, :length].float(), b[:, :, :length].float()
+                found.append(float((a - b).norm() / b.norm()))
+        return found
+
+    assert max(differences(packed, padded)) < (1e-5 if dtype is torch.float32 else 0.02)
+    assert min(differences(packed[1:], padded[:-1])) > 0.3, "the control must fail"
 
 
 class TestKeptTable:

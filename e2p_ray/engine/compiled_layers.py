@@ -111,14 +111,16 @@ class CompiledLayers:
         ]
         for of_layer in reading:
             by_layer[1:, *of_layer] = out.data_ptr()
-        own = slice(*(places[OwnCall][0] + end for end in (0, 1))) if OwnCall in places else slice(0)
+        first_own, num_own = (places[OwnCall][0], 1) if OwnCall in places else (0, 0)
         room = step.room(first.number)
+        # Behind the last layer's keys and values nothing is asked for where these are all that is wanted.
+        num_rows = 2 + (num_layers - 1) * len(calls) + places[TurnCall][0] if step.keys_only else len(table)
         return LayersTable(
-            rows=table,
+            rows=table[:num_rows],
             turns=by_layer[:, places[TurnCall][0], column(TurnCall, "turns")],
             states=(by_layer[0, *reading[0], None], by_layer[0, *reading[1], None]),
             normed=table[-1, column(NormCall, "outputs"), None],
-            max_own=by_layer[:, own, column(OwnCall, "max_keys")],
+            max_own=by_layer[:, first_own : first_own + num_own, column(OwnCall, "max_keys")],
             at=attention.place,
             places=room.places,
             place_bytes=room.keys.stride(2) * room.keys.element_size(),

@@ -153,6 +153,13 @@ class BaseModel:
             return torch.float32
         return self.dtype
 
+    def packs_contents(self, num_tokens: int) -> bool:
+        """Whether contents of so many tokens go through the model as rows do, none of them padded.
+
+        Python between a layer's loops is 4 ms of a content's 21 (128 tokens, two Zen 4 cores, bf16, 2026-11-29).
+        """
+        return isinstance(self.fused, FusedDecoder) and self.fused.takes_packed(num_tokens)
+
     def slots(self, max_rows: int, max_tokens: int) -> SuffixSlots:
         """Room for the own keys and values of so many rows."""
         return SuffixSlots(

@@ -14,7 +14,7 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.sent import sent
-from e2p_ray.engine.shared_prefix import PrefillDoneError, PrefillStep, Prefix, SuffixSlots
+from e2p_ray.engine.shared_prefix import PrefillBatch, PrefillDoneError, PrefillStep, Prefix, SuffixSlots
 
 TokenIds = tuple[int, ...]
 
@@ -157,21 +157,13 @@ class PrefixStore:
     @torch.no_grad()
     def _continue(self, rows: list[tuple[TokenIds, int, Prefix]]) -> dict[TokenIds, Prefix]:
         """Prefixes of left parts whose first tokens another prefix has: only what follows is computed."""
-        base = self._base
         rests = [left[num_stem:] for left, num_stem, _ in rows]
         counts = np.array([len(rest) for rest in rests])
-        longest = int(counts.max())
-        slots = base.slots(len(rows), max(longest, 1))
+        slots = self._base.slots(len(rows), max(int(counts.max()), 1))
         asked = np.flatnonzero(counts)
         if len(asked):
             readers = Readers.of([rows[at][2] for at in asked], [rows[at][1] for at in asked])
-            step = RowsStep(slots, 0, np.zeros(len(asked), np.int64), counts[asked], readers)
-            ids = np.zeros((len(asked), longest), np.int64)
-            for place, at in enumerate(asked):
-                ids[place, : counts[at]] = rests[at]
-            embeds = base.embed(sent(ids[step.tokens.row, step.tokens.offset], base.device))
-            base.hidden(embeds[None], step.position_ids, step)
-            self.num_computed_tokens += int(counts.sum())
+            self._run([rests[at] for at in asked], readers, slots)
         slot_of = np.cumsum(counts > 0) - 1
         return {
             left: _joined(source, num_stem, slots, int(slot_of[at]), int(counts[at]))
@@ -181,6 +173,10 @@ class PrefixStore:
     @torch.no_grad()
     def _prefill(self, batch: list[TokenIds]) -> list[Prefix]:
         lengths = [len(left) for left in batch]
+        if self._base.packs_contents(max(lengths)):
+            slots = self._base.slots(len(batch), max(lengths))
+            self._run(batch, Readers.of([None] * len(batch), [0] * len(batch)), slots)
+            return PrefillBatch(tuple(slots.keys), tuple(slots.values)).prefixes(lengths)
         ids = np.zeros((len(batch), max(lengths)), np.int64)
         for at, left in enumerate(batch):
             ids[at, : len(left)] = left
@@ -190,6 +186,14 @@ class PrefixStore:
             self._base.hidden(self._base.embed(sent(ids, self._base.device)), positions, step)
         self.num_computed_tokens += sum(lengths)
         return step.prefixes()
+
+    def _run(self, rests: Sequence[TokenIds], readers: Readers, slots: SuffixSlots) -> None:
+        """Keys and values of these tokens behind what their rows read, to slots 0, 1, ..."""
+        counts = np.array([len(rest) for rest in rests])
+        step = RowsStep(slots, 0, np.zeros(len(rests), np.int64), counts, readers, keys_only=True)
+        embeds = self._base.embed(sent(np.concatenate(rests), self._base.device))
+        self._base.hidden(embeds[None], step.position_ids, step)
+        self.num_computed_tokens += int(counts.sum())
 
 
 def _joined(source: Prefix, num_stem: int, slots: SuffixSlots, slot: int, count: int) -> Prefix:

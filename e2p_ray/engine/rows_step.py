@@ -29,11 +29,22 @@ _Floats = npt.NDArray[np.float32]
 class RowsStep:
     """n rows in the slots first_slot .., with counts (n,) new tokens each behind the lengths (n,) of earlier ones.
 
-    Only real tokens go through the model, T of them, packed into one row, row after row.
+    Only real tokens go through the model, T of them, packed into one row, row after row. keys_only: nobody looks at
+    the last layer's states, so that they may be anything.
     """
 
-    def __init__(self, slots: SuffixSlots, first_slot: int, lengths: _Ints, counts: _Ints, readers: Readers) -> None:
+    def __init__(
+        self,
+        slots: SuffixSlots,
+        first_slot: int,
+        lengths: _Ints,
+        counts: _Ints,
+        readers: Readers,
+        *,
+        keys_only: bool = False,
+    ) -> None:
         device = slots.keys[0].device
+        self.keys_only = keys_only
         self.tokens = tokens = PackedTokens.of(first_slot, lengths, counts)
         self.slots, self.readers = slots, readers
         self._span = slice(first_slot, first_slot + len(counts))

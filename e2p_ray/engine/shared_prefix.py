@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,15 @@ class PrefillBatch:
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+
+    def prefixes(self, lengths: Sequence[int]) -> list[Prefix]:
+        """The prefix of every content, views of it all: what one of them keeps, see `Prefix.memory`."""
+        found = []
+        for row, length in enumerate(lengths):
+            keys = tuple(k[row : row + 1, :, :length] for k in self.keys)
+            values = tuple(v[row : row + 1, :, :length] for v in self.values)
+            found.append(Prefix(keys, values, length, self, row))
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,14 +138,8 @@ class PrefillStep:
         return attention(queries.to(keys.dtype), keys, values, shape, causal=True, visible=visible)[0]
 
     def prefixes(self) -> list[Prefix]:
-        """The prefix of every content in the batch, views of it: what one of them keeps, see `Prefix.memory`."""
-        batch = PrefillBatch(tuple(self._keys), tuple(self._values))
-        found = []
-        for row, length in enumerate(self.lengths):
-            keys = tuple(k[row : row + 1, :, :length] for k in batch.keys)
-            values = tuple(v[row : row + 1, :, :length] for v in batch.values)
-            found.append(Prefix(keys, values, length, batch, row))
-        return found
+        """The prefix of every content in the batch."""
+        return PrefillBatch(tuple(self._keys), tuple(self._values)).prefixes(self.lengths)
 
 
 class SuffixSlots:
