@@ -26,6 +26,7 @@ class Guesses:
 
     def __init__(self, max_rows: int, max_new_tokens: int) -> None:
         self._drafts: list[RowDraft | None] = []
+        self._num_drafts = 0  # that are not None
         self._has_draft = np.zeros(max_rows, np.bool_)
         self._kinds = np.zeros(max_rows, np.int64)  # `worth.kind_of`
         self._tokens = np.zeros((max_rows, max_new_tokens), np.int64)
@@ -56,6 +57,7 @@ class Guesses:
         self._num_vain = self._num_resting = 0
         for slot, draft in enumerate(drafts, len(self._drafts)):
             self._drafts.append(draft)
+            self._num_drafts += draft is not None
             self._has_draft[slot] = draft is not None
             self._lengths[slot] = self._likely[slot] = self._num_judged[slot] = 0
             self._may_realign[slot] = False
@@ -65,17 +67,19 @@ class Guesses:
 
     def move(self, targets: Sequence[int], sources: Sequence[int], num_left: int) -> None:
         """Rows take other rows' slots, of which num_left stay."""
-        if self._has_draft[: len(self._drafts)].any():
+        if self._num_drafts:
             for array in (self._tokens, self._lengths, self._sources, self._streaks, self._num_judged, self._likely,
                           self._may_realign, self._has_draft, self._kinds):  # fmt: skip
                 array[targets] = array[sources]
         for target, source in zip(targets, sources, strict=True):
             self._drafts[target] = self._drafts[source]
         del self._drafts[num_left:]
+        self._num_drafts = int(self._has_draft[:num_left].sum())
 
     def any_from(self, first: int) -> bool:
         """Whether any row from this slot on has a guess that is to be looked at now."""
-        return self._num_resting == 0 and bool(self._lengths[first : len(self._drafts)].any())
+        can_be = self._num_drafts > 0 and self._num_resting == 0
+        return can_be and bool(self._lengths[first : len(self._drafts)].any())
 
     def tried(self, num_guessed: int) -> None:
         """So many guesses are tried in a pass of all rows.
@@ -92,6 +96,8 @@ class Guesses:
 
     def passed(self) -> bool:
         """A pass is done: whether it is time to `follow` it, and those before."""
+        if not self._num_drafts:
+            return False
         self.num_unseen += 1
         self._num_resting = max(self._num_resting - 1, 0)
         return self._num_resting == 0
@@ -120,8 +126,6 @@ class Guesses:
         """
         num_passes, self.num_unseen = self.num_unseen, 0
         rows = np.flatnonzero(self._has_draft[: len(self._drafts)])
-        if not len(rows):
-            return
         num_new = num_written[rows] - self._num_judged[rows]
         experience.worth.see(self._kinds[rows], num_new, np.maximum(num_new - num_passes, 0))
         is_guessed = self._lengths[rows] > 0
