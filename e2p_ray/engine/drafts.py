@@ -32,7 +32,7 @@ _MAX_REALIGNED = 3  # a row whose draft went wrong is set on it again this many 
 _REACH = 8  # tokens around the place that it left
 _BLANKS = (" ", "\u0120", "\u2581")  # how tokenizers write the blank that a token begins with
 _MAX_SEEN = 64
-_MANY = 64  # texts
+_MANY = 64  # texts, that become tokens together
 _SURE = 16  # texts of which so many more began one way than the other: drafts are tried that way alone
 
 

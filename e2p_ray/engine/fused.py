@@ -64,7 +64,7 @@ class FusedDecoder(nn.Module):
         return self._compiled is not None
 
     def takes_packed(self, num_tokens: int) -> bool:
-        """Whether contents of so many tokens, packed, are all layers in one call: loops, and no window they fill."""
+        """Whether contents of so many tokens, packed, are all layers in one call: by loops, within each window."""
         return self._compiled is not None and (self._shortest is None or num_tokens <= self._shortest)
 
     def forward(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:

@@ -14,7 +14,7 @@ from e2p_ray.engine.resized import resized
 
 _Ints = npt.NDArray[np.int64]
 
-_MAX_REST = 8
+_MAX_REST = 8  # passes
 
 
 class Guesses:

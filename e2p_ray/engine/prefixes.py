@@ -23,7 +23,7 @@ TokenIds = tuple[int, ...]
 _CPU_PREFILL_TOKENS = 2048
 # On a GPU as many as keep all of it busy, as far as activations go (16,384 x 28,672 of an 8 B model: 0.9 GB).
 _GPU_PREFILL_TOKENS = 16_384
-# Contents of one prefill batch may differ in length by this much: padding is wasted work.
+# Contents of one prefill batch may differ in length by this much: padding is wasted work; packed, only memory.
 MAX_PADDING = 1.15
 _MAX_CONTINUED = 128  # left parts of one pass that go on from a stem: cues are a few tokens each
 
