@@ -53,10 +53,9 @@ class FusedDecoder(nn.Module):
             decoder.layers[number] = nn.Identity()  # its weights are freed
         self._layers = nn.ModuleList(layers)
         has_plain = model.dtype is torch.float32 and all(layer.qkv.plain is not None for layer in layers)
-        windows = [layer.shape.window for layer in layers if layer.shape.window is not None]
-        self._shortest = min(windows, default=None)
-        self._few_rows = FewRows(layers, self._norm, self._shortest) if has_plain else None
-        self._compiled = CompiledLayers.of(layers, self._norm, self._shortest)
+        shortest = min((layer.shape.window for layer in layers if layer.shape.window is not None), default=None)
+        self._few_rows = FewRows(layers, self._norm, shortest) if has_plain else None
+        self._compiled = CompiledLayers.of(layers, self._norm, shortest)
 
     @property
     def is_compiled(self) -> bool:
@@ -65,7 +64,7 @@ class FusedDecoder(nn.Module):
 
     def takes_packed(self, num_tokens: int) -> bool:
         """Whether contents of so many tokens, packed, are all layers in one call: by loops, within each window."""
-        return self._compiled is not None and (self._shortest is None or num_tokens <= self._shortest)
+        return self._compiled is not None and self._compiled.reaches(num_tokens)
 
     def forward(self, embeds: Tensor, position_ids: Tensor, step: Step) -> Tensor:
         """(n, q, d_model) at position_ids (n, q) to the last layer's normed states, good until the next call."""

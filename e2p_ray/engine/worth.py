@@ -1,6 +1,6 @@
 """Whether rows that come in get guesses at all: what guesses have saved rows like them before.
 
-To make a row's guesses and to follow them takes 2 to 5 % of the time of its passes, whether or not one is tried
+To make a row's guesses and to follow them takes 1 to 2 % of the time of its passes, whether or not one is tried
 (LOG.md, 2026-11-29). So where next to none of the tokens came of them, few rows have any: enough to see that they pay
 again.
 """
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 _Ints = npt.NDArray[np.int64]
 
-_LEAST_SAVED = 0.04  # of the tokens: passes without any are that much shorter
+_LEAST_SAVED = 0.04  # of the tokens: more than guesses take of the time, as a token is no more than its part of it
 _MAX_SIZES = 20  # sizes of a wave, by doublings
 _NUM_KINDS = 2 * _MAX_SIZES
 _ONE_IN = 8  # of the times that rows come in, guesses are made
