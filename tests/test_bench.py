@@ -214,15 +214,19 @@ def test_update_changes_what_it_says_and_refuses_other_writes(tmp_path: Path) ->
     assert update.problems_of(lines) == ["other: 4 requests written, 5 changed"]
 
 
-def test_systems_take_turns_there_and_back_and_their_medians_count() -> None:
+def test_systems_take_turns_there_and_back_and_their_medians_count(capsys: pytest.CaptureFixture[str]) -> None:
     order, figures = list[str](), {"a": [1.0, 9.0, 2.0], "b": [5.0, 4.0, 30.0]}
 
     def run(name: str) -> float:
         order.append(name)
         return figures[name][order.count(name) - 1]
 
-    assert harness.interleaved({name: partial(run, name) for name in "ab"}, 3) == {"a": 2.0, "b": 5.0}
+    assert harness.interleaved("8x64", {name: partial(run, name) for name in "ab"}, 3) == {"a": 2.0, "b": 5.0}
     assert "".join(order) == "abbaab"
+    # A bench that is stopped has said what it measured until then.
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 6
+    assert told[2] == "8x64, b: 4.00 rows/s (run 2 of 3)"
 
 
 def test_a_service_has_texts_to_serve(tmp_path: Path) -> None:

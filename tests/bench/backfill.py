@@ -107,9 +107,10 @@ def measure(
     calls = changed(before, 1 - unchanged)
     drafted = with_drafts(calls, published)
     rate("drafts", drafted[:1])  # what a pass costs is measured for the first draft of a base model
-    rates = interleaved({"full": lambda: rate("full", calls), "drafts": lambda: rate("drafts", drafted)}, num_repeats)
-    num_tried, num_accepted = stats["drafts"].num_draft_tokens, stats["drafts"].num_accepted_tokens
     case_name = f"unchanged{unchanged * 100:.0f}" + ("" if rows_per_call == 1 else f" {rows_per_call} rows a call")
+    runs = {"full": lambda: rate("full", calls), "drafts": lambda: rate("drafts", drafted)}
+    rates = interleaved(case_name, runs, num_repeats)
+    num_tried, num_accepted = stats["drafts"].num_draft_tokens, stats["drafts"].num_accepted_tokens
     same = float(np.mean([texts["full"][key] == published[key] for key in published]))
     equal = float(np.mean([texts["full"][key] == text for key, text in texts["drafts"].items()]))
     common = {"case": case_name, "rows_per_call": rows_per_call, "same_texts": same}

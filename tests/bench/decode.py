@@ -79,7 +79,7 @@ def measure(case: Case, config: LlamaConfig, *, max_rows: int, num_repeats: int,
         rate, texts["hf"] = run_hf(plain, rms, case, best, hf_rows)
         return rate
 
-    rates = interleaved({"e2p_ray": ours, "hf_generate": theirs}, num_repeats)
+    rates = interleaved(case.name, {"e2p_ray": ours, "hf_generate": theirs}, num_repeats)
     equal = np.mean([texts["e2p_ray"][key] == text for key, text in texts["hf"].items()])
     pairs = pairs_of(groups)
     floor = floor_of(pairs, [case.content_tokens] * len(pairs), config, max_rows, torch.float32.itemsize)

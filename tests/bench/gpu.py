@@ -130,7 +130,7 @@ def measure(
         runs[name] = run
     ours = {name: Ours(base, case, options.max_rows) for name, base in systems.items()}
     runs |= ours
-    rates = interleaved(runs, options.repeats)
+    rates = interleaved(case.name, runs, options.repeats)
     if options.profile:
         for name, one in ours.items():
             print(f"{case.name} {name}")

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,15 +31,21 @@ def hardware(num_threads: int | None = None) -> str:
     return f"{name}, {os.cpu_count()} cores, {memory:.0f} GiB{threads}"
 
 
-def interleaved(runs: Mapping[str, Callable[[], float]], num_repeats: int) -> dict[str, float]:
-    """The median of each system's figure; systems take turns, so that a noisy minute hits all of them.
+def tell_run(case: str, system: str, rows_per_s: float, repeat: int, num_repeats: int) -> None:
+    """What one run gave, at once and to stderr: a bench that is stopped before its table has said what it measured."""
+    print(f"{case}, {system}: {rows_per_s:,.2f} rows/s (run {repeat + 1} of {num_repeats})", file=sys.stderr)
 
-    There and back, so that none is always the one behind another.
+
+def interleaved(case: str, runs: Mapping[str, Callable[[], float]], num_repeats: int) -> dict[str, float]:
+    """The median of each system's rows/s; systems take turns, so that a noisy minute hits all of them.
+
+    There and back, so that none is always the one behind another. Every run is told to stderr.
     """
     figures: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(num_repeats):
         for name in list(runs)[:: -1 if repeat % 2 else 1]:
             figures[name].append(runs[name]())
+            tell_run(case, name, figures[name][-1], repeat, num_repeats)
     return {name: statistics.median(values) for name, values in figures.items()}
 
 

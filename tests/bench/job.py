@@ -233,7 +233,7 @@ def main() -> None:
                 f"Ray Data and vLLM ({options.vllm_mode}), one actor": lambda: vllm_job(1),
                 f"Ray Data and vLLM ({options.vllm_mode}), two actors": lambda: vllm_job(2),
             }
-        rates = interleaved(systems, num_repeats)
+        rates = interleaved(case.shape, systems, num_repeats)
     results: list[dict[str, Any]] = [
         {
             "case": f"{case.shape}, {num_rows:,} requests",

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.bench.harness import matmul_peak_flops, memory_bytes_per_s, print_results
+from tests.bench.harness import matmul_peak_flops, memory_bytes_per_s, print_results, tell_run
 from tests.bench.peers_start import BASELINE, SYSTEMS, Options, save_model, setting_of, workers
 from tests.bench.peers_torch import Setting
 from tests.bench.worker import Worker, WorkerError
@@ -54,14 +53,18 @@ def measure(case: Case, options: Options, folder: Path, rms: float) -> list[dict
     machine = Machine(0.0, 0.0)
     with workers(case, options, folder, rms) as found:
         errors = {system: worker for system, worker in found.items() if isinstance(worker, str)}
-        for _ in range(options.num_repeats):
+        for repeat in range(options.num_repeats):
             machine = machine.seen_again(options)
             for system, worker in found.items():
                 if isinstance(worker, Worker) and system not in errors:
                     try:
-                        answers.setdefault(system, []).append(worker.run())
+                        answer = worker.run()
                     except WorkerError as error:
                         errors[system] = str(error)
+                        continue
+                    answers.setdefault(system, []).append(answer)
+                    rate = len(answer["rows"]) / answer[f"{options.clock}_s"]
+                    tell_run(case.name, system, rate, repeat, options.num_repeats)
     setting = setting_of("e2p_ray", case, options, folder, rms)
     texts = {system: texts_by_row(runs[-1]) for system, runs in answers.items() if system not in errors}
     lines = []
@@ -174,7 +177,6 @@ def main() -> None:
         rms = save_model(Path(folder))
         for case in cases:
             results += measure(case, options, Path(folder), rms)
-            print(f"{case.name}: done", file=sys.stderr)
     shown = [{"dtype": options.dtype, **line} for line in results]
     print_results("peers", shown, num_threads=options.num_threads)
 

@@ -160,7 +160,7 @@ def loss_difference(base: BaseModel, plain: PlainTraining, projector: Projector,
 def best_batch(plain: PlainTraining, rows: Sequence[Lesson]) -> int:
     """The micro-batch size at which plain training is fastest here; each is tried twice, in turns."""
     sizes = [size for size in PLAIN_BATCHES if size <= len(rows)]
-    rates = interleaved({str(size): partial(plain.step, rows[:size], size) for size in sizes}, 2)
+    rates = interleaved("plain, sizes", {str(size): partial(plain.step, rows[:size], size) for size in sizes}, 2)
     return int(max(rates, key=rates.__getitem__))
 
 
@@ -202,7 +202,7 @@ def measure(case: Case, *, num_repeats: int, plain_rows: int) -> list[dict[str, 
         with_room = replace(settings, max_prefix_bytes=max_bytes)
         fit = Fit(base, projector_of(base, table, settings), table, with_room)
         runs[name] = stepper(fit, table.num_rows)
-    (baseline, rate), *ours = interleaved(runs, num_repeats).items()
+    (baseline, rate), *ours = interleaved(case.name, runs, num_repeats).items()
     results = [{"case": case.name, "system": baseline, "rows_per_s": rate, "ratio": 1.0}]
     for name, our_rate in ours:
         result = {"case": case.name, "system": name, "rows_per_s": our_rate, "ratio": our_rate / rate}
