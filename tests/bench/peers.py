@@ -29,7 +29,7 @@ import torch
 from tests.bench.harness import matmul_peak_flops, memory_bytes_per_s, print_results, tell_run
 from tests.bench.peers_start import BASELINE, SYSTEMS, Options, save_model, setting_of, workers
 from tests.bench.peers_torch import Setting
-from tests.bench.worker import Worker, WorkerError
+from tests.bench.worker import WorkerError
 from tests.bench.workloads import SHAPES, Case, default_content_tokens, floor_of, llama_30m, texts_of
 
 
@@ -56,12 +56,13 @@ def measure(case: Case, options: Options, folder: Path, rms: float) -> list[dict
         for repeat in range(options.num_repeats):
             machine = machine.seen_again(options)
             for system, worker in found.items():
-                if isinstance(worker, Worker) and system not in errors:
-                    try:
-                        answer = worker.run()
-                    except WorkerError as error:
-                        errors[system] = str(error)
-                        continue
+                if isinstance(worker, str) or system in errors:
+                    continue
+                try:
+                    answer = worker.run()
+                except WorkerError as error:
+                    errors[system] = str(error)
+                else:
                     answers.setdefault(system, []).append(answer)
                     rate = len(answer["rows"]) / answer[f"{options.clock}_s"]
                     tell_run(case.name, system, rate, repeat, options.num_repeats)

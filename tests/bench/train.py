@@ -160,7 +160,7 @@ def loss_difference(base: BaseModel, plain: PlainTraining, projector: Projector,
 def best_batch(plain: PlainTraining, rows: Sequence[Lesson]) -> int:
     """The micro-batch size at which plain training is fastest here; each is tried twice, in turns."""
     sizes = [size for size in PLAIN_BATCHES if size <= len(rows)]
-    rates = interleaved("plain, sizes", {str(size): partial(plain.step, rows[:size], size) for size in sizes}, 2)
+    rates = interleaved("plain in batches", {str(size): partial(plain.step, rows[:size], size) for size in sizes}, 2)
     return int(max(rates, key=rates.__getitem__))
 
 
