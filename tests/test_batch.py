@@ -127,6 +127,22 @@ def test_a_worker_reads_its_next_shard_while_it_writes(
     verify(job.storage, job.run)
 
 
+@pytest.mark.parametrize("in_pieces", [True, False])
+def test_the_search_for_poison_reads_nothing_ahead(tmp_path: Path, tries: Path, in_pieces: bool) -> None:
+    """A worker's death takes what it has read: a search of a single attempt gave up its neighbours, too."""
+    job = opened(tmp_path, workers={"max_shard_attempts": 1}, plan={"requests_per_shard": 40})
+    engines = Following(tries, max_wait_s=0.5 if in_pieces else 60)
+    tally = Tally(len(job.run.shard_ids), 0, None)
+    tally.next_attempt()
+    ends = (0, 1) if in_pieces else (None, None)  # whole shards are the control
+    pieces = [{"shard_id": shard_id, "first": ends[0], "end": ends[1]} for shard_id in job.run.shard_ids]
+    given = job.config, job.storage, job.run, engines, None
+    outcomes = list(pool.pool_outcomes(job.config, given, tally, pieces, {}, is_alone=False))
+    assert [outcome.is_piece for outcome in outcomes] == [in_pieces] * len(pieces)
+    assert (tries / "alone").exists() == in_pieces
+    assert (tries / "ahead").exists() != in_pieces
+
+
 def test_a_death_beside_a_shard_that_is_read_ahead_loses_neither(tmp_path: Path, tries: Path) -> None:
     job = opened(tmp_path, workers={"min_size": 1, "max_size": 1}, plan={"requests_per_shard": 20})
     assert pool.reads_ahead(len(job.run.shard_ids), 1)

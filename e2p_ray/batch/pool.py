@@ -49,7 +49,7 @@ def pool_outcomes(
         steps_wait_for_nothing(),
         no_actors_for_others() if is_alone else nullcontext(),
     ):
-        rows = _dataset(config, pieces, arguments, variables, may_read_ahead=tally.attempt == 1)
+        rows = _dataset(config, pieces, arguments, variables, may_read_ahead=_may_read_ahead(tally, pieces))
         try:
             for block in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
                 for row in pa.table(block).to_pylist():
@@ -88,6 +88,14 @@ def reads_ahead(num_pieces: int, max_size: int) -> bool:
     return max_size == 1 or num_pieces >= LEAST_SHARDS_TO_READ_AHEAD * max_size
 
 
+def _may_read_ahead(tally: Tally, pieces: Sequence[Mapping[str, Any]]) -> bool:
+    """Not where a pass is to find out whose death takes which shard, or which piece: a death takes what is read, too.
+
+    A request that is lost beside a poisonous one, alone and again, would be given up as poison itself.
+    """
+    return tally.attempt == 1 and all(piece["end"] is None for piece in pieces)
+
+
 def _dataset(
     config: JobConfig,
     pieces: Sequence[Mapping[str, Any]],
@@ -96,10 +104,7 @@ def _dataset(
     *,
     may_read_ahead: bool,
 ) -> ray.data.Dataset:
-    """The outcomes of these shards or pieces.
-
-    may_read_ahead: not where the pass is to find out whose death takes which shard.
-    """
+    """The outcomes of these shards or pieces."""
     workers = config.workers
     max_size = min(workers.max_size, len(pieces))
     num_at_once = 2 if may_read_ahead and reads_ahead(len(pieces), max_size) else 1
