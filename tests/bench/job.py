@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import psutil
 import torch
 import yaml
 from transformers import PreTrainedModel
@@ -116,13 +118,34 @@ def run_job(folder: Path, values: Mapping[str, Any], num_actors: int) -> JobTime
         path = Path(output) / "job.yaml"
         workers = {"min_size": num_actors, "max_size": num_actors}
         path.write_text(yaml.safe_dump({**values, "output": {"uri": output}, "workers": workers}), "utf-8")
-        start = time.time()
-        subprocess.run([sys.executable, "-m", "jobs.generate", "--config", str(path)], check=True, capture_output=True)
-        end = time.time()
+        command = [sys.executable, "-m", "jobs.generate", "--config", str(path)]
+        with all_ended():
+            start = time.time()
+            subprocess.run(command, check=True, capture_output=True)
+            end = time.time()
         (found,) = Path(output).glob("runs/*/report.json")
         report = json.loads(found.read_text("utf-8"))
         first, last = (datetime.fromisoformat(report[name]).timestamp() for name in ("started_at", "finished_at"))
         return JobTimes(end - start, first - start, end - last, report)
+
+
+@contextmanager
+def all_ended() -> Iterator[None]:
+    """Processes that were started within have ended after it: Ray's workers do 2 s behind their job, 1.4 s of work."""
+    before = _of_this_session()
+    yield
+    while _of_this_session() - before:
+        time.sleep(0.1)
+
+
+def _of_this_session() -> set[int]:
+    """Also those whose parents have ended."""
+    found = set()
+    for process in psutil.process_iter(["status"]):
+        with suppress(ProcessLookupError):  # it has ended meanwhile
+            if process.info["status"] != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == os.getsid(0):
+                found.add(process.pid)
+    return found
 
 
 def run_engine(values: Mapping[str, Any], plan_uri: str) -> float:
@@ -163,10 +186,11 @@ def run_vllm_job(folder: Path, values: Mapping[str, Any], python: str, mode: str
                 "HF_HUB_OFFLINE": "1",
             },
         }
-        start = time.perf_counter()
         command = [python, str(Path(__file__).with_name("job_vllm.py")), json.dumps(options)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder)
-        seconds_s = time.perf_counter() - start
+        with all_ended():
+            start = time.perf_counter()
+            done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=folder)
+            seconds_s = time.perf_counter() - start
         if done.returncode:
             sys.exit(f"the job with vLLM failed:\n{done.stderr[-4000:]}")
         return seconds_s
