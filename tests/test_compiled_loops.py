@@ -22,7 +22,8 @@ from e2p_ray.engine.fused import Norm
 from e2p_ray.engine.packed_tokens import PackedTokens
 from e2p_ray.engine.panels import Behind, Panels
 from e2p_ray.engine.readers import Readers
-from e2p_ray.engine.sampling import RowSampling, choose
+from e2p_ray.engine.row_sampling import RowSampling
+from e2p_ray.engine.sampling import choose
 from e2p_ray.engine.shared_prefix import PrefillStep, Prefix, SuffixSlots
 
 TOLERANCE = 5e-6  # sums of up to 700 terms in float32

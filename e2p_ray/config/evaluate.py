@@ -15,9 +15,9 @@ from e2p_ray.config.sections import (
     Section,
     StorageConfig,
     TaskConfig,
-    Uri,
 )
 from e2p_ray.config.train import TrainingConfig
+from e2p_ray.config.uris import Uri
 
 ExtraMethod = Literal["profile_text", "profile_text_constant", "prefix_tuning", "lora", "lora_profile_text"]
 

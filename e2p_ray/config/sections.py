@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, fi
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from e2p_ray.config.braces import taken_apart
+from e2p_ray.config.uris import DeltaUri, HttpUrl, ModelUri, Uri
 
-_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 _FILLED_IN = ("{title}", "{body}")
 
 
@@ -34,45 +34,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
-def _supported(uri: str, schemes: tuple[str, ...], instead: str) -> str:
-    scheme = _SCHEME.match(uri)
-    if scheme and scheme[1] not in schemes:
-        raise ValueError(f"unknown scheme {scheme[1]!r}: give {instead}")
-    if uri.startswith("s3:") and not re.match("s3://[^/]", uri):
-        raise ValueError("not s3://bucket/...")
-    return uri
-
-
-def _storage_uri(uri: str) -> str:
-    uri = _supported(uri, ("s3", "file"), "a local path or s3://bucket/...")
-    return uri.rstrip("/") if len(uri) > 1 else uri
-
-
-def _model_uri(uri: str) -> str:
-    return _supported(uri, ("s3",), "a local folder, s3://bucket/... or a hub id")
-
-
-def _http_url(url: str) -> str:
-    if not re.match("https?://[^/]", url):
-        raise ValueError("not http://HOST:PORT or https://HOST; leave it out for AWS")
-    return url
-
-
 def _device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
         raise ValueError("use auto, cpu, cuda or cuda:N")
     return device
-
-
-Uri = Annotated[str, Field(min_length=1), AfterValidator(_storage_uri)]
-
-
-def _same_for_delta(uri: str) -> str:
-    """Readers of Delta tables take a local path for a URL, too: what means something there would lead elsewhere."""
-    found = re.search(r"%[0-9A-Fa-f]{2}|\\" + ("|[#?]" if "://" in uri else ""), uri)
-    if found is not None:
-        raise ValueError(f"Delta Lake would look elsewhere because of {found[0]!r}; name the place without it")
-    return uri
 
 
 class InputsConfig(Section):
@@ -86,7 +51,7 @@ class InputsConfig(Section):
 class OutputConfig(Section):
     """Where the published table, the runs and the plans are written."""
 
-    uri: Annotated[Uri, AfterValidator(_same_for_delta)]
+    uri: DeltaUri
 
     @property
     def table_uri(self) -> str:
@@ -97,9 +62,7 @@ class OutputConfig(Section):
 class StorageConfig(Section):
     """How s3:// is reached; credentials come from the usual AWS chain unless given here."""
 
-    endpoint_url: Annotated[str, AfterValidator(_http_url)] | None = Field(
-        None, description="http:// or https:// and the host; null: AWS"
-    )
+    endpoint_url: HttpUrl | None = Field(None, description="http:// or https:// and the host; null: AWS")
     region: str | None = None
     access_key_id: SecretStr | None = None
     secret_access_key: SecretStr | None = None
@@ -111,7 +74,7 @@ class StorageConfig(Section):
 class BaseModelConfig(Section):
     """The frozen LLM: a local folder, an s3:// folder or a hub id with a revision."""
 
-    uri: Annotated[str, Field(min_length=1), AfterValidator(_model_uri)]
+    uri: ModelUri
     revision: str | None = Field(None, description="hub revision; a commit hash is best")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda or cuda:N")

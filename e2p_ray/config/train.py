@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from e2p_ray.config.sections import BaseModelConfig, Config, Section, StorageConfig, TaskConfig, Uri
+from e2p_ray.config.sections import BaseModelConfig, Config, Section, StorageConfig, TaskConfig
+from e2p_ray.config.uris import Uri
 
 
 class TrainInputsConfig(Section):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from e2p_ray.engine.admission import Admission, Bounds
+from e2p_ray.engine.chosen import Choice
 from e2p_ray.engine.contract import EngineStats, Listener
 from e2p_ray.engine.drafts import Drafts, RowDraft
 from e2p_ray.engine.ending import cut_where_they_end
@@ -33,7 +34,7 @@ from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.reach import reach_of_all, reach_of_each
 from e2p_ray.engine.row import Row, rows_at_hand
 from e2p_ray.engine.rows_step import RowsStep
-from e2p_ray.engine.sampling import Choice, choose, choose_likeliest
+from e2p_ray.engine.sampling import choose, choose_likeliest
 from e2p_ray.engine.sent import sent
 from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.engine.stopping import Stopping

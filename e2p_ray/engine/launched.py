@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from e2p_ray.engine.sampling import Choice
+from e2p_ray.engine.chosen import Choice
 
 _Ints = npt.NDArray[np.int64]
 

@@ -12,7 +12,7 @@ from e2p_ray.config import SamplingConfig, TaskConfig
 from e2p_ray.engine.manifest import ProjectorManifest
 from e2p_ray.engine.prompt import PromptLayout
 from e2p_ray.engine.row import Row
-from e2p_ray.engine.sampling import stream_key
+from e2p_ray.engine.streams import stream_key
 from e2p_ray.errors import IncompatibleError, RowError
 from e2p_ray.schema import Completion, ErrorCode, FinishReason, Group
 

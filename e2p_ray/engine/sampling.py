@@ -1,34 +1,20 @@
-"""Choosing tokens: greedy or sampled, from one counter-based random stream a request.
-
-The number drawn for a request at a step is a function of (seed, request, attempt, step) and of nothing else, so that a
-text does not depend on its neighbours, their order, a retry or the number of workers. Philox4x32-10 (Salmon et al.,
-"Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-"""
+"""Choosing tokens: greedy, or sampled by the number that a row's random stream has for the step."""
 
 from __future__ import annotations
-
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from e2p_ray.config import SamplingConfig
+from e2p_ray.engine.chosen import Choice, Chosen, OnItsWay
 from e2p_ray.engine.compiled import DTYPES, has_loops
 from e2p_ray.engine.gpu.available import has_kernels
 from e2p_ray.engine.greedy import Likeliest
+from e2p_ray.engine.row_sampling import RowSampling
 from e2p_ray.engine.sent import sent
-from e2p_ray.schema import RequestKey
+from e2p_ray.engine.streams import uniforms
 
-_UInt32 = npt.NDArray[np.uint64]  # 32-bit words kept in 64 bits, so that products do not overflow
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
-_MASK = np.uint64(0xFFFFFFFF)
-_SHIFT = np.uint64(32)
 # Top-k and top-p look at this many tokens first. Measured on one CPU core, 64 rows of 151,000 tokens in float64: a full
 # sort 2.6 s, the largest 1,024 alone 0.18 s.
 NUM_LIKELIEST = 1024
@@ -36,127 +22,6 @@ NUM_LIKELIEST = 1024
 # and 1.5 GB on a GPU, where a call takes longer to launch (192 rows of 151,936 on a CPU core: 4.1 s at once, 0.8 s by
 # 14, which this makes of them).
 _MAX_SAMPLED = {"cpu": 1 << 21, "cuda": 1 << 24}
-
-
-def philox(counter: Sequence[_UInt32], key: Sequence[_UInt32]) -> tuple[_UInt32, _UInt32, _UInt32, _UInt32]:
-    """Philox4x32 with ten rounds: four counter words and two key words, each (n,), to four random words (n,)."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _MASK, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
-    return c0, c1, c2, c3
-
-
-def stream_key(key: RequestKey, seed: int, attempt: int) -> int:
-    """The 64-bit name of a request's random stream."""
-    text = "\x1f".join((*key, str(seed), str(attempt)))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def uniforms(streams: npt.NDArray[np.uint64], steps: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) for each (stream, step), both (n,)."""
-    zero = np.zeros_like(streams)
-    words = philox((steps.astype(np.uint64), zero, zero, zero), (streams & _MASK, streams >> _SHIFT))
-    return ((words[0] << np.uint64(21)) ^ (words[1] >> np.uint64(11))).astype(np.float64) * 2.0**-53
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class RowSampling:
-    """The sampling of every active row of a wave, as arrays (n,)."""
-
-    temperature: npt.NDArray[np.float64]
-    top_p: npt.NDArray[np.float64]
-    top_k: npt.NDArray[np.int64]
-    repetition_penalty: npt.NDArray[np.float64]
-    no_repeat_ngram_tokens: npt.NDArray[np.int64]
-    streams: npt.NDArray[np.uint64]
-
-    @classmethod
-    def of(cls, rows: Sequence[tuple[SamplingConfig, int]]) -> RowSampling:
-        """From each row's sampling and stream."""
-        configs = [config for config, _ in rows]
-        return cls(
-            np.array([c.temperature for c in configs], np.float64),
-            np.array([c.top_p for c in configs], np.float64),
-            np.array([c.top_k for c in configs], np.int64),
-            np.array([c.repetition_penalty for c in configs], np.float64),
-            np.array([c.no_repeat_ngram_tokens for c in configs], np.int64),
-            np.array([stream for _, stream in rows], np.uint64),
-        )
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether every row takes its likeliest token."""
-        free = (self.temperature <= 0) & (self.repetition_penalty <= 1) & (self.no_repeat_ngram_tokens <= 0)
-        return bool(free.all())
-
-    def take(self, rows: npt.NDArray[np.int64]) -> RowSampling:
-        return RowSampling(
-            self.temperature[rows],
-            self.top_p[rows],
-            self.top_k[rows],
-            self.repetition_penalty[rows],
-            self.no_repeat_ngram_tokens[rows],
-            self.streams[rows],
-        )
-
-    def join(self, other: RowSampling) -> RowSampling:
-        return RowSampling(
-            np.concatenate((self.temperature, other.temperature)),
-            np.concatenate((self.top_p, other.top_p)),
-            np.concatenate((self.top_k, other.top_k)),
-            np.concatenate((self.repetition_penalty, other.repetition_penalty)),
-            np.concatenate((self.no_repeat_ngram_tokens, other.no_repeat_ngram_tokens)),
-            np.concatenate((self.streams, other.streams)),
-        )
-
-
-class Choice(Protocol):
-    """Tokens that are chosen, or will be once a GPU is there."""
-
-    def fetched(self) -> Chosen:
-        """Them; waits until they are there."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Chosen:
-    """Tokens (n,), their log-probabilities under the model itself (n,), and which rows had finite logits (n,)."""
-
-    tokens: npt.NDArray[np.int64]
-    logprobs: npt.NDArray[np.float32]
-    finite: npt.NDArray[np.bool_]
-
-    def fetched(self) -> Chosen:
-        return self
-
-    @classmethod
-    def of(cls, tokens: Tensor, less: Tensor | None, sums: Tensor) -> Chosen:
-        """From what is on a CPU: by how much less likely the tokens are than the likeliest, and its `sums`."""
-        found = sums.numpy()  # torch's logarithm and finiteness of so few numbers: 0.1 ms more of a step's 48
-        gap = np.float32(0) if less is None else less.numpy()
-        return cls(tokens.numpy(), gap - np.log(found), np.isfinite(found))
-
-
-class OnItsWay:
-    """The same, copied from a GPU when it gets there; whoever fetches it waits for that and for nothing behind it."""
-
-    def __init__(self, tokens: Tensor, less: Tensor | None, sums: Tensor) -> None:
-        self._tokens, self._sums = _copied(tokens), _copied(sums)
-        self._less = None if less is None else _copied(less)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
-
-    def fetched(self) -> Chosen:
-        self._event.synchronize()
-        return Chosen.of(self._tokens, self._less, self._sums)
-
-
-def _copied(given: Tensor) -> Tensor:
-    """In memory that the GPU writes to by itself."""
-    return torch.empty(given.shape, dtype=given.dtype, pin_memory=True).copy_(given, non_blocking=True)
 
 
 def choose(

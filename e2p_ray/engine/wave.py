@@ -14,8 +14,8 @@ from e2p_ray.engine.launched import Launched
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.resized import resized
 from e2p_ray.engine.row import Row
+from e2p_ray.engine.row_sampling import RowSampling
 from e2p_ray.engine.rows_step import RowsStep
-from e2p_ray.engine.sampling import RowSampling
 from e2p_ray.engine.sent import sent
 from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
 from e2p_ray.schema import FinishReason
