@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private import services
-from ray._private import utils as ray_utils
+from ray._private import ray_constants, services
 from ray._private import worker as ray_worker
 from ray._private.node import Node
 from ray._private.state import GlobalState
 
+from e2p_ray import idle_agent
 from e2p_ray.environment import variables_set
 from e2p_ray.errors import ConfigError
 
@@ -80,7 +81,7 @@ def start_ray(
     changes: list[tuple[Any, str, Any]] = [(services, "get_node", _node_when_there(meanwhile))]
     if not include_dashboard:
         of_ray = _NO_WAITING | _NO_FIGURES | _NO_WORKERS_YET
-        changes.append((ray_utils, "get_dashboard_dependency_error", _small_agent))
+        changes.append((services, "_build_python_executable_command_memory_profileable", _idle_agent()))
         changes += [(Node, name, _start_nothing) for name in (_FOR_OTHERS if debug else (*_FOR_OTHERS, _LOG_READER))]
     try:
         with (
@@ -121,9 +122,17 @@ def _start_nothing(node: Node, **_: Any) -> None:
     """In place of a method that starts a process of a node."""
 
 
-def _small_agent() -> ImportError:
-    """In place of what asks whether the agent of a node can serve a dashboard; without, it is there 0.5 s sooner."""
-    return ImportError("no dashboard")
+def _idle_agent() -> Callable[..., list[str]]:
+    """In place of what says how Ray's processes in Python are begun: the agent of a node is one that does nothing."""
+    begun_by: Any = services._build_python_executable_command_memory_profileable
+
+    def command(component: str, *given: Any, **named: Any) -> list[str]:
+        if component == ray_constants.PROCESS_TYPE_DASHBOARD_AGENT:
+            return [sys.executable, "-I", "-S", idle_agent.__file__]
+        begun: list[str] = begun_by(component, *given, **named)
+        return begun
+
+    return command
 
 
 def _node_when_there(meanwhile: Callable[[], object]) -> Callable[[str, str], Any]:

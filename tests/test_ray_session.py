@@ -47,7 +47,8 @@ def test_workers_of_a_ray_that_is_started_have_the_variables_and_nothing_runs_th
     assert seen == ["1", "3"]
     assert driver_has_its_own
     assert "raylet" in processes
-    for name in ("dashboard/dashboard.py", "monitor.py", "log_monitor.py"):
+    assert ("idle_agent.py" in processes) == (kind == "job")
+    for name in ("dashboard/dashboard.py", "monitor.py", "log_monitor.py", "DashboardAgent"):
         assert (name in processes) == (kind == "dashboard"), f"{name} in\n{processes}"
 
 
@@ -90,5 +91,5 @@ def test_a_job_on_a_ray_of_its_own_has_no_actors_of_ray_data_for_others(tmp_path
     assert is_done
     assert any("ShardWorker" in process for process in processes)
     # Without, they are there: another version of Ray may have other names for them.
-    for name in ("_StatsActor", "_AutoscalingCoordinatorActor"):
+    for name in ("_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"):
         assert any(name in process for process in processes) == (whose == "theirs"), f"{name} in {processes}"
