@@ -10,7 +10,9 @@ from typing import Any
 
 from e2p_ray.batch.pieces import Piece, commit_pieces, give_up, read_piece, whole
 from e2p_ray.batch.tally import ShardOutcome, Tally
-from e2p_ray.commit import Run
+from e2p_ray.commit import Run, pending_shards
+from e2p_ray.commit.shard import ShardData
+from e2p_ray.schema import ErrorCode
 from e2p_ray.storage import Storage
 
 # Alone, too, a request may be where a node goes away by chance: it is tried again before it is given up.
@@ -42,21 +44,36 @@ class PoisonSearch:
         if not suspects or not self._max_poison:
             return
         pieces = [half for shard in suspects for half in _cut(whole(self._storage, self._run, shard))]
-        done: list[Piece] = []
+        done, poison = list[Piece](), list[Piece]()
         while pieces:
-            missing = [piece for piece in pieces if read_piece(self._storage, self._run, piece) is None]
-            if missing:
-                self._one_pass([asdict(piece) for piece in missing])
-            lost = [piece for piece in missing if read_piece(self._storage, self._run, piece) is None]
-            if len(lost) > 2 * self._max_poison or self._tally.num_late:
+            missing = [piece for piece in pieces if self._read(piece) is None]
+            if missing and not self._try(missing):
+                return
+            lost = [piece for piece in missing if self._read(piece) is None]
+            if len(lost) > 2 * self._max_poison:
                 return
             done += [piece for piece in pieces if piece not in lost]
-            pieces = self._smaller(lost, done)
-        if sum(self._is_poison(piece) for piece in done) <= self._max_poison:
-            self._commit(suspects, done)
+            pieces = self._smaller(lost, poison)
+        given_up_before = sum(self._num_poison(piece) for piece in done)  # by a call that was killed behind that
+        if given_up_before + len(poison) > self._max_poison:
+            return
+        for piece in poison:
+            give_up(self._storage, self._run, piece, datetime.now(UTC))
+        self._commit(suspects, done + poison)
 
-    def _smaller(self, lost: Sequence[Piece], done: list[Piece]) -> list[Piece]:
-        """What to try next. A request that is lost alone, again and again, is given up and done."""
+    def _try(self, missing: Sequence[Piece]) -> bool:
+        """One pass over these; whether it says of a piece that it is lost because of what is in it.
+
+        A pass that was given up says nothing of what it did not come to, and a piece that failed for its storage is
+        as good as any: what is written stays for the next call.
+        """
+        num_before = len(self._tally.failures)
+        self._one_pass([asdict(piece) for piece in missing])
+        failed = self._tally.failures[num_before:]
+        return not (self._tally.num_late or self._tally.pass_failure or any(outcome.is_ours for outcome in failed))
+
+    def _smaller(self, lost: Sequence[Piece], poison: list[Piece]) -> list[Piece]:
+        """What to try next. A request that is lost alone, again and again, is poison."""
         following: list[Piece] = []
         for piece in lost:
             self._tries[piece] += 1
@@ -65,19 +82,24 @@ class PoisonSearch:
             elif self._tries[piece] < _TRIES_ALONE:
                 following.append(piece)
             else:
-                give_up(self._storage, self._run, piece, datetime.now(UTC))
-                done.append(piece)
+                poison.append(piece)
         return following
 
-    def _is_poison(self, piece: Piece) -> bool:
-        return self._tries[piece] >= _TRIES_ALONE
+    def _read(self, piece: Piece) -> ShardData | None:
+        return read_piece(self._storage, self._run, piece)
+
+    def _num_poison(self, piece: Piece) -> int:
+        found = self._read(piece)
+        return sum(letter.error_code == ErrorCode.POISON for letter in found.dead_letters) if found else 0
 
     def _commit(self, shard_ids: Sequence[str], done: Sequence[Piece]) -> None:
         for shard_id in shard_ids:
             pieces = sorted(piece for piece in done if piece.shard_id == shard_id)
-            found = [read_piece(self._storage, self._run, piece) for piece in pieces]
+            found = [self._read(piece) for piece in pieces]
             data = [one for one in found if one is not None]
-            assert len(data) == len(pieces), "a piece that is done has been written"
+            if len(data) < len(pieces):
+                assert shard_id not in pending_shards(self._storage, self._run), "a piece that is done has been written"
+                continue  # another driver has committed the shard, and removed them
             stats = commit_pieces(self._storage, self._run, shard_id, data)
             self._tally.add(
                 ShardOutcome(
