@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from e2p_ray.errors import ConfigError, IncompatibleError, ObjectNotFoundError
 from e2p_ray.schema import checked_id
-from e2p_ray.storage import Storage
+from e2p_ray.storage import ObjectInfo, Storage
 
 _T = TypeVar("_T")
 _ITEM = TypeVar("_ITEM")
@@ -141,10 +141,10 @@ def summed(markers: Iterable[Mapping[str, Any]], name: str) -> Counter[str]:
     return total
 
 
-def dead_letter_codes(storage: Storage, folder_uri: str) -> Counter[str]:
-    """How many dead letters there are below a run's or a plan's folder of them, by code."""
+def dead_letter_codes(storage: Storage, files: Iterable[ObjectInfo]) -> Counter[str]:
+    """How many dead letters are in these files of a run or a plan, by code."""
     found = Counter[str]()
-    for info in storage.list_objects(folder_uri):
+    for info in files:
         found.update(storage.read_table(info.uri, ["error_code"])["error_code"].to_pylist())
     return found
 
