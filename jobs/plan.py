@@ -13,7 +13,7 @@ from e2p_ray.config import JobConfig
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
 from e2p_ray.errors import ConfigError, GateError, RowError
 from e2p_ray.plan import Plan, read_shard
-from e2p_ray.update import Changes, Limits, survey
+from e2p_ray.update import Changes, Limits, shows_already, survey
 from jobs.cli import Job, run_job
 from jobs.generate import dead_letters_left
 from jobs.steps import Setup, full_run, planned, say, set_up, source_id_of, update_job, update_run
@@ -102,7 +102,7 @@ def _changes(config: JobConfig, setup: Setup, made: Plan, table: PublishedTable 
 def _run_id(config: JobConfig, setup: Setup, made: Plan, table: PublishedTable | None, changes: Changes | None) -> str:
     if table is None or changes is None:
         return full_run(config, setup, made).run_id
-    if not (changes.num_changed or changes.num_removed):
+    if shows_already(table, changes):
         return f"none: version {table.version} shows this already"
     return update_run(config, setup, made, as_of_last_change(setup.storage, table), Limits()).run_id
 

@@ -35,7 +35,7 @@ from e2p_ray.errors import (
     PublishConflictError,
 )
 from e2p_ray.plan import ShardSize, read_shard
-from e2p_ray.schema import ErrorCode, Group
+from e2p_ray.schema import ErrorCode, Group, RequestKey
 from e2p_ray.storage import Storage, parquet_bytes
 from e2p_ray.update import Changes, Limits, Priority, UpdateJob, priorities_digest, update_id_of
 from e2p_ray.update.survey import _order
@@ -466,6 +466,23 @@ def test_without_titles_nothing_is_left_and_the_next_run_writes_it(
     assert {(row["status"], row["arm"]) for row in world.rows().values()} == {("suppressed", "no_soft_token")}
 
 
+@pytest.mark.parametrize("max_dead_letter_share", [0.05, 1.0])
+def test_what_consent_left_out_is_written_by_limited_runs(
+    max_dead_letter_share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its dead letter was nobody's try: a limit took it for one of a request that cannot be written, for good."""
+    gates = {"max_fallback_share": 1.0, "max_dead_letter_share": max_dead_letter_share, "max_same_text_share": 1.0}
+    world = make_world(tmp_path, monkeypatch, num_users=3, num_contents=3, gates=gates)
+    world.users = {user: User(vector(number)) for number, user in enumerate(world.users)}
+    world.contents = {name: replace(text, title=" \n") for name, text in world.contents.items()}
+    world.run()
+    world.users = {user: replace(one, personalize=False) for user, one in world.users.items()}
+    reports = _runs(world, Limits(max_requests=4))
+    assert [report.num_rows_generated for report in reports] == [4, 4, 4, 4, 2]
+    assert set(world.rows()) == set(world.wanted())
+    assert {(row["status"], row["arm"]) for row in world.rows().values()} == {("suppressed", "no_soft_token")}
+
+
 def test_a_deferred_row_of_somebody_who_opted_out_is_not_shown(world: World) -> None:
     _opt_out(world)
     world.users["user-006"] = replace(world.users["user-006"], vector=vector(66))
@@ -528,6 +545,18 @@ def test_killed_while_the_update_is_written(world: World, num_carried: int) -> N
     _remove_candidate(world)
     _killed_while_an_update_is_written(world, num_carried)
     assert_exact(world, world.run)
+
+
+def test_dead_letters_of_a_plan_that_was_cut_elsewhere_do_not_stay_in_an_update(world: World) -> None:
+    """They are the same letters in files of other names: one plan id, two numbers of partitions."""
+    world.candidates["somebody else", "content-00"] = 1.0
+    _change_vector(world)
+    _killed_while_an_update_is_written(world, 1)
+    written = world.storage.list_objects(f"{world.config.output.uri}/updates")
+    uri = next(info.uri for info in written if "dead_letters" in info.uri)
+    world.storage.write_bytes(uri.replace("part-00", "part-77"), world.storage.read_bytes(uri))
+    world.run()
+    assert set(world.rows()) == set(world.wanted())
 
 
 def _worst_come_first_now(world: World) -> None:
@@ -635,6 +664,19 @@ def test_deleted_rows_are_written_again(world: World) -> None:
     assert set(world.rows()) == set(world.shown) - gone
     for key in gone:
         del world.shown[key]
+    assert world.changed() == gone
+    assert_exact(world, world.run)
+    assert_nothing_to_do(world)
+
+
+def test_rows_of_a_file_that_a_repair_took_out_are_written_again(world: World) -> None:
+    lost = Path(world.table().file_uris()[0])
+    columns = world.storage.read_table(str(lost), list(RequestKey._fields)).to_pydict()
+    gone = set(zip(*columns.values(), strict=True))
+    lost.unlink()
+    world.table().repair()
+    assert set(world.rows()) == set(world.shown) - gone
+    world.shown = {key: wanted for key, wanted in world.shown.items() if key not in gone}
     assert world.changed() == gone
     assert_exact(world, world.run)
     assert_nothing_to_do(world)
@@ -754,10 +796,16 @@ def test_a_row_that_somebody_wrote_twice_is_written_anew(world: World) -> None:
     assert {key for key, found in world.rows().items() if found["run_id"] == report.run_id} == {first}
 
 
-def test_rows_that_somebody_else_wrote_are_carried_over_into_a_version_of_ours(world: World) -> None:
+def test_rows_that_somebody_else_wrote_are_carried_over_into_a_version_of_ours(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = world.rows()
     write_deltalake(world.table(), world.table().to_pyarrow_table(), mode="overwrite")
+    world.write()
+    assert run_job(plan_job.JOB, ["--config", str(world.folder / "job.yaml")]) == 0
+    said = capsys.readouterr().out
     report = world.run(engine=no_engine)
+    assert report.run_id in said
     assert (report.num_carried, report.causes) == (len(before), {})
     assert world.rows() == before
     assert world.table().version() == 2

@@ -18,7 +18,8 @@ from e2p_ray.storage import Storage, is_s3
 _MAX_HISTORY = 200
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _MAX_CHARS = 500
-UPKEEP = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "FSCK", "ADD FEATURE"})
+UPKEEP = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "ADD FEATURE"})
+_DELETING = frozenset({"DELETE", "FSCK"})  # a repair takes files out of the table that are gone
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,8 @@ def shown_by(table: DeltaTable) -> Shown | None:
         if operation == "RESTORE":
             version = int(entry["operationParameters"].get("version") or -1)
             rows_deleted = False
-        elif operation == "DELETE" or operation in UPKEEP:
-            rows_deleted |= operation == "DELETE"
+        elif operation in _DELETING or operation in UPKEEP:
+            rows_deleted |= operation in _DELETING
             version -= 1
         else:
             return None

@@ -5,7 +5,7 @@ from e2p_ray.update.defer import defer_shards
 from e2p_ray.update.limits import Limits, Priority
 from e2p_ray.update.priorities import priorities_digest
 from e2p_ray.update.survey import Changes, survey
-from e2p_ray.update.update import Update, make_update, update_id_of
+from e2p_ray.update.update import Update, make_update, shows_already, update_id_of
 
 __all__ = [
     "Cause",
@@ -17,6 +17,7 @@ __all__ = [
     "defer_shards",
     "make_update",
     "priorities_digest",
+    "shows_already",
     "survey",
     "update_id_of",
 ]

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from e2p_ray.commit import PublishedTable, Run, load_run
-from e2p_ray.commit.run import map_ahead
+from e2p_ray.commit.run import UNTITLED, map_ahead
 from e2p_ray.errors import ConfigError
 from e2p_ray.schema import DEAD_LETTERS, ErrorCode, RequestKey
 from e2p_ray.storage import Storage
@@ -27,18 +27,20 @@ LETTER = pl.Struct([pl.Field(name, pl.Boolean if name == "settled" else pl.Strin
 def spool_failed(storage: Storage, table: PublishedTable, run: Run, spool: BucketSpool) -> None:
     """The dead letters of the run that the table shows, those that only wait left out.
 
+    And those of rows that consent left out at publishing: what these users get now, nobody has tried to write.
     `run` is the one to come: a dead letter is settled when the run that wrote it was of the same source.
     """
     output_uri = run.uri.rpartition("/runs/")[0]
     shown = _run(storage, output_uri, table.shown.run_id) if table.shown else None
     if shown is not None:
         sources = {shown.run_id: shown.source_id}
-        uris = [info.uri for info in storage.list_objects(shown.dead_letters_uri)]
+        found = storage.list_objects(shown.dead_letters_uri)
+        uris = [info.uri for info in found if not info.name.endswith(f"{UNTITLED}.parquet")]
         for letters in map_ahead(storage.read_table, uris):
             failed = letters.filter(pc.not_equal(letters["error_code"], str(ErrorCode.DEFERRED)))
             for run_id in set(failed["run_id"].unique().to_pylist()) - sources.keys():
-                found = _run(storage, output_uri, run_id)
-                sources[run_id] = found.source_id if found else ""
+                other = _run(storage, output_uri, run_id)
+                sources[run_id] = other.source_id if other else ""
             settled = [sources[run_id] == run.source_id for run_id in failed["run_id"].to_pylist()]
             spool.add(failed.append_column(FAILED.field("settled"), pa.array(settled, pa.bool_())).cast(FAILED))
     spool.close()

@@ -70,7 +70,7 @@ def make_update(
         return load_update(job.storage, run.plan_uri)
     with Comparison(job, run, limits) as comparison:
         changes, order = count(comparison, limits, say)
-        if job.table is not None and job.table.shown and not (changes.num_changed or changes.num_removed):
+        if shows_already(job.table, changes):
             return None
         before_writing()
         update = _write(comparison, run, limits, changes, order)
@@ -80,6 +80,11 @@ def make_update(
         + (f", {changes.num_settled:,} stay dead letters" if changes.num_settled else "")
     )
     return update
+
+
+def shows_already(table: PublishedTable | None, changes: Changes) -> bool:
+    """Whether the table is what an update would make of it, by a publish of ours."""
+    return table is not None and table.shown is not None and not (changes.num_changed or changes.num_removed)
 
 
 def load_update(storage: Storage, update_uri: str) -> Update:
@@ -117,10 +122,17 @@ def _write(comparison: Comparison, run: Run, limits: Limits, changes: Changes, o
 
 
 def _copy_dead_letters(job: UpdateJob, run: Run) -> None:
-    """Requests that cannot be planned are part of every run of the plan."""
-    for info in job.storage.list_objects(f"{job.plan.uri}/dead_letters"):
-        name = info.name
-        job.storage.write_bytes(f"{run.plan_uri}/dead_letters/{name}", job.storage.read_bytes(info.uri))
+    """Requests that cannot be planned are part of every run of the plan.
+
+    A plan of the same requests that was cut elsewhere, whose update was not finished, left them in other files.
+    """
+    found = {info.name: info.uri for info in job.storage.list_objects(f"{job.plan.uri}/dead_letters")}
+    folder = f"{run.plan_uri}/dead_letters"
+    for info in job.storage.list_objects(folder):
+        if info.name not in found:
+            job.storage.delete(info.uri)
+    for name, uri in found.items():
+        job.storage.write_bytes(f"{folder}/{name}", job.storage.read_bytes(uri))
 
 
 def _require_same(planned: HashSpool, results: HashSpool, run: Run) -> None:
