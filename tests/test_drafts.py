@@ -17,7 +17,7 @@ from e2p_ray.engine.guesses import Guesses
 from e2p_ray.engine.reach import NO_GUESS
 from e2p_ray.engine.row import Row
 from e2p_ray.engine.worth import Worth, kind_of
-from e2p_ray.schema import Completion, Group, RequestKey
+from e2p_ray.schema import Completion, ErrorCode, Group, RequestKey
 from tests import tiny_models
 from tests.listening import Listening
 
@@ -114,6 +114,30 @@ def test_a_control_that_must_fail() -> None:
         for request, other in zip(group.requests, others, strict=True)
     )
     assert not same(run(engine_of(GREEDY, drafts=False), [replace(group, requests=swapped)]), expected)
+
+
+@pytest.mark.parametrize("step", [3, 6, 7])
+def test_logits_that_are_not_finite_are_no_guess_that_came_true(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last of eight tokens, too, behind guesses that all came true: one more had no place in the wave."""
+    groups, sampling = groups_of(3, 6), {"max_new_tokens": 8}
+    tiny_models.choose_by_logits(monkeypatch)
+    expected = run(engine_of(sampling, drafts=False), groups)
+    poison = next(key for key, one in expected.items() if one.num_output_tokens == 8)
+    plain = decode.Decoder._pick
+
+    def poisoned(self: Any, wave: Any, slots: Any, written: Any, num_written: Any, logits: Any) -> Any:
+        for at, (slot, number) in enumerate(zip(slots, num_written, strict=True)):
+            if wave.rows[slot].key == poison and number == step:
+                logits = logits.clone()
+                logits[at, 17] = float("nan")
+        return plain(self, wave, slots, written, num_written, logits)
+
+    monkeypatch.setattr(decode.Decoder, "_pick", poisoned)
+    engine = engine_of(sampling)
+    found = run(engine, with_drafts(groups, lambda key: expected[key].text))
+    assert engine.stats.num_accepted_tokens > 0
+    assert found.pop(poison).error_code is ErrorCode.NON_FINITE_LOGITS
+    assert same(found, {key: one for key, one in expected.items() if key != poison})
 
 
 def test_users_who_are_alike_draft_for_each_other_in_a_first_run() -> None:

@@ -330,7 +330,8 @@ class Decoder:
         """Keep what a pass chose, up to the first wrong guess of each row."""
         chosen, logprobs = launched.chosen()
         slots, guesses = launched.slots, launched.guesses
-        right = np.cumprod((chosen == guesses) & launched.asked, axis=1).sum(axis=1)
+        # -1 stands for no guess, and for the token of logits that are not finite: that is no guess that came true.
+        right = np.cumprod((chosen == guesses) & (guesses >= 0) & launched.asked, axis=1).sum(axis=1)
         wave.write(slots, right + 1, chosen, logprobs)
         wave.num_own[slots] += right + 1
         if self._call.drafts is not None and wave.guesses.passed():
