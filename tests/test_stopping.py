@@ -58,6 +58,23 @@ class TestCharacters:
                 seen = tokenizer.decode(found.ids[: len(found.so_far)])
                 assert len(seen.lstrip()) == cap + 1, "it costs no more than the next character"
 
+    @pytest.mark.parametrize("stop", ["a ", " ", " b", "の", "鬱"])
+    def test_a_token_that_completes_a_stop_string_is_looked_at(
+        self, tokenizer: PreTrainedTokenizerFast, stop: str
+    ) -> None:
+        """Also a blank, of which a tokenizer with byte fallback shows nothing where it stands alone."""
+        sampling = SamplingConfig(max_new_tokens=999, stop=(stop,))
+        stopping = Stopping(tokenizer, len(tokenizer), [tokenizer.eos_token_id], {"headline": sampling})
+        number, num_found = stopping.number_of((stop,)), 0
+        for text in (*TEXTS, "ca bca b"):
+            ids = np.array(tokenizer.encode(text, add_special_tokens=False))
+            reasons = [stopping.reason(ids[:count], sampling) for count in range(1, len(ids) + 1)]
+            if FinishReason.STOP_STRING in reasons:
+                at = reasons.index(FinishReason.STOP_STRING)
+                assert stopping.may_stop(number, ids[at : at + 1])[0]
+                num_found += 1
+        assert num_found
+
     @pytest.mark.parametrize("text", TEXTS)
     def test_no_text_ends_within_a_character(self, tokenizer: PreTrainedTokenizerFast, text: str) -> None:
         """At whatever token it is looked at, when streamed or cut by max_new_tokens; what was shown stays."""

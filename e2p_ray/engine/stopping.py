@@ -32,9 +32,8 @@ class Stopping:
         self._is_end = np.zeros(vocab_size, np.bool_)
         self._is_end[[token for token in end_tokens if 0 <= token < vocab_size]] = True
         num_known = min(len(tokenizer), vocab_size)
-        texts = [str(text) for text in tokenizer.batch_decode([[token] for token in range(num_known)])]
-        # A token alone may lose a leading space that it has within a text: one more is an upper bound.
-        self._max_chars_of = np.ones(vocab_size, np.int64)
+        texts = _texts_within(tokenizer, num_known)
+        self._max_chars_of = np.ones(vocab_size, np.int64)  # one more is an upper bound in any case
         self._max_chars_of[:num_known] += [len(text) for text in texts]
         self._numbers = {stop: at for at, stop in enumerate({(), *(sampling.stop for sampling in samplings.values())})}
         self._may_stop = np.zeros((len(self._numbers), vocab_size), np.bool_)
@@ -91,6 +90,16 @@ class Stopping:
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _texts_within(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> list[str]:
+    """What each of the first tokens adds to a text. Alone, one of SentencePiece loses the blank that it begins with."""
+    for reference in range(num_tokens):
+        begin = str(tokenizer.decode([reference]))
+        if begin.isascii() and begin.isalpha():
+            found = tokenizer.batch_decode([[reference, token] for token in range(num_tokens)])
+            return [str(text).removeprefix(begin) for text in found]
+    return [str(text) for text in tokenizer.batch_decode([[token] for token in range(num_tokens)])]
 
 
 def _first_stop(text: str, stop: tuple[str, ...]) -> int | None:
