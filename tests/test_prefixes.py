@@ -200,14 +200,18 @@ def test_what_is_about_to_be_used_is_not_what_is_dropped_for_it(base: BaseModel)
     assert store._kept.keys() == {lefts[0], lefts[3]}
 
 
-def test_a_wave_and_the_store_keep_within_the_engine_s_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("max_rows", "num_short"), [(32, 3), (64, 60)])
+def test_a_wave_and_the_store_keep_within_the_engine_s_bytes(
+    max_rows: int, num_short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A row in eight writes long texts: what was computed beside its content is held all the while.
 
-    A quarter more is for slots of rows that may come in later. By tokens alone it came to 3.2 times as much.
+    A quarter more is for slots of rows that may come in later. By tokens alone it came to 3.2 times as much; and where
+    slots are as large as prefixes, with slots for as many rows as there were bytes without these, to 1.6 times.
     """
     max_bytes = 2 << 20
-    tasks = {"headline": task(max_new_tokens=3), "teaser": task(max_new_tokens=30)}
-    engine = engine_of(LLAMA, tasks=tasks, max_rows=32, max_bytes=max_bytes)
+    tasks = {"headline": task(max_new_tokens=num_short), "teaser": task(max_new_tokens=max(num_short, 30))}
+    engine = engine_of(LLAMA, tasks=tasks, max_rows=max_rows, max_bytes=max_bytes)
     store, found, plain = engine._decoder.store, list[int](), Wave.readers
 
     def watched(self: Wave, *args: Any) -> Any:

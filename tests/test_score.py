@@ -209,6 +209,31 @@ def test_no_pass_has_more_rows_than_it_may(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(sizes) == 2, "the control: as many as it may"
 
 
+def test_prefixes_of_one_pass_stay_within_the_engine_s_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = tiny_models.contents(12)
+    groups = [tiny_models.group(one, range(2)) for one in contents]
+    texts = {request.key: " text" for each in groups for request in each.requests}
+    expected, plain, found = scores(tiny_models.engine_of(LLAMA), groups, texts), PrefixStore.get, list[list[int]]()
+
+    def watched(self: PrefixStore, lefts: Sequence[tuple[int, ...]]) -> Any:
+        found.append([self.bytes_of(len(left)) for left in lefts])
+        return plain(self, lefts)
+
+    monkeypatch.setattr(PrefixStore, "get", watched)
+    scores(tiny_models.engine_of(LLAMA), groups, texts)
+    ((*sizes,),) = found
+    assert len(sizes) == 12, "the control: together where there is room"
+    for max_bytes in (2 * max(sizes), 1):
+        found.clear()
+        engine = tiny_models.engine_of(LLAMA)
+        engine._scorer._max_bytes = max_bytes  # less than a configuration may say
+        within = scores(engine, groups, texts)
+        assert all(sum(one) <= max_bytes or len(one) == 1 for one in found)
+        assert sum(map(len, found)) == 12
+        assert within.keys() == expected.keys()
+        assert all(abs(within[key].logprob - expected[key].logprob) < 1e-4 for key in expected)
+
+
 def test_a_text_may_fill_the_window_to_its_last_token() -> None:
     engine, (group, *_) = tiny_models.engine_of(LLAMA), cases()[0]
     room = LLAMA.max_position_embeddings - engine.layout.segments(group.content, group.task).num_tokens - 2

@@ -80,6 +80,7 @@ class Admission:
         self._num_passes, self._patience_passes = 0, _PATIENCE_PASSES
         self._is_trial, self._has_given_up = False, False
         self._spare: SuffixSlots | None = None
+        self._num_prefix_bytes = 0  # of the wave with the rows that were found fitting last
 
     def halve(self, num_rows: int) -> bool:
         """Go on with half as many rows as were tried, in one wave; False when it was a single one."""
@@ -146,6 +147,7 @@ class Admission:
             max_tokens, num_kept_bytes, num_new_bytes = longest, num_kept_bytes + more_kept, num_new_bytes + more_new
         taken = (num_rows + len(fitting)) * self._row_bytes(max_tokens) + num_new_bytes
         taken += sum(num_bytes for memory, num_bytes in kept.items() if not store.holds(memory))
+        self._num_prefix_bytes = num_kept_bytes + num_new_bytes
         store.trim(max(self.bounds.max_bytes - taken, 0))
         return fitting
 
@@ -162,7 +164,10 @@ class Admission:
         return num_tokens * kv_bytes + 12 * base.vocab_size + 64 * base.d_model
 
     def wave_for(self, rows: Sequence[Row], num_pending: int, wave: Wave | None) -> Wave:
-        """A wave with room for these rows besides its own, and for as many of the pending ones as may come in later."""
+        """A wave with room for these rows besides its own, and for as many of the pending ones as may come in later.
+
+        The rows are what `fitting` has found last: beside their prefixes there is no room for as many as without.
+        """
         max_new = max(row.sampling.max_new_tokens for row in rows)
         max_tokens = max(map(self._num_slot_tokens, rows))
         if wave is None:
@@ -192,7 +197,7 @@ class Admission:
         return spare if max_tokens <= spare.max_tokens <= _MAX_LONGER * max_tokens else None
 
     def _max_rows(self, max_tokens: int, least: int, wanted: int) -> int:
-        affordable = self.bounds.max_bytes // self._row_bytes(max_tokens)
+        affordable = (self.bounds.max_bytes - self._num_prefix_bytes) // self._row_bytes(max_tokens)
         return max(min(self.bounds.max_rows, wanted, affordable), least)
 
     def run_along(self, rows: Sequence[Row], num_running: int) -> bool:

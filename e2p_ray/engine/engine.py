@@ -77,6 +77,7 @@ class Engine(PromptedEngine):
             end_token=end,
             store=self._decoder.store,
             max_rows=min(bounds.max_rows, MAX_SCORED_ROWS),
+            max_bytes=bounds.max_bytes,
         )
 
     @property

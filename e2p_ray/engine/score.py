@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -41,7 +41,10 @@ class _Piece:
 
 
 class Scorer:
-    """Scores texts in passes of at most max_rows rows, reading the contents' prefixes from a store."""
+    """Scores texts in passes of at most max_rows rows, reading the contents' prefixes from a store.
+
+    Those of one pass, which are held together, take max_bytes at most, or are of one content.
+    """
 
     def __init__(
         self,
@@ -52,11 +55,12 @@ class Scorer:
         end_token: int | None,
         store: PrefixStore,
         max_rows: int,
+        max_bytes: int,
     ) -> None:
         self._base, self._projector, self._store = base, projector, store
         self._tokenizer, self._layout = tokenizer, layout
         self._end = [] if end_token is None else [end_token]
-        self._max_rows = max_rows
+        self._max_rows, self._max_bytes = max_rows, max_bytes
 
     def run(self, groups: Iterable[Group], texts: Mapping[RequestKey, str]) -> Iterator[TextScore]:
         """One score a request; KeyError for a request without a text."""
@@ -75,12 +79,17 @@ class Scorer:
             kept = [at for at, target in enumerate(targets) if target and codes[at] is None]
             for piece in self._pieces(segments, [(group.requests[at], targets[at]) for at in kept]):
                 pieces = waiting[piece.requests[0].user_embedding is not None]
-                if sum(len(other.requests) for other in pieces) + len(piece.requests) > self._max_rows:
+                if pieces and not self._fit_together([*pieces, piece]):
                     yield from self._scores(pieces)
                     pieces.clear()
                 pieces.append(piece)
         for pieces in waiting.values():
             yield from self._scores(pieces)
+
+    def _fit_together(self, pieces: Sequence[_Piece]) -> bool:
+        lefts = {piece.segments.left for piece in pieces}
+        num_bytes = sum(self._store.bytes_of(len(left)) for left in lefts)
+        return sum(len(piece.requests) for piece in pieces) <= self._max_rows and num_bytes <= self._max_bytes
 
     def _ids(self, text: str) -> list[int]:
         return [*self._tokenizer.encode(text, add_special_tokens=False), *self._end]
