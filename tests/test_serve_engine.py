@@ -25,7 +25,9 @@ from e2p_ray.engine.projector import Projector
 from e2p_ray.errors import IncompatibleError
 from e2p_ray.loaded import LoadedGenerator
 from e2p_ray.plan import make_plan, read_shard
+from e2p_ray.results import UNPERSONALIZED_USER_ID
 from e2p_ray.schema import Completion, DeadLetter, ErrorCode, Generation, Group, RequestKey, Status
+from e2p_ray.serve.call import Call, Job
 from e2p_ray.serve.messages import GenerationAnswer
 from e2p_ray.storage import Storage
 from tests import tiny_models
@@ -41,6 +43,35 @@ LLAMA = LlamaConfig(**tiny_models.common())
 def groups_of(seed: int, num_contents: int = 5, first_user: int = 0) -> list[Group]:
     contents = tiny_models.contents(num_contents, seed=seed)
     return [group(content, range(first_user, first_user + 4), without=[first_user]) for content in contents]
+
+
+class NobodyWaits:
+    """A queue without anybody."""
+
+    num_cancelled = 0
+
+    def take(self, call: Call) -> list[Job]:
+        return []
+
+    def run_errands(self) -> None:
+        pass
+
+    def took(self, seconds_s: float) -> None:
+        pass
+
+
+def test_an_unpersonalised_text_that_nobody_waits_for_ends_with_its_call() -> None:
+    """It is asked for beside many texts of one content; who came next had to wait for all of it."""
+    [content] = tiny_models.contents(1)
+    one = group(content, range(2))
+    loaded: Any = object()
+    jobs = [Job(loaded, content, one.task, request, "f") for request in one.requests]
+    call = Call(NobodyWaits(), 8, jobs)
+    assert [each.requests for each in call._next()] == [one.requests]
+    for job in jobs:
+        assert not call.cancelled(), "somebody may need it yet"
+        call._give(DeadLetter(*job.request.key, ErrorCode.NON_FINITE_LOGITS, "", "", ""))
+    assert call.cancelled() == {RequestKey(UNPERSONALIZED_USER_ID, *jobs[0].request.key[1:])}
 
 
 def keys_of(groups: Sequence[Group]) -> list[RequestKey]:

@@ -57,6 +57,7 @@ class Call(Listener):
         self._jobs: dict[RequestKey, list[Job]] = {}
         self._began_s: dict[RequestKey, float] = {}
         self._streamed: set[RequestKey] = set()
+        self._written: set[tuple[str, str]] = set()  # contents and tasks that it wrote for
         self._seen = -1  # how many had been cancelled when `_gone` was found
         self._gone: Set[RequestKey] = frozenset()
 
@@ -112,6 +113,7 @@ class Call(Listener):
         found: dict[tuple[str, str], list[Job]] = {}
         for job in new.values():
             found.setdefault((job.content.content_id, job.task), []).append(job)
+        self._written |= found.keys()
         return [Group(jobs[0].content, jobs[0].task, tuple(job.request for job in jobs)) for jobs in found.values()]
 
     def _groups(self, groups: list[Group]) -> Iterator[Group | None]:
@@ -139,12 +141,17 @@ class Call(Listener):
         self._queue.run_errands()
 
     def cancelled(self) -> Set[RequestKey]:
-        """Requests whose every client left, and a content's unpersonalised text when all of its clients did."""
+        """Requests whose every client left, and a content's unpersonalised text when all of its clients did.
+
+        Once the call has no job left, nobody can need one any more: it would only keep those who come from beginning.
+        """
         if self._seen != (now := self._queue.num_cancelled):
             self._seen = now
             gone = {key for key, same in self._jobs.items() if _is_left(same)}
             staying = {key[1:] for key in self._jobs.keys() - gone}
             shared = {RequestKey(UNPERSONALIZED_USER_ID, *key[1:]) for key in gone if key[1:] not in staying}
+            if not self._jobs:
+                shared = {RequestKey(UNPERSONALIZED_USER_ID, *pair) for pair in self._written}
             self._gone = gone | shared
         return self._gone
 
