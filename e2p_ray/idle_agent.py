@@ -20,7 +20,7 @@ _POLL_S = 1.0
 
 def main(arguments: Sequence[str]) -> None:
     """`arguments` are those of Ray's own agent, after its path."""
-    raylet = os.getppid()
+    raylet = int(os.environ["RAY_RAYLET_PID"])  # not who is the parent now: it may have ended since it began this
     given = dict(argument.partition("=")[::2] for argument in arguments)
     for name in _PORTS:
         path = Path(given["--session-dir"], f"{name}_{given['--node-id']}")
