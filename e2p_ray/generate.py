@@ -41,7 +41,7 @@ _MAX_SHARED = 1024  # unpersonalised texts that are kept for those who come late
 # Requests of a content among which one is likely to need the unpersonalised text: it is written along with theirs.
 # Asked for when the last of a shard's texts has failed, it takes as many steps as a whole wave (5 % of a job in shards
 # of 640 requests on a CPU; more where a step costs the same for one row as for hundreds).
-_MANY = 128
+MANY_REQUESTS = 128
 
 
 class Generator:
@@ -147,7 +147,7 @@ class _Flow:
                 own.append(request)
             elif self._must_share(state):
                 missing.append(request)
-        ahead = len(own) >= _MANY and self._is_unasked(own[0])
+        ahead = len(own) >= MANY_REQUESTS and self._is_unasked(own[0])
         if missing or ahead:
             draft = next((request.draft for request in missing if request.draft), None)
             own.insert(0, Request(_unpersonalized_key((missing or own)[0].key), None, draft=draft))

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants, services
+from ray._private import utils as ray_utils
 from ray._private import worker as ray_worker
 from ray._private.node import Node
 from ray._private.state import GlobalState
@@ -82,6 +83,7 @@ def start_ray(
     if not include_dashboard:
         of_ray = _NO_WAITING | _NO_FIGURES | _NO_WORKERS_YET
         changes.append((services, "_build_python_executable_command_memory_profileable", _idle_agent()))
+        changes.append((ray_utils, "get_dashboard_dependency_error", _no_dashboard))
         changes += [(Node, name, _start_nothing) for name in (_FOR_OTHERS if debug else (*_FOR_OTHERS, _LOG_READER))]
     try:
         with (
@@ -120,6 +122,11 @@ def in_place(changes: Sequence[tuple[Any, str, Any]]) -> Iterator[None]:
 
 def _start_nothing(node: Node, **_: Any) -> None:
     """In place of a method that starts a process of a node."""
+
+
+def _no_dashboard() -> ImportError:
+    """In place of what imports all that a dashboard needs, to see whether the agent could serve one."""
+    return ImportError("no dashboard")
 
 
 def _idle_agent() -> Callable[..., list[str]]:

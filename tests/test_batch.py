@@ -11,6 +11,7 @@ from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
 
 from e2p_ray.batch import BatchProgress, ShardOutcome, pool, run_batch
+from e2p_ray.batch.limit import DeadLetterLimit
 from e2p_ray.batch.pace import Pace
 from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import Tally
@@ -22,6 +23,7 @@ from e2p_ray.config import JobConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.errors import ConfigError, GateError, IncompatibleError, IncompleteRunError, StorageError
 from e2p_ray.plan import largest_first, make_plan, read_shard
+from e2p_ray.schema import DEAD_LETTERS, DeadLetter, ErrorCode, to_table
 from e2p_ray.storage import Storage
 from tests.bad_engines import Following, Hanging, Poisoned, Waiting, without_logits
 from tests.chaos.conservation import assert_conserved, readers_see
@@ -322,6 +324,23 @@ def test_too_many_dead_letters_stop_a_run_within_a_shard(tmp_path: Path) -> None
     assert readers_see(job.config) is None
     summary = run_batch(job.config, job.storage, job.run, engine_factory=fake_engine, max_dead_letters=400)
     assert summary.num_dead_letters == 0
+
+
+def test_a_shard_whose_worker_was_killed_before_its_marker_counts_once(tmp_path: Path) -> None:
+    """Its dead letters have their file by then; the worker that commits it tells of them again."""
+    job = opened(tmp_path)
+    shard_id = job.run.shard_ids[0]
+    letters = [
+        DeadLetter(f"u{at}", "c", "t", ErrorCode.NON_FINITE_LOGITS, "no number", shard_id, job.run.run_id)
+        for at in range(3)
+    ]
+    job.storage.write_table(job.run.dead_letter_uri(shard_id), to_table(letters, DEAD_LETTERS))
+    job.storage.write_table(job.run.untitled_uri(job.run.shard_ids[1]), to_table(letters, DEAD_LETTERS))
+    tally = Tally(len(job.run.shard_ids), 0, None)
+    tally.add(ShardOutcome(shard_id, num_dead_letters=3))
+    DeadLetterLimit(job.storage, job.run, 5).check(tally)
+    with pytest.raises(GateError, match="3 requests"):
+        DeadLetterLimit(job.storage, job.run, 2).check(tally)
 
 
 def test_a_refusal_stops_the_run_at_once(tmp_path: Path) -> None:

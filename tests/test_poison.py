@@ -12,13 +12,11 @@ import pyarrow as pa
 import pytest
 
 from e2p_ray.batch import ShardOutcome, ShardWorker
-from e2p_ray.batch.limit import DeadLetterLimit
 from e2p_ray.batch.pieces import Piece, give_up
 from e2p_ray.batch.poison import PoisonSearch
 from e2p_ray.batch.tally import Tally
 from e2p_ray.commit import pending_shards, read_markers
-from e2p_ray.errors import GateError
-from e2p_ray.schema import DEAD_LETTERS, DeadLetter, ErrorCode, to_table
+from e2p_ray.schema import ErrorCode
 from tests.small_job import fake_engine
 from tests.test_batch import Opened, opened
 
@@ -148,19 +146,4 @@ def test_a_shard_that_another_driver_commits_meanwhile_is_done(job: Opened) -> N
     _search(job, overtaken)
     assert next(passes) > 2
     assert _num_poison(job) == 1
-
-
-def test_a_shard_whose_worker_was_killed_before_its_marker_counts_once(job: Opened) -> None:
-    """Its dead letters have their file by then; the worker that commits it tells of them again."""
-    shard_id = job.run.shard_ids[0]
-    letters = [
-        DeadLetter(f"u{at}", "c", "t", ErrorCode.NON_FINITE_LOGITS, "no number", shard_id, job.run.run_id)
-        for at in range(3)
-    ]
-    job.storage.write_table(job.run.dead_letter_uri(shard_id), to_table(letters, DEAD_LETTERS))
-    job.storage.write_table(job.run.untitled_uri(job.run.shard_ids[1]), to_table(letters, DEAD_LETTERS))
-    tally = Tally(len(job.run.shard_ids), 0, None)
-    tally.add(ShardOutcome(shard_id, num_dead_letters=3))
-    DeadLetterLimit(job.storage, job.run, 5).check(tally)
-    with pytest.raises(GateError, match="3 requests"):
-        DeadLetterLimit(job.storage, job.run, 2).check(tally)
+    assert not [*job.storage.list_objects(f"{job.run.uri}/pieces")]

@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from e2p_ray import idle_agent
 from e2p_ray.ray_session import ray_session
+from tests.waiting import wait_until
 
 # A process of its own: the one of the tests has a Ray.
 _SESSION = """
@@ -50,6 +53,27 @@ def test_workers_of_a_ray_that_is_started_have_the_variables_and_nothing_runs_th
     assert ("idle_agent.py" in processes) == (kind == "job")
     for name in ("dashboard/dashboard.py", "monitor.py", "log_monitor.py", "DashboardAgent"):
         assert (name in processes) == (kind == "dashboard"), f"{name} in\n{processes}"
+
+
+_RAYLET = """
+import os, subprocess, sys, time
+agent = [sys.executable, sys.argv[1], "agent.py", "--session-dir=" + sys.argv[2], "--node-id=abc", "--minimal"]
+print(subprocess.Popen(agent, env={**os.environ, "RAY_RAYLET_PID": str(os.getpid())}).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_idle_agent_says_that_nothing_listens_and_ends_with_its_raylet(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _RAYLET, idle_agent.__file__, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as raylet:
+        assert raylet.stdout is not None
+        agent = psutil.Process(int(raylet.stdout.readline()))
+        names = {f"{name}_port_abc" for name in ("metrics_agent", "metrics_export", "dashboard_agent_listen")}
+        wait_until(lambda: {path.name for path in tmp_path.iterdir()} == names, "its files are there")
+        assert {path.read_text() for path in tmp_path.iterdir()} == {"-1"}
+        assert agent.is_running(), "the control"
+        raylet.kill()
+    wait_until(lambda: not agent.is_running() or agent.status() == psutil.STATUS_ZOMBIE, "it ends")
 
 
 @pytest.mark.usefixtures("ray_cluster")

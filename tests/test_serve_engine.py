@@ -27,6 +27,7 @@ from e2p_ray.loaded import LoadedGenerator
 from e2p_ray.plan import make_plan, read_shard
 from e2p_ray.results import UNPERSONALIZED_USER_ID
 from e2p_ray.schema import Completion, DeadLetter, ErrorCode, Generation, Group, RequestKey, Status
+from e2p_ray.serve import call as call_module
 from e2p_ray.serve.call import Call, Job
 from e2p_ray.serve.messages import GenerationAnswer
 from e2p_ray.storage import Storage
@@ -60,8 +61,9 @@ class NobodyWaits:
         pass
 
 
-def test_an_unpersonalised_text_that_nobody_waits_for_ends_with_its_call() -> None:
+def test_an_unpersonalised_text_that_nobody_waits_for_ends_with_its_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked for beside many texts of one content; who came next had to wait for all of it."""
+    monkeypatch.setattr(call_module, "MANY_REQUESTS", 2)
     [content] = tiny_models.contents(1)
     one = group(content, range(2))
     loaded: Any = object()

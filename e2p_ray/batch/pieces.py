@@ -92,6 +92,11 @@ def commit_pieces(storage: Storage, run: Run, shard_id: str, pieces: Sequence[Sh
     workers = sorted({piece.stats["worker"] for piece in pieces} - {""})
     stats = ShardStats(**sums, started_at=min(times), finished_at=max(times), worker=",".join(workers))
     commit_rows(storage, run, shard_id, rows, letters, stats)
+    remove_pieces(storage, run, shard_id)
+    return stats
+
+
+def remove_pieces(storage: Storage, run: Run, shard_id: str) -> None:
+    """Of a shard that is committed."""
     for info in storage.list_objects(f"{run.uri}/pieces/{shard_id}"):
         storage.delete(info.uri)
-    return stats

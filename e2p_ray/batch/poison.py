@@ -8,7 +8,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from e2p_ray.batch.pieces import Piece, commit_pieces, give_up, read_piece, whole
+from e2p_ray.batch.pieces import Piece, commit_pieces, give_up, read_piece, remove_pieces, whole
 from e2p_ray.batch.tally import ShardOutcome, Tally
 from e2p_ray.commit import Run, pending_shards
 from e2p_ray.commit.shard import ShardData
@@ -54,8 +54,8 @@ class PoisonSearch:
                 return
             done += [piece for piece in pieces if piece not in lost]
             pieces = self._smaller(lost, poison)
-        given_up_before = sum(self._num_poison(piece) for piece in done)  # by a call that was killed behind that
-        if given_up_before + len(poison) > self._max_poison:
+        num_given_up_before = sum(self._num_poison(piece) for piece in done)  # by a call that was killed behind that
+        if num_given_up_before + len(poison) > self._max_poison:
             return
         for piece in poison:
             give_up(self._storage, self._run, piece, datetime.now(UTC))
@@ -99,7 +99,9 @@ class PoisonSearch:
             data = [one for one in found if one is not None]
             if len(data) < len(pieces):
                 assert shard_id not in pending_shards(self._storage, self._run), "a piece that is done has been written"
-                continue  # another driver has committed the shard, and removed them
+                # Another driver has committed the shard, and removed those that there were.
+                remove_pieces(self._storage, self._run, shard_id)
+                continue
             stats = commit_pieces(self._storage, self._run, shard_id, data)
             self._tally.add(
                 ShardOutcome(

@@ -190,15 +190,18 @@ class Admission:
             self._spare = wave.slots
 
     def _spare_slots(self, max_rows: int, max_tokens: int) -> SuffixSlots | None:
-        """What an ended wave left, where it has enough rows, and such long ones; else it is freed."""
+        """What an ended wave left, where it has enough rows, not too many, and such long ones; else it is freed."""
         spare, self._spare = self._spare, None
-        if spare is None or spare.max_rows < max_rows:
+        if spare is None or not max_rows <= spare.max_rows <= max(self._affordable(spare.max_tokens), max_rows):
             return None
         return spare if max_tokens <= spare.max_tokens <= _MAX_LONGER * max_tokens else None
 
     def _max_rows(self, max_tokens: int, least: int, wanted: int) -> int:
-        affordable = (self.bounds.max_bytes - self._num_prefix_bytes) // self._row_bytes(max_tokens)
-        return max(min(self.bounds.max_rows, wanted, affordable), least)
+        return max(min(self.bounds.max_rows, wanted, self._affordable(max_tokens)), least)
+
+    def _affordable(self, max_tokens: int) -> int:
+        """Rows of so many own tokens that there are bytes for beside the prefixes."""
+        return (self.bounds.max_bytes - self._num_prefix_bytes) // self._row_bytes(max_tokens)
 
     def run_along(self, rows: Sequence[Row], num_running: int) -> bool:
         """Whether the first pass of new rows may take those that run along: a pass for all costs less than two.

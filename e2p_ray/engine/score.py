@@ -87,8 +87,9 @@ class Scorer:
             yield from self._scores(pieces)
 
     def _fit_together(self, pieces: Sequence[_Piece]) -> bool:
-        lefts = {piece.segments.left for piece in pieces}
-        num_bytes = sum(self._store.bytes_of(len(left)) for left in lefts)
+        lefts = [piece.segments.left for piece in pieces]  # a content's pieces follow one another, with one left part
+        new = [left for before, left in zip([None, *lefts], lefts, strict=False) if left is not before]
+        num_bytes = sum(self._store.bytes_of(len(left)) for left in new)
         return sum(len(piece.requests) for piece in pieces) <= self._max_rows and num_bytes <= self._max_bytes
 
     def _ids(self, text: str) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from e2p_ray.engine.contract import Listener
+from e2p_ray.generate import MANY_REQUESTS
 from e2p_ray.loaded import LoadedGenerator
 from e2p_ray.results import UNPERSONALIZED_USER_ID, Result
 from e2p_ray.schema import Content, Group, Request, RequestKey
@@ -57,7 +58,8 @@ class Call(Listener):
         self._jobs: dict[RequestKey, list[Job]] = {}
         self._began_s: dict[RequestKey, float] = {}
         self._streamed: set[RequestKey] = set()
-        self._written: set[tuple[str, str]] = set()  # contents and tasks that it wrote for
+        # Contents and tasks whose unpersonalised text is asked for before anybody needs it.
+        self._ahead: set[tuple[str, str]] = set()
         self._seen = -1  # how many had been cancelled when `_gone` was found
         self._gone: Set[RequestKey] = frozenset()
 
@@ -113,7 +115,7 @@ class Call(Listener):
         found: dict[tuple[str, str], list[Job]] = {}
         for job in new.values():
             found.setdefault((job.content.content_id, job.task), []).append(job)
-        self._written |= found.keys()
+        self._ahead.update(pair for pair, jobs in found.items() if len(jobs) >= MANY_REQUESTS)
         return [Group(jobs[0].content, jobs[0].task, tuple(job.request for job in jobs)) for jobs in found.values()]
 
     def _groups(self, groups: list[Group]) -> Iterator[Group | None]:
@@ -151,7 +153,7 @@ class Call(Listener):
             staying = {key[1:] for key in self._jobs.keys() - gone}
             shared = {RequestKey(UNPERSONALIZED_USER_ID, *key[1:]) for key in gone if key[1:] not in staying}
             if not self._jobs:
-                shared = {RequestKey(UNPERSONALIZED_USER_ID, *pair) for pair in self._written}
+                shared = {RequestKey(UNPERSONALIZED_USER_ID, *pair) for pair in self._ahead}
             self._gone = gone | shared
         return self._gone
 

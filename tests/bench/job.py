@@ -42,6 +42,7 @@ from tests.bench.workloads import CUE, LIVELY, Case, groups_of, llama_30m, wide_
 from tests.tiny_models import BOS, EMBEDDING_DIM, random_model, random_projector
 
 _MOMENT = 1_700_000_000_000_000
+_MAX_END_S = 30.0
 
 
 def write_inputs(folder: Path, case: Case) -> dict[str, str]:
@@ -131,10 +132,14 @@ def run_job(folder: Path, values: Mapping[str, Any], num_actors: int) -> JobTime
 
 @contextmanager
 def all_ended() -> Iterator[None]:
-    """Processes that were started within have ended after it: Ray's workers do 2 s behind their job, 1.4 s of work."""
+    """Processes that were started within have ended after it: Ray's workers do 2 s behind their job, 1.4 s of work.
+
+    What somebody else has started from here meanwhile is not waited for for ever.
+    """
     before = _of_this_session()
     yield
-    while _of_this_session() - before:
+    limit_s = time.monotonic() + _MAX_END_S
+    while _of_this_session() - before and time.monotonic() < limit_s:
         time.sleep(0.1)
 
 
