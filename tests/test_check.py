@@ -107,6 +107,28 @@ def test_rules(text: str, content: Content, reason: Reason | None) -> None:
     assert bool(found.detail) == (reason is not None)
 
 
+@pytest.mark.parametrize(
+    ("text", "body", "reason"),
+    [
+        ("Library budget +87.5% this year", "Library budget rises +2.1% this year.", Reason.FOREIGN_NUMBER),
+        ("図書館予算＋８７．５％", "図書館の予算は＋２．１％となった。", Reason.FOREIGN_NUMBER),
+        ("Library budget +2.1% this year", "Library budget rises +2.1% this year.", None),
+        ("Call +44 20 7946 0958", "The library answers at +44 20 7946 0958 on weekdays.", None),
+        ("Call +44 20 7946 0959", "The library answers at +44 20 7946 0958 on weekdays.", Reason.FOREIGN_PHONE),
+        ("See https://a.example/watch?v=B2", "The film is at https://a.example/watch?v=A1 now.", Reason.FOREIGN_URL),
+        ("See https://a.example/watch?v=A1", "The film is at https://a.example/watch?v=A1 now.", None),
+        ("See https://a.example/watch", "The film is at https://a.example/watch?v=A1 now.", None),
+        ("See a.example", "The film is at https://www.a.example/watch?v=A1#t now.", None),
+        ("See evil\u2063.com for the film", "The film is at https://a.example now.", Reason.FOREIGN_URL),
+        ("Budget of 1\u206350 dollars", "One library of 50 has 1 dollar.", Reason.FOREIGN_NUMBER),
+        ("Budget of 1\U000e010050 dollars", "One library of 50 has 1 dollar.", Reason.FOREIGN_NUMBER),
+    ],
+)
+def test_what_only_looks_like_the_content_s_own(text: str, body: str, reason: Reason | None) -> None:
+    language = "en" if text.isascii() or "Budget" in text or "evil" in text else "ja"
+    assert verdict(text, Content("c", "Library", body, language)).reason is reason
+
+
 def test_the_order_of_the_rules_is_fixed() -> None:
     text = "東京都内のどこかにある電話番号と住所と名前 Oslo 212-555-0199 a@b.com c.com 77"
     orders: list[tuple[dict[str, Any], Reason]] = [

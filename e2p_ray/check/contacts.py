@@ -50,6 +50,8 @@ _WEB_SIGN = re.compile(
     re.IGNORECASE,
 )
 
+_QUERY = re.compile(r"[?#]")  # where a web address leaves its path
+
 _DASHES = re.compile("[‐‑‒–—−ー－ｰ]")
 _PHONE = re.compile(
     r"(?<!\d)(?<!\d[-.,])(?:"
@@ -110,11 +112,18 @@ def foreign_mail(text: str, known: Contacts) -> str:
 
 
 def foreign_url(text: str, known: Contacts) -> str:
-    """The first web address that the content lacks; a shorter form of one that it has is known."""
+    """The first web address that the content lacks; a shorter form of one that it has is known.
+
+    Another query or fragment is another place: https://example.com/watch?v=2 is not ...?v=1.
+    """
     for piece, key in _urls(text):
-        if not any(url == key or url.startswith(key + "/") or url.endswith("." + key) for url in known.urls):
+        if not any(url == key or _is_shorter(key, _QUERY.split(url, 1)[0]) for url in known.urls):
             return piece
     return ""
+
+
+def _is_shorter(key: str, url: str) -> bool:
+    return url == key or url.startswith(key + "/") or url.endswith("." + key)
 
 
 def foreign_phone(text: str, known: Contacts) -> str:
@@ -131,13 +140,14 @@ def foreign_address(text: str, known: Contacts) -> str:
 
 
 def without_contacts(text: str) -> str:
-    """An NFKC text with mail, web and phone contacts blanked: their parts are no numbers or names of their own."""
+    """An NFKC text with mail, web and phone contacts blanked: their parts are no numbers or names of their own.
+
+    What only looks like the begin of a phone number, as +87.5 % does, is compared with none: it stays.
+    """
     if _WEB_SIGN.search(text):
         text = _URL.sub(" ", _MAIL.sub(" ", text))
-    if not _PHONE_SIGN.search(text):
-        return text
     kept, at = [], 0
-    for match in _PHONE.finditer(_DASHES.sub("-", text)):
+    for match, _ in _phone_matches(text):
         kept += [text[at : match.start()], " "]
         at = match.end()
     return "".join([*kept, text[at:]])
@@ -151,7 +161,7 @@ def _urls(text: str) -> Iterator[tuple[str, str]]:
         key = next(group for group in match.groups() if group is not None).lower()
         if match.lastgroup == "spaced":
             key = _ANY_DOT.sub(".", key)
-        key = re.split(r"[?#]", key.rstrip(".,;:!?'/"), maxsplit=1)[0].removeprefix("www.")
+        key = key.rstrip(".,;:!?'/#").removeprefix("www.")
         if key:
             yield piece, key
     yield from _disguised_urls(text)
@@ -179,6 +189,11 @@ def _mails(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _phones(text: str) -> Iterator[tuple[str, str]]:
+    return ((match.group(), digits) for match, digits in _phone_matches(text))
+
+
+def _phone_matches(text: str) -> Iterator[tuple[re.Match[str], str]]:
+    """Where phone numbers stand, with dashes of one kind, and their digits in one form."""
     if not _PHONE_SIGN.search(text):
         return
     for match in _PHONE.finditer(_DASHES.sub("-", text)):
@@ -192,7 +207,7 @@ def _phones(text: str) -> Iterator[tuple[str, str]]:
             digits = digits[1:]
         if text[max(0, match.start() - 2) : match.start()].rstrip().endswith("〒"):
             continue  # a postal code
-        yield piece, digits
+        yield match, digits
 
 
 def _addresses(text: str) -> Iterator[tuple[str, str]]:

@@ -59,7 +59,11 @@ _CHINESE_ONLY = frozenset(
 _MAX_HAN_WITHOUT_KANA = 30
 
 
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]")
+# Unicode's Default_Ignorable_Code_Point: nothing is seen of them, and between two letters they would part a word.
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 
 
 def normalize(text: str) -> str:
