@@ -207,8 +207,14 @@ class _Flow:
             self._shared[key] = content, written
         if len(self._shared) > _MAX_SHARED:
             self._shared.popitem(last=False)
-        for state in self._sharing.pop(key, ()):
-            self._settle(state, written)
+        waiting = self._sharing.pop(key, ())
+        for state in waiting:
+            if state.content == content:
+                self._settle(state, written)
+        # Online a content may have changed since its text was asked for ahead: the old one is nobody's.
+        for state in waiting:
+            if state.content != content and self._must_share(state):
+                self._ask(Group(state.content, key.task, ()), [Request(key, None)])
 
     def _fall_back(self, state: _Open, group: Group) -> None:
         if self._must_share(state):

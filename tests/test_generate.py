@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from e2p_ray import generate
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.generate import Generator
+from e2p_ray.results import Result
 from e2p_ray.schema import (
     DEAD_LETTERS,
     GENERATIONS,
@@ -258,6 +260,42 @@ def test_of_many_requests_the_shared_text_is_written_along_with_the_first(num_re
     engine = Recording(texts=texts)
     Generator(engine, make_config(retry=False), "r").generate([Group(CONTENT, "headline", many[-100:])])
     assert [key for _, key, _ in engine.asked].index(SHARED) == 100 if num_rejected else len(engine.asked) == 100
+
+
+class SharedLast(FakeEngine):
+    """Writes unpersonalised texts when nothing else is on its way, one text a step."""
+
+    def generate(self, groups: Iterable[Group | None]) -> Iterator[Completion]:
+        owed = list[tuple[Group, Request]]()
+        for group in groups:
+            if group is not None:
+                owed += [(group, request) for request in group.requests]
+            elif owed:
+                owed.sort(key=lambda one: not one[1].key.user_id)
+                of, request = owed.pop(0)
+                yield self._complete(of.content, request, 1, of.attempt)
+
+
+def test_an_unpersonalised_text_of_an_older_content_is_for_nobody_who_asks_for_the_newer_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Asked for ahead, it may outlive all that it was asked for; online the content may have changed meanwhile."""
+    monkeypatch.setattr(generate, "MANY_REQUESTS", 2)
+    newer = replace(CONTENT, body="The city closed a bridge on Sunday. Rain fell.")
+    given = list[Result]()
+
+    def source() -> Iterator[Group | None]:
+        yield Group(CONTENT, "headline", (ask("u1"), ask("u2")))
+        while len(given) < 2:
+            yield None
+        yield Group(newer, "headline", tuple(ask(user, newer, reason=Reason.OPTED_OUT) for user in ("u3", "u4")))
+        while len(given) < 4:
+            yield None
+
+    Generator(SharedLast(), make_config(), "r").follow(source(), given.append)
+    texts = {result.key.user_id: result.text for result in given if isinstance(result, Generation)}
+    assert texts["u3"] == texts["u4"] == "The city closed a bridge on Sunday."
+    assert texts["u1"] in BODY
 
 
 def test_only_rejected_texts_are_tried_again() -> None:

@@ -303,6 +303,9 @@ def test_a_stream_ends_with_the_answer_that_it_gives_without(site: Site) -> None
             drafts = "".join(token.text for token in tokens if isinstance(token, Token))
             assert drafts in ("", done.text), "the unpersonalised text is everybody's, and not streamed"
             assert bool(drafts) == done.personalized
+        *_, done = client.stream("headline", user_id=PLAIN, content_id="a\u2028b\x85", content=content)
+        assert isinstance(done, GenerationAnswer), "whatever else ends a line in some clients"
+        assert done.content_id == "a\u2028b\x85"
         (only,) = client.stream("headline", user_id=PLAIN, content_id="content-003")
         assert isinstance(only, GenerationAnswer), "a published text needs no stream"
         assert only.source == "published"
@@ -381,6 +384,10 @@ def test_what_needs_no_writing_is_answered_while_the_queue_is_full(published: Jo
         with pytest.raises(TooManyRequestsError) as full:
             client.generate("headline", user_id=PLAIN, content=contents[2])
         assert full.value.retry_after_s is not None
+        pair = {"user_id": known.user_id, "content_id": known.content_id}
+        (only,) = client.generate_batch("headline", [pair]).results
+        assert isinstance(only, GenerationAnswer)
+        assert only.source == "published"
         half = b'{"user_id": "\\ud800", "content_id": "content-000", "task": "headline"}'
         for body, status in ((b"{", 422), (b"[" * 5000, 422), (half, 422), (b"[]", 429), (b'{"user_id": 3}', 429)):
             assert post(site, "/v1/generations", body).status_code == status
@@ -665,6 +672,10 @@ def test_a_token_s_rate_is_its_own(job: JobConfig) -> None:
             assert refused.value.code == "rate_limited"
             assert refused.value.retry_after_s is not None
             assert other.models().tasks, "the control: another token has a rate of its own"
+    with serving(serve_config(job, api={"rate_per_s": 0.001, "burst": 1})) as site, site.client() as client:
+        assert len(client.generate_batch("headline", pairs).results) == 4  # on credit, however small the burst
+        with pytest.raises(TooManyRequestsError):
+            client.models()
 
 
 def test_a_bucket_fills_with_time() -> None:
@@ -676,7 +687,8 @@ def test_a_bucket_fills_with_time() -> None:
         bucket.take()
     assert refused.value.retry_after_s == 1
     now[0] = 0.5
-    bucket.take(5)  # on credit: 4 below nothing
+    bucket.take()
+    bucket.charge(4)  # on credit: 4 below nothing
     now[0] = 2.5
     with pytest.raises(ProblemError):
         bucket.take()

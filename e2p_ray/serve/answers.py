@@ -41,7 +41,7 @@ async def all_answered(service: Service, body: BatchRequest, began_s: float) -> 
 
     all_asked = await asyncio.to_thread(look_up)
     open_ones = [asked for asked in all_asked if isinstance(asked, Asked) and asked.known_text is None]
-    written = await service.write([asked.job() for asked in open_ones])
+    written = await service.write([asked.job() for asked in open_ones]) if open_ones else []
     outcomes = dict(zip(open_ones, written, strict=True))
     return BatchAnswer(
         results=[_result(asked, outcomes, began_s) for asked in all_asked],

@@ -148,8 +148,7 @@ def _check_number(number: int, limit: int, request: Request) -> None:
     if number > limit:
         raise ProblemError(422, "too_many", f"one request has {limit} at most")
     bucket: TokenBucket = request.state.bucket
-    if number > 1:
-        bucket.take(number - 1)
+    bucket.charge(max(number - 1, 0))
 
 
 def _add_handlers(app: FastAPI) -> None:

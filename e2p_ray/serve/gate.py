@@ -28,20 +28,24 @@ _MAX_DIGITS = 18
 
 
 class TokenBucket:
-    """A rate over time with bursts. What costs more than is left goes through once something is left, on credit."""
+    """A rate over time with bursts. What costs more than is left goes through, on credit, once one is left."""
 
     def __init__(self, rate_per_s: float, burst: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate_per_s, self._burst, self._clock = rate_per_s, burst, clock
         self._level, self._at_s = float(burst), clock()
 
-    def take(self, cost: int = 1) -> None:
-        """ProblemError 429 where nothing is left."""
+    def take(self) -> None:
+        """ProblemError 429 where not one is left."""
         now_s = self._clock()
         self._level = min(self._level + (now_s - self._at_s) * self._rate_per_s, float(self._burst))
         self._at_s = now_s
         if self._level < 1:
             wait_s = max(1, math.ceil((1 - self._level) / self._rate_per_s))
             raise ProblemError(429, "rate_limited", "this token asks too often", retry_after_s=wait_s)
+        self._level -= 1
+
+    def charge(self, cost: int) -> None:
+        """What was let through costs so much more; who comes next waits for it."""
         self._level -= cost
 
 

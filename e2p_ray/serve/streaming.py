@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from e2p_ray.serve.answers import generated_answer, published_answer
@@ -32,7 +32,7 @@ def begun_stream(
     """The events of a request that is in the queue now; ProblemError 429 where that is full."""
     published = published_answer(asked, began_s)
     if published is not None:
-        return _only(_event("done", published.model_dump_json()))
+        return _only(_event("done", published.model_dump(mode="json")))
     loop, texts = asyncio.get_running_loop(), asyncio.Queue[str | None]()
     job = asked.job(on_text=lambda text: _put(loop, texts, text))
     service.submit([job])
@@ -61,19 +61,19 @@ async def _events(
         while (text := await _next(texts, over_s)) is not None:
             text = text.rstrip(_UNFINISHED)
             if not text.startswith(sent):
-                yield _event("restart", "{}")
+                yield _event("restart", {})
                 sent = ""
             if text != sent:
-                yield _event("token", json.dumps({"text": text[len(sent) :]}))
+                yield _event("token", {"text": text[len(sent) :]})
                 sent = text
         if not work.done():
             return  # the client left
         (outcome,) = work.result()
         if isinstance(outcome, ProblemError):
             raise outcome
-        yield _event("done", generated_answer(asked, outcome, began_s).model_dump_json())
+        yield _event("done", generated_answer(asked, outcome, began_s).model_dump(mode="json"))
     except ProblemError as problem:
-        yield _event("error", json.dumps(problem.body()))
+        yield _event("error", problem.body())
     finally:
         work.cancel()
         gone.cancel()
@@ -91,5 +91,6 @@ async def _only(event: bytes) -> AsyncIterator[bytes]:
     yield event
 
 
-def _event(name: str, data: str) -> bytes:
-    return f"event: {name}\ndata: {data}\n\n".encode()
+def _event(name: str, data: Mapping[str, Any]) -> bytes:
+    """In ASCII: there are clients that end a line at U+2028, too."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
