@@ -10,8 +10,7 @@ The first rule that fails gives the verdict, in this order:
                                                    what the content does not say
 
 What is not seen: a wrong statement made of the content's own names and numbers, an invented name in lower case, two
-names of the content mixed to a third, a name in a script that the text's language does not write, the amount of a
-number with a blank before its 万 or 億.
+names of the content mixed to a third, a name in a script that the text's language does not write.
 """
 
 from __future__ import annotations
