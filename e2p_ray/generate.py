@@ -207,13 +207,10 @@ class _Flow:
             self._shared[key] = content, written
         if len(self._shared) > _MAX_SHARED:
             self._shared.popitem(last=False)
-        waiting = self._sharing.pop(key, ())
-        for state in waiting:
+        for state in self._sharing.pop(key, ()):
             if state.content == content:
                 self._settle(state, written)
-        # Online a content may have changed since its text was asked for ahead: the old one is nobody's.
-        for state in waiting:
-            if state.content != content and self._must_share(state):
+            elif self._must_share(state):  # online a content may have changed since its text was asked for ahead
                 self._ask(Group(state.content, key.task, ()), [Request(key, None)])
 
     def _fall_back(self, state: _Open, group: Group) -> None:

@@ -130,8 +130,7 @@ def test_rules(text: str, content: Content, reason: Reason | None) -> None:
     ],
 )
 def test_what_only_looks_like_the_content_s_own(text: str, body: str, reason: Reason | None) -> None:
-    language = "en" if text.isascii() or "Budget" in text or "evil" in text else "ja"
-    assert verdict(text, Content("c", "Library", body, language)).reason is reason
+    assert verdict(text, Content("c", "Library", body, "en" if body.isascii() else "ja")).reason is reason
 
 
 def test_the_order_of_the_rules_is_fixed() -> None:

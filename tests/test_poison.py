@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from tests.test_batch import Opened, opened
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 PieceRow = Mapping[str, Any]
-OnePass = Callable[[Sequence[PieceRow]], None]
-Passes = Callable[[Tally, Callable[[PieceRow], None]], OnePass]
+Write = Callable[[PieceRow], None]
+OnePass = Callable[[Tally, Write, Sequence[PieceRow]], None]
 
 
 def _is_one(piece: PieceRow, *places: int) -> bool:
@@ -36,8 +37,8 @@ def _has(piece: PieceRow, *places: int) -> bool:
     return any(piece["first"] <= place < piece["end"] for place in places)
 
 
-def _search(job: Opened, one_pass: Passes, max_poison: int = 8) -> Tally:
-    """One search in the run's first shard; `one_pass` is given the tally and what writes a piece."""
+def _search(job: Opened, one_pass: OnePass, max_poison: int = 8) -> None:
+    """One search in the run's first shard; `one_pass` is given the tally and what writes a piece, too."""
     tally = Tally(len(job.run.shard_ids), 0, None)
     worker = ShardWorker(job.config, job.storage, job.run, fake_engine)
 
@@ -45,22 +46,19 @@ def _search(job: Opened, one_pass: Passes, max_poison: int = 8) -> Tally:
         (row,) = worker(pa.Table.from_pylist([dict(piece)])).to_pylist()
         tally.add(ShardOutcome(**row))
 
-    PoisonSearch(job.storage, job.run, max_poison, tally, one_pass(tally, write)).among(job.run.shard_ids[:1])
-    return tally
+    search = PoisonSearch(job.storage, job.run, max_poison, tally, partial(one_pass, tally, write))
+    search.among(job.run.shard_ids[:1])
 
 
-def _killed_by(*places: int) -> Passes:
+def _killed_by(*places: int) -> OnePass:
     """Passes whose worker dies at requests at these places of the shard, and at no others."""
 
-    def of(_: Tally, write: Callable[[PieceRow], None]) -> OnePass:
-        def one_pass(pieces: Sequence[PieceRow]) -> None:
-            for piece in pieces:
-                if not _has(piece, *places):
-                    write(piece)
+    def one_pass(_: Tally, write: Write, pieces: Sequence[PieceRow]) -> None:
+        for piece in pieces:
+            if not _has(piece, *places):
+                write(piece)
 
-        return one_pass
-
-    return of
+    return one_pass
 
 
 def _num_poison(job: Opened) -> int | None:
@@ -72,21 +70,16 @@ def _num_poison(job: Opened) -> int | None:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Opened:
-    """Its first shard has four requests at least."""
+    """Its first shard has three requests at least."""
     return opened(tmp_path, num_users=6, plan={"requests_per_shard": 4})
 
 
 def test_a_pass_that_was_given_up_says_nothing_of_a_request(job: Opened) -> None:
-    def giving_up(tally: Tally, write: Callable[[PieceRow], None]) -> OnePass:
-        def one_pass(pieces: Sequence[PieceRow]) -> None:
-            if any(_is_one(piece, 0, 1) for piece in pieces):
-                tally.pass_failure = "no worker started"
-                return
-            for piece in pieces:
-                if not _has(piece, 0):
-                    write(piece)
-
-        return one_pass
+    def giving_up(tally: Tally, write: Write, pieces: Sequence[PieceRow]) -> None:
+        if any(_is_one(piece, 0, 1) for piece in pieces):
+            tally.pass_failure = "no worker started"
+        else:
+            _killed_by(0)(tally, write, pieces)
 
     for _ in range(3):
         _search(job, giving_up)
@@ -96,15 +89,12 @@ def test_a_pass_that_was_given_up_says_nothing_of_a_request(job: Opened) -> None
 
 
 def test_a_request_whose_storage_failed_is_not_poison(job: Opened) -> None:
-    def denied(tally: Tally, write: Callable[[PieceRow], None]) -> OnePass:
-        def one_pass(pieces: Sequence[PieceRow]) -> None:
-            for piece in pieces:
-                if piece["first"] == 1:
-                    tally.add(ShardOutcome(piece["shard_id"], error_type="StorageError", is_piece=True))
-                elif not _has(piece, 0):
-                    write(piece)
-
-        return one_pass
+    def denied(tally: Tally, write: Write, pieces: Sequence[PieceRow]) -> None:
+        for piece in pieces:
+            if piece["first"] == 1:
+                tally.add(ShardOutcome(piece["shard_id"], error_type="StorageError", is_piece=True))
+            elif not _has(piece, 0):
+                write(piece)
 
     for _ in range(3):
         _search(job, denied)
@@ -133,15 +123,10 @@ def test_a_shard_that_another_driver_commits_meanwhile_is_done(job: Opened) -> N
     """Which removes its pieces, those of an earlier pass of this driver among them."""
     passes = itertools.count(1)
 
-    def overtaken(_: Tally, write: Callable[[PieceRow], None]) -> OnePass:
-        def one_pass(pieces: Sequence[PieceRow]) -> None:
-            if next(passes) == 2:
-                _search(job, _killed_by(0))
-            for piece in pieces:
-                if not _has(piece, 0):
-                    write(piece)
-
-        return one_pass
+    def overtaken(tally: Tally, write: Write, pieces: Sequence[PieceRow]) -> None:
+        if next(passes) == 2:
+            _search(job, _killed_by(0))
+        _killed_by(0)(tally, write, pieces)
 
     _search(job, overtaken)
     assert next(passes) > 2

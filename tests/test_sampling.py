@@ -1,4 +1,4 @@
-"""Token choice against known answers, numpy and plain definitions."""
+"""Token choice against numpy and plain definitions."""
 
 from __future__ import annotations
 

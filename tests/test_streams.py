@@ -1,3 +1,5 @@
+"""The random streams of requests, against known answers."""
+
 from __future__ import annotations
 
 import numpy as np

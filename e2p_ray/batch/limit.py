@@ -6,7 +6,7 @@ from collections import Counter
 
 from e2p_ray.batch.tally import Tally
 from e2p_ray.commit import Run, pending_shards
-from e2p_ray.commit.run import UNTITLED, dead_letter_codes
+from e2p_ray.commit.run import dead_letter_codes, dead_letter_files
 from e2p_ray.errors import GateError
 from e2p_ray.schema import ErrorCode
 from e2p_ray.storage import Storage
@@ -34,13 +34,10 @@ class DeadLetterLimit:
     def _codes(self) -> Counter[str]:
         """The dead letters of all committed shards by code.
 
-        A shard that is not committed yet may have its file already: it would count again when it is. And what consent
-        left out at an earlier publish has a file beside its shard's.
+        One that is not committed yet may have its file already: it would count again when it is.
         """
         pending = set(pending_shards(self._storage, self._run))
-        listed = self._storage.list_objects(self._run.dead_letters_uri)
-        files = {info.name.removesuffix(".parquet"): info for info in listed}
-        counted = [info for name, info in files.items() if name not in pending and not name.endswith(UNTITLED)]
-        found = dead_letter_codes(self._storage, counted)
+        files = dead_letter_files(self._storage, self._run)
+        found = dead_letter_codes(self._storage, [info for shard, info in files.items() if shard not in pending])
         found.pop(ErrorCode.DEFERRED, None)  # nothing is wrong with those
         return found

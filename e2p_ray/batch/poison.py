@@ -54,7 +54,8 @@ class PoisonSearch:
                 return
             done += [piece for piece in pieces if piece not in lost]
             pieces = self._smaller(lost, poison)
-        num_given_up_before = sum(self._num_poison(piece) for piece in done)  # by a call that was killed behind that
+        # By a call that was killed before it committed.
+        num_given_up_before = sum(self._num_poison(piece) for piece in done if piece.num_requests == 1)
         if num_given_up_before + len(poison) > self._max_poison:
             return
         for piece in poison:

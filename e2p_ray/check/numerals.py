@@ -49,12 +49,12 @@ _MAX_DIGITS = 30  # longer digit strings are ids: compared as strings
 # Everyday words and names that hold kanji numerals without counting anything, and units that end in a digit.
 _NOT_COUNTING = re.compile(
     "(?<![0-9〇一二三四五六七八九十百千万億])(?:"
+    "(?<![0-9] )万人|"  # 3 万人 is a count
     "万一|万が一|千葉|千代|八千代|千歳|千島|八百屋|八百長|五十嵐|七五三|五十歩百歩|十人十色|二人三脚|四六時中|三日月|三度笠|"
     "四日市|五日市|八日市|十日町|廿日市|二日酔|六本木|二本松|三本松|七回忌|八王子|九十九里|三十路|千秋楽|千載一遇|百貨|百科|百獣|"
     "百戦|百合|四国|九州|五輪|七夕|三重県|三角|四角|四半期|三味線|二酸化|三振|二塁|三塁|十字|千羽|万引|万博|万歳|万年筆|三菱|三井|三越|"
     "五分五分|二の舞|一石二鳥|三社祭|第三者|再三|三顧|八方|四方)"
     "|(?<![時0-9〇一二三四五六七八九十百千万億])十分"
-    "|(?<![0-9〇一二三四五六七八九十百千万億])(?<![0-9] )万人"  # 3 万人 is a count
     "|(?<![a-z])(?:[kc]?m[23]|co2)(?![a-z0-9])"
 )
 # What makes a single kanji numeral a count: 三人 but not 三味線.

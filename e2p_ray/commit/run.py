@@ -141,6 +141,15 @@ def summed(markers: Iterable[Mapping[str, Any]], name: str) -> Counter[str]:
     return total
 
 
+def dead_letter_files(storage: Storage, run: Run) -> dict[str, ObjectInfo]:
+    """By shard, the file with the dead letters that writing it left; what consent leaves out at publishing has others.
+
+    A shard may have its file and no marker: its worker ended between the two.
+    """
+    files = {info.name.removesuffix(".parquet"): info for info in storage.list_objects(run.dead_letters_uri)}
+    return {name: info for name, info in files.items() if not name.endswith(UNTITLED)}
+
+
 def dead_letter_codes(storage: Storage, files: Iterable[ObjectInfo]) -> Counter[str]:
     """How many dead letters are in these files of a run or a plan, by code."""
     found = Counter[str]()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from e2p_ray.commit import PublishedTable, Run, load_run
-from e2p_ray.commit.run import UNTITLED, map_ahead
+from e2p_ray.commit.run import dead_letter_files, map_ahead
 from e2p_ray.errors import ConfigError
 from e2p_ray.schema import DEAD_LETTERS, ErrorCode, RequestKey
 from e2p_ray.storage import Storage
@@ -34,13 +34,12 @@ def spool_failed(storage: Storage, table: PublishedTable, run: Run, spool: Bucke
     shown = _run(storage, output_uri, table.shown.run_id) if table.shown else None
     if shown is not None:
         sources = {shown.run_id: shown.source_id}
-        found = storage.list_objects(shown.dead_letters_uri)
-        uris = [info.uri for info in found if not info.name.endswith(f"{UNTITLED}.parquet")]
+        uris = [info.uri for info in dead_letter_files(storage, shown).values()]
         for letters in map_ahead(storage.read_table, uris):
             failed = letters.filter(pc.not_equal(letters["error_code"], str(ErrorCode.DEFERRED)))
             for run_id in set(failed["run_id"].unique().to_pylist()) - sources.keys():
-                other = _run(storage, output_uri, run_id)
-                sources[run_id] = other.source_id if other else ""
+                found = _run(storage, output_uri, run_id)
+                sources[run_id] = found.source_id if found else ""
             settled = [sources[run_id] == run.source_id for run_id in failed["run_id"].to_pylist()]
             spool.add(failed.append_column(FAILED.field("settled"), pa.array(settled, pa.bool_())).cast(FAILED))
     spool.close()
