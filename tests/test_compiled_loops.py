@@ -146,7 +146,8 @@ def rows_of(
 ) -> Tensor:
     """How far the compiled attention of rows with own tokens behind prefixes is from the plain one in float64.
 
-    By tokens. dtype: of the own keys; num_later: keys that the plain one sees though they are too late.
+    By tokens; NaN is what the compiled one alone says. dtype: of the own keys; num_later: keys that the plain one sees
+    though they are too late.
     """
     num_heads, num_kv_heads, room, first_slot = 4, 2, int(np.max(np.add(lengths, counts))) + 2, 3
     num_slots = len(lengths) + first_slot
@@ -166,7 +167,7 @@ def rows_of(
             keys = torch.cat([prefix.keys[0][0].float(), keys], dim=1)
             values = torch.cat([prefix.values[0][0].float(), values], dim=1)
         expected.append(plain(queries[token][None], keys, values, dim**-0.5)[0][0])
-    return (found.double() - torch.stack(expected)).abs().amax(dim=(1, 2))
+    return (found.double() - torch.stack(expected).nan_to_num()).abs().amax(dim=(1, 2))
 
 
 def prefix_of(length: int, seed: int, dtype: torch.dtype = torch.float32) -> Prefix:
@@ -195,6 +196,17 @@ def test_rows_that_begin_with_many_tokens_and_no_prefix(dtype: torch.dtype, num_
     _, tolerance = asked(torch.empty(0), 1.0, torch.empty(0, dtype=dtype))
     assert rows_of(lengths, counts, prefixes, dtype=dtype).max() < tolerance
     assert rows_of(lengths, counts, prefixes, dtype=dtype, num_later=1).max() > 10 * tolerance, "the control must fail"
+
+
+@needs_loops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_keys", [True, False])
+def test_a_prefix_that_is_not_a_number_is_not_left_out(dtype: torch.dtype, of_keys: bool) -> None:
+    """Its readers would write about no content at all, and nothing would say so."""
+    wrong, right = prefix_of(131, 20, dtype), prefix_of(40, 30, dtype)
+    (wrong.keys if of_keys else wrong.values)[0][0, :, 77] = torch.nan
+    found = rows_of([0, 3, 9, 2], [2, 1, 1, 4], [wrong, right, None, wrong], dtype=dtype)
+    assert found.isnan().tolist() == [True, True, False, False, True, True, True, True]
 
 
 @needs_loops

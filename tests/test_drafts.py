@@ -140,6 +140,27 @@ def test_logits_that_are_not_finite_are_no_guess_that_came_true(step: int, monke
     assert same(found, {key: one for key, one in expected.items() if key != poison})
 
 
+def test_special_tokens_spelled_out_in_drafts_stay_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tokenizer may have more of them than the model has embeddings."""
+    plain = tiny_models.byte_tokenizer
+
+    def with_more() -> Any:
+        tokenizer = plain()
+        tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{at}|>" for at in range(60)]})
+        return tokenizer
+
+    monkeypatch.setattr(tiny_models, "byte_tokenizer", with_more)
+    assert with_more().encode("<|59|>") > [tiny_models.VOCAB_SIZE], "the control"
+    groups = groups_of(2, 10)  # more than are encoded one by one, and few
+    expected = run(engine_of(GREEDY, drafts=False), groups)
+    for chosen in (groups, groups[:1]):
+        few = [replace(group, requests=group.requests[:3]) for group in chosen] if chosen is not groups else chosen
+        engine = engine_of(GREEDY)
+        found = run(engine, with_drafts(few, lambda key: f"{expected[key].text[:4]}<|59|><|eos|>"))
+        assert same(found, {key: expected[key] for key in found})
+        assert engine.stats.num_draft_tokens > 0
+
+
 def test_users_who_are_alike_draft_for_each_other_in_a_first_run() -> None:
     """The same user embedding over and over: what the first wave wrote is what the others will write."""
     group = groups_of(1, 1)[0]

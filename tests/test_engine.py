@@ -254,6 +254,25 @@ class TestTrouble:
         assert texts(run(engine, groups)) == expected
         assert engine._decoder.bounds.max_rows < 64
 
+    def test_a_request_counts_once_however_often_memory_runs_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        groups, plain, num_passes, num_failed = messy_groups(), BaseModel.hidden, 0, 0
+
+        def limited(self: BaseModel, inputs_embeds: Any, position_ids: Any, step: Any) -> Any:
+            nonlocal num_passes, num_failed
+            num_passes += isinstance(step, RowsStep)
+            if isinstance(step, RowsStep) and num_passes in (3, 7):  # rows are on their way
+                num_failed += 1
+                raise torch.OutOfMemoryError("CUDA out of memory (made by the test)")
+            return plain(self, inputs_embeds, position_ids, step)
+
+        monkeypatch.setattr(BaseModel, "hidden", limited)
+        tasks = {"headline": task(max_new_tokens=8).model_copy(update={"max_content_tokens": 8})}
+        engine = engine_of(LLAMA, max_rows=64, tasks=tasks)
+        found = run(engine, groups).values()
+        assert num_failed == 2
+        assert engine.stats.num_prompt_tokens == sum(one.num_prompt_tokens for one in found)
+        assert engine.stats.num_truncated == sum(one.truncated for one in found) > 0
+
     def test_a_row_that_never_fits_becomes_an_error_and_the_others_go_on(self, monkeypatch: pytest.MonkeyPatch) -> None:
         groups = messy_groups(4)
         poison = groups[1].requests[0].key

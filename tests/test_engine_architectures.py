@@ -17,6 +17,7 @@ from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.few_rows import FewRows
 from e2p_ray.engine.fused import FUSED_MODEL_TYPES
 from e2p_ray.engine.manifest import Layout
+from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.packed import PackedLinear
 from e2p_ray.engine.rows_attention import RowsAttention
 from e2p_ray.engine.rows_step import RowsStep
@@ -121,6 +122,18 @@ def test_logits_equal_plain_forward(
     model = tiny_models.random_model(config)
     assert largest_difference(model, engine, groups, trace) < TOLERANCE
     assert largest_difference(model, engine, groups, trace, swap=True) > 100 * TOLERANCE, "the control must fail"
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_a_soft_token_is_made_as_large_as_the_layers_read_tokens(name: str) -> None:
+    model = tiny_models.random_model(ARCHITECTURES[name])
+    read = model.get_input_embeddings()(torch.arange(ARCHITECTURES[name].vocab_size)).float().detach()
+    base = BaseModel(model)
+    assert base.token_embedding_rms == pytest.approx(float(read.square().mean().sqrt()))
+    torch.testing.assert_close(base.token_embeddings(), read)
+    scale = ARCHITECTURES[name].hidden_size ** 0.5 if name.startswith("gemma") else 1.0
+    plain = float(model.get_input_embeddings().weight.float().square().mean().sqrt())
+    assert base.token_embedding_rms == pytest.approx(scale * plain, rel=1e-3)
 
 
 def packed_engine(

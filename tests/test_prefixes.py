@@ -229,3 +229,40 @@ def test_a_wave_and_the_store_keep_within_the_engine_s_bytes(
     many = group(first, range(max_rows), task_name="teaser")
     assert not [one for each in ([many], groups) for one in engine.generate(each) if one.error_code]
     assert 0.5 * max_bytes < max(found) <= 1.25 * max_bytes
+
+
+@pytest.mark.parametrize(("max_rows", "num_short", "num_long"), [(96, 90, 90), (64, 60, 140)])
+def test_rows_that_come_into_a_wave_find_its_free_slots_counted(
+    max_rows: int, num_short: int, num_long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most rows of a wave end early, and others come in with a content each: to 1.5 times the bytes before.
+
+    Slots that nobody is in are given back where they leave no room, and nothing waits for the last of the long rows.
+    """
+    max_bytes = 2 << 20
+    tasks = {name: task(max_new_tokens=num) for name, num in (("short", 4), ("middle", 30), ("long", num_long))}
+    engine = engine_of(LLAMA, tasks=tasks, max_rows=max_rows, max_bytes=max_bytes, drafts=False)
+    store, found, sizes, plain = engine._decoder.store, list[int](), list[int](), Wave.readers
+
+    def watched(self: Wave, *args: Any) -> Any:
+        slots = [*self.slots.keys, *self.slots.values]
+        num_slot_bytes = sum(tensor.untyped_storage().nbytes() for tensor in slots)
+        found.append(num_slot_bytes + real_bytes([*self.prefixes, *store._kept.values()]))
+        sizes.append(self.slots.max_rows)
+        return plain(self, *args)
+
+    monkeypatch.setattr(Wave, "readers", watched)
+    first = Content("c", "Bridge", "b", "en")
+    groups = [
+        group(first, range(num_short, max_rows), task_name="long"),
+        group(first, range(num_short), task_name="short"),
+    ]
+    for at in range(60):
+        one = Content(f"d{at}", "Bridge", (f"{at:03d} river " * 60)[:400], "en")
+        groups.append(group(one, [1000 + at], task_name="middle"))
+    completions = list(engine.generate(groups))
+    assert len(completions) == max_rows + 60
+    assert not [one for one in completions if one.error_code]
+    assert 0.5 * max_bytes < max(found) <= 1.1 * max_bytes
+    assert min(sizes) < max(sizes) / 2
+    assert engine.stats.num_waves == 1

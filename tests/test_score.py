@@ -13,6 +13,7 @@ from torch import Tensor
 
 from e2p_ray.config import TaskConfig
 from e2p_ray.engine import teaching
+from e2p_ray.engine.attention import attention
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.engine.lesson import Batch, Lesson, LessonRow
@@ -45,10 +46,13 @@ def cases(num_users: int = 6) -> tuple[list[Group], dict[RequestKey, str]]:
 
 
 @torch.inference_mode()
-def plain_logprob(model: Any, engine: Engine, group: Group, user_embedding: Any, text: str) -> float:
+def plain_logprob(
+    model: Any, engine: Engine, group: Group, user_embedding: Any, text: str, *, spelled_out: bool = True
+) -> float:
     """One forward pass over one pair's whole sequence."""
     segments, embed = engine.layout.segments(group.content, group.task), model.get_input_embeddings()
-    target = [*tiny_models.byte_tokenizer().encode(text, add_special_tokens=False), tiny_models.EOS]
+    tokenizer = tiny_models.byte_tokenizer()
+    target = [*tokenizer.encode(text, add_special_tokens=False, split_special_tokens=spelled_out), tiny_models.EOS]
     parts = [embed(torch.tensor(segments.left, dtype=torch.long))]
     if user_embedding is not None:
         parts.append(engine._decoder._projector(torch.from_numpy(user_embedding)[None])[0])
@@ -223,15 +227,71 @@ def test_prefixes_of_one_pass_stay_within_the_engine_s_bytes(monkeypatch: pytest
     scores(tiny_models.engine_of(LLAMA), groups, texts)
     ((*sizes,),) = found
     assert len(sizes) == 12, "the control: together where there is room"
-    for max_bytes in (2 * max(sizes), 1):
+    for max_bytes, num_rows in ((3 * max(sizes), 2), (1, 1)):
         found.clear()
         engine = tiny_models.engine_of(LLAMA)
         engine._scorer._max_bytes = max_bytes  # less than a configuration may say
         within = scores(engine, groups, texts)
         assert all(sum(one) <= max_bytes or len(one) == 1 for one in found)
-        assert sum(map(len, found)) == 12
+        assert sum(map(len, found)) == 24 / num_rows
         assert within.keys() == expected.keys()
         assert all(abs(within[key].logprob - expected[key].logprob) < 1e-4 for key in expected)
+
+
+def test_rows_of_one_pass_have_no_more_places_than_the_engine_s_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long text among short ones gives no short one as many places; scores stay those of their texts."""
+    group = tiny_models.group(tiny_models.contents(1)[0], range(24), without=range(1, 24, 2))
+    keys = [request.key for request in group.requests]
+    texts = {key: "a longer text " * 20 if at in (6, 7) else f" text {at}" for at, key in enumerate(keys)}
+    expected, plain, grids = scores(tiny_models.engine_of(LLAMA), [group], texts), Batch.of, list[tuple[int, int]]()
+
+    def watched(lessons: Sequence[Lesson], *rest: Any) -> Batch:
+        batch = plain(lessons, *rest)
+        grids.append((batch.ids.shape[0], batch.ids.shape[1] + 1))
+        return batch
+
+    monkeypatch.setattr(Batch, "of", watched)
+    scores(tiny_models.engine_of(LLAMA), [group], texts)
+    assert [rows for rows, _ in grids] == [12, 12], "the control: together where there is room"
+    engine = tiny_models.engine_of(LLAMA)
+    num_bytes = engine._base.activation_bytes_per_token + engine._base.kv_bytes_per_token
+    for max_places in (400, 100):
+        grids.clear()
+        prefix_bytes = engine._scorer._store.bytes_of(len(engine.layout.segments(group.content, "headline").left))
+        engine._scorer._max_bytes = max_places * num_bytes + prefix_bytes
+        within = scores(engine, [group], texts)
+        assert all(rows * places <= max_places or rows == 1 for rows, places in grids)
+        assert sum(rows for rows, _ in grids) == 24
+        assert within.keys() == expected.keys()
+        assert all(abs(within[key].logprob - expected[key].logprob) < 1e-3 for key in expected)
+    assert len(grids) < 24, "the control: short ones go together"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("llama", "content_first"), ("gemma2", "content_first"), ("gemma2", "soft_first")]
+)
+def test_attention_scores_of_some_queries_at_a_time_give_the_same(
+    name: str, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the texts' lengths: what is not learned from keeps no more than these at once."""
+    groups, texts = cases()
+    config = tiny_models.configs()[name]
+    sizes = list[int]()
+
+    def watched(queries: Tensor, keys: Tensor, *rest: Any, **named: Any) -> Any:
+        sizes.append(queries.shape[:3].numel() * keys.shape[2])
+        return attention(queries, keys, *rest, **named)
+
+    monkeypatch.setattr(teaching, "attention", watched)
+    expected, whole = scores(tiny_models.engine_of(config, layout=layout), groups, texts), sizes.copy()
+    sizes.clear()
+    most = max(whole) // 3
+    monkeypatch.setattr(teaching, "_MAX_SCORES", most)
+    found = scores(tiny_models.engine_of(config, layout=layout), groups, texts)
+    assert max(sizes) <= most < max(whole), "the control: they were made at once"
+    assert sum(sizes) == sum(whole)
+    for key, score in expected.items():
+        assert found[key].logprob == pytest.approx(score.logprob, abs=1e-4)
 
 
 def test_a_text_may_fill_the_window_to_its_last_token() -> None:
@@ -243,6 +303,19 @@ def test_a_text_may_fill_the_window_to_its_last_token() -> None:
     assert {score.error_code for score in fitting.values()} == {None}
     assert {score.num_tokens for score in fitting.values()} == {room + 1}
     assert {(score.error_code, score.num_tokens) for score in too_long.values()} == {(ErrorCode.PROMPT_TOO_LONG, 0)}
+
+
+def test_special_tokens_spelled_out_in_texts_stay_text() -> None:
+    engine, (group, *_), text = tiny_models.engine_of(LLAMA), cases()[0], " a<|eos|>b"
+    model, (request, *_) = tiny_models.random_model(LLAMA), group.requests
+    found = scores(engine, [replace(group, requests=(request,))], {request.key: text})[request.key]
+    assert found.num_tokens == len(text) + 1
+    expected, other = (
+        plain_logprob(model, engine, group, request.user_embedding, text, spelled_out=spelled_out)
+        for spelled_out in (True, False)
+    )
+    assert found.logprob == pytest.approx(expected, abs=1e-3)
+    assert found.logprob != pytest.approx(other, abs=1e-1), "the control"
 
 
 def test_without_an_end_token_nothing_is_certain(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,14 @@ class _Size:
     num_waves: int
 
 
+@dataclass(frozen=True, slots=True)
+class Fitting:
+    """Waiting rows that may come into a wave, and the bytes of its prefixes, theirs among them."""
+
+    rows: list[Row]
+    num_prefix_bytes: int
+
+
 class Admission:
     """Keeps waves within their bounds, which shrink when memory runs out, and grow again.
 
@@ -80,7 +88,6 @@ class Admission:
         self._num_passes, self._patience_passes = 0, _PATIENCE_PASSES
         self._is_trial, self._has_given_up = False, False
         self._spare: SuffixSlots | None = None
-        self._num_prefix_bytes = 0  # of the wave with the rows that were found fitting last
 
     def halve(self, num_rows: int) -> bool:
         """Go on with half as many rows as were tried, in one wave; False when it was a single one."""
@@ -118,9 +125,13 @@ class Admission:
         self.bounds, self.num_waves = replace(self.bounds, max_rows=size.max_rows), size.num_waves
         self._num_passes, self._is_trial = 0, is_trial
 
-    def fitting(self, pending: Iterable[Row], wave: Wave | None, store: PrefixStore) -> list[Row]:
-        """The waiting rows that the bounds allow now; at least one when there is no wave. Makes room in the store."""
+    def fitting(self, pending: Iterable[Row], wave: Wave | None, store: PrefixStore) -> Fitting:
+        """The waiting rows that the bounds allow now; at least one when there is no wave.
+
+        Makes room for them in the store, and in a wave that has more free slots than rows.
+        """
         num_rows, max_tokens = (len(wave), wave.slots.max_tokens) if wave is not None else (0, 0)
+        num_slots = 0 if wave is None else wave.slots.max_rows
         # The memories that prefixes of these rows keep, whole, and what is still to be computed.
         kept = dict(prefix.memory for prefix in wave.prefixes if prefix is not None) if wave is not None else {}
         new = set[tuple[int, ...]]()
@@ -133,8 +144,12 @@ class Admission:
             more_kept = 0 if memory in kept else num_bytes
             more_new = store.bytes_of(len(left)) if prefix is None and left not in new else 0
             count = num_rows + len(fitting) + 1
-            total = count * self._row_bytes(longest) + num_kept_bytes + num_new_bytes + more_kept + more_new
-            if count > self.bounds.max_rows or (total > self.bounds.max_bytes and count > 1):
+            room = self.bounds.max_bytes - num_kept_bytes - num_new_bytes - more_kept - more_new
+            least, total = (self._num_bytes(count, slots, longest) for slots in (count, num_slots))
+            if wave is not None and 2 * count <= num_slots and least <= room < total:
+                num_slots, total = count, least
+                wave.grow(num_slots, wave.slots.max_tokens, wave.max_new_tokens)
+            if count > self.bounds.max_rows or (total > room and count > 1):
                 break
             if more_new and self.bounds.max_prefill_tokens is not None:
                 if num_computed and num_computed + len(left) > self.bounds.max_prefill_tokens:
@@ -145,40 +160,48 @@ class Admission:
             if more_new:
                 new.add(left)
             max_tokens, num_kept_bytes, num_new_bytes = longest, num_kept_bytes + more_kept, num_new_bytes + more_new
-        taken = (num_rows + len(fitting)) * self._row_bytes(max_tokens) + num_new_bytes
+        taken = self._num_bytes(num_rows + len(fitting), num_slots, max_tokens) + num_new_bytes
         taken += sum(num_bytes for memory, num_bytes in kept.items() if not store.holds(memory))
-        self._num_prefix_bytes = num_kept_bytes + num_new_bytes
         store.trim(max(self.bounds.max_bytes - taken, 0))
-        return fitting
+        return Fitting(fitting, num_kept_bytes + num_new_bytes)
 
     def _num_slot_tokens(self, row: Row) -> int:
         return row.num_suffix_tokens(self._num_soft) + row.sampling.max_new_tokens
 
-    def _row_bytes(self, num_tokens: int) -> int:
-        """Slots, logits (three times: as they are, controlled, normalised) and a step's activations of one row.
+    def _num_bytes(self, num_rows: int, num_slots: int, num_tokens: int) -> int:
+        """Of rows, and of the slots that there are for them and others, with places for so many tokens each."""
+        return num_rows * self._pass_bytes() + max(num_rows, num_slots) * self._slot_bytes(num_tokens)
+
+    def _slot_bytes(self, num_tokens: int) -> int:
+        """One slot's keys and values."""
+        base = self._base
+        return num_tokens * (base.kv_bytes_per_token * base.own_dtype.itemsize // base.dtype.itemsize)
+
+    def _pass_bytes(self) -> int:
+        """Logits (three times: as they are, controlled, normalised) and a step's activations of one row.
 
         What sampling makes of logits is of some rows at a time, however many there are.
         """
-        base = self._base
-        kv_bytes = base.kv_bytes_per_token * base.own_dtype.itemsize // base.dtype.itemsize
-        return num_tokens * kv_bytes + 12 * base.vocab_size + 64 * base.d_model
+        return 12 * self._base.vocab_size + self._base.activation_bytes_per_token
 
-    def wave_for(self, rows: Sequence[Row], num_pending: int, wave: Wave | None) -> Wave:
+    def wave_for(self, fitting: Fitting, num_pending: int, wave: Wave | None) -> Wave:
         """A wave with room for these rows besides its own, and for as many of the pending ones as may come in later.
 
-        The rows are what `fitting` has found last: beside their prefixes there is no room for as many as without.
+        Beside their prefixes there is no room for as many as without.
         """
+        rows, num_prefix_bytes = fitting.rows, fitting.num_prefix_bytes
         max_new = max(row.sampling.max_new_tokens for row in rows)
         max_tokens = max(map(self._num_slot_tokens, rows))
         if wave is None:
-            max_rows = self._max_rows(max_tokens, len(rows), num_pending)
-            return Wave(self._spare_slots(max_rows, max_tokens) or self._base.slots(max_rows, max_tokens), max_new)
+            max_rows = self._max_rows(max_tokens, len(rows), num_pending, num_prefix_bytes)
+            spare = self._spare_slots(max_rows, max_tokens, num_prefix_bytes)
+            return Wave(spare or self._base.slots(max_rows, max_tokens), max_new)
         slots, num_rows = wave.slots, len(wave) + len(rows)
         max_tokens, max_new = max(max_tokens, slots.max_tokens), max(max_new, wave.max_new_tokens)
         if num_rows > slots.max_rows or max_tokens > slots.max_tokens or max_new > wave.max_new_tokens:
             # Twice as many, because who comes one by one would have everything copied for each.
             wanted = max(2 * num_rows, slots.max_rows)
-            wave.grow(self._max_rows(max_tokens, num_rows, wanted), max_tokens, max_new)
+            wave.grow(self._max_rows(max_tokens, num_rows, wanted, num_prefix_bytes), max_tokens, max_new)
         return wave
 
     def ended(self, wave: Wave) -> None:
@@ -189,19 +212,22 @@ class Admission:
         if self._base.device.type == "cpu":
             self._spare = wave.slots
 
-    def _spare_slots(self, max_rows: int, max_tokens: int) -> SuffixSlots | None:
+    def _spare_slots(self, max_rows: int, max_tokens: int, num_prefix_bytes: int) -> SuffixSlots | None:
         """What an ended wave left, where it has enough rows, not too many, and such long ones; else it is freed."""
         spare, self._spare = self._spare, None
-        if spare is None or not max_rows <= spare.max_rows <= max(self._affordable(spare.max_tokens), max_rows):
+        if spare is None:
+            return None
+        most = max(self._affordable(spare.max_tokens, num_prefix_bytes), max_rows)
+        if not max_rows <= spare.max_rows <= most:
             return None
         return spare if max_tokens <= spare.max_tokens <= _MAX_LONGER * max_tokens else None
 
-    def _max_rows(self, max_tokens: int, least: int, wanted: int) -> int:
-        return max(min(self.bounds.max_rows, wanted, self._affordable(max_tokens)), least)
+    def _max_rows(self, max_tokens: int, least: int, wanted: int, num_prefix_bytes: int) -> int:
+        return max(min(self.bounds.max_rows, wanted, self._affordable(max_tokens, num_prefix_bytes)), least)
 
-    def _affordable(self, max_tokens: int) -> int:
+    def _affordable(self, max_tokens: int, num_prefix_bytes: int) -> int:
         """Rows of so many own tokens that there are bytes for beside the prefixes."""
-        return (self.bounds.max_bytes - self._num_prefix_bytes) // self._row_bytes(max_tokens)
+        return (self.bounds.max_bytes - num_prefix_bytes) // self._num_bytes(1, 1, max_tokens)
 
     def run_along(self, rows: Sequence[Row], num_running: int) -> bool:
         """Whether the first pass of new rows may take those that run along: a pass for all costs less than two.

@@ -143,7 +143,7 @@ class Decoder:
             given_up = self._shrink()
         if self.listener is not None:
             self._tell(self.listener)
-        return [*map(self._completion, ended), *given_up]
+        return self._counted([*map(self._completion, ended), *given_up])
 
     def _has_rows(self) -> bool:
         return bool(self._call.pending) or any(True for _ in self._call.waves)
@@ -209,12 +209,13 @@ class Decoder:
         """Take as many waiting rows as fit into a wave of `room`, prefill what they need, choose their first tokens."""
         wave = self._call.waves.current
         free = room - (0 if wave is None else len(wave))
-        rows = self._admission.fitting(islice(self._call.pending, free), wave, self.store)
+        fitting = self._admission.fitting(islice(self._call.pending, free), wave, self.store)
+        rows = fitting.rows
         if not rows:
             return False
         if wave is None:
             self._count(num_waves=1)
-        wave = self._call.waves.current = self._admission.wave_for(rows, min(len(self._call.pending), room), wave)
+        wave = self._call.waves.current = self._admission.wave_for(fitting, min(len(self._call.pending), room), wave)
         before = self.store.num_computed_tokens
         prefixes = self.store.get([row.segments.left for row in rows], [row.segments.num_stem for row in rows])
         computed = self.store.num_computed_tokens - before
@@ -262,8 +263,6 @@ class Decoder:
         wave.num_own[first:num_rows] += num_own - 1  # the last of them counts as what the next token follows
         self._count(
             num_computed_tokens=int(num_own[begun - first :].sum()),
-            num_prompt_tokens=sum(map(self._num_prompt_tokens, new)),
-            num_truncated=sum(row.segments.truncated for row in new),
             num_steps=begun > first,
         )
         launched = Launched(np.arange(first, num_rows), guesses, num_guessed)
@@ -400,7 +399,7 @@ class Decoder:
             dropped += [wave.rows[slot] for slot in slots]
             self._leave(wave, slots)
         cancelled = [self._error(row, ErrorCode.CANCELLED) for row in dropped]
-        return [*map(self._completion, ended), *cancelled]
+        return self._counted([*map(self._completion, ended), *cancelled])
 
     def _tell(self, listener: Listener) -> None:
         """What the streamed rows have written so far."""
@@ -431,6 +430,15 @@ class Decoder:
         return Completion(row.key, "", FinishReason.ERROR, num_prompt, 0, 0.0, code, truncated)
 
     # -- counting ----------------------------------------------------------------------------------------------------
+
+    def _counted(self, completions: list[Completion]) -> list[Completion]:
+        """Requests count as they end: they may come in several times, where memory runs out."""
+        if completions:
+            self._count(
+                num_prompt_tokens=sum(completion.num_prompt_tokens for completion in completions),
+                num_truncated=sum(completion.truncated for completion in completions),
+            )
+        return completions
 
     def _num_prompt_tokens(self, row: Row) -> int:
         return row.segments.num_tokens + (self._num_soft if row.user_embedding is not None else 0)

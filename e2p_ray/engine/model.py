@@ -178,10 +178,20 @@ class BaseModel:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
+    def activation_bytes_per_token(self) -> int:
+        """Bytes of a pass beside keys and values, a token of it; logits not counted."""
+        return 64 * self.d_model
+
+    @property
     def token_embedding_rms(self) -> float:
         """Root mean square of the token embeddings: the size that a soft token should have."""
-        weight = self.model.get_input_embeddings().weight
-        return float(weight.float().square().mean().sqrt())
+        return float(self.token_embeddings().square().mean().sqrt())
+
+    @torch.no_grad()
+    def token_embeddings(self) -> Tensor:
+        """All of them in float32, as the layers read them: Gemma's weights are made larger by the root of d_model."""
+        num_tokens = len(self.model.get_input_embeddings().weight)
+        return self.embed(torch.arange(num_tokens, device=self.device)).float()
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Token ids (...) to embeddings (..., d_model)."""

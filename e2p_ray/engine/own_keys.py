@@ -95,7 +95,7 @@ def _weigh_own(
         highest = maximum(highest, load(scores + vector))
     against, sum_ = splat(largest(highest)), splat(np.float32(0.0))
     kept = sum_
-    if shared > 0:
+    if shared != 0:  # nor NaN, which a row must not lose
         against = maximum(against, splat(top))
         kept = multiply(exp(subtract(splat(top), against)), splat(shared))
     for vector in range(0, 4 * num_keys, VECTOR_BYTES):
@@ -151,7 +151,7 @@ def _add_own(
 def _join(own: _Vector, factor: _Vector, kept: _Vector, shared: float, place: int) -> None:
     """What a token's own keys gave, with what stands there already."""
     found = multiply(own, factor)
-    if shared > 0:
+    if shared != 0:
         found = multiply_add(load(place), kept, found)
     store(found, place)
 

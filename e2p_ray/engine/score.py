@@ -28,6 +28,11 @@ class _Piece:
     requests: list[Request]
     targets: list[list[int]]
 
+    @property
+    def num_own_tokens(self) -> int:
+        """Of the longest row: what a pass has places for in every row of it."""
+        return len(self.segments.right) + max(map(len, self.targets))
+
     def lesson(self) -> Lesson:
         """Rows without any token of their own take over the last one of the prefix, to have something to run."""
         left, moved = self.segments.left, self.segments.left[:0]
@@ -43,7 +48,7 @@ class _Piece:
 class Scorer:
     """Scores texts in passes of at most max_rows rows, reading the contents' prefixes from a store.
 
-    Those of one pass, which are held together, take max_bytes at most, or are of one content.
+    What a pass holds, prefixes and the places of its rows' own tokens, takes max_bytes at most, or is of one row.
     """
 
     def __init__(
@@ -89,11 +94,20 @@ class Scorer:
     def _fit_together(self, pieces: Sequence[_Piece]) -> bool:
         lefts = [piece.segments.left for piece in pieces]  # a content's pieces follow one another, with one left part
         new = [left for before, left in zip([None, *lefts], lefts, strict=False) if left is not before]
-        num_bytes = sum(self._store.bytes_of(len(left)) for left in new)
-        return sum(len(piece.requests) for piece in pieces) <= self._max_rows and num_bytes <= self._max_bytes
+        num_rows = sum(len(piece.requests) for piece in pieces)
+        num_own_tokens = max(piece.num_own_tokens for piece in pieces)
+        num_bytes = self._num_bytes(num_rows, num_own_tokens, sum(map(len, new)))
+        return num_rows <= self._max_rows and num_bytes <= self._max_bytes
+
+    def _num_bytes(self, num_rows: int, num_own_tokens: int, num_prefix_tokens: int) -> int:
+        """Of rows of so many places each, which have keys and values and a share of what a pass makes."""
+        own = num_rows * (self._projector.manifest.num_soft_tokens + num_own_tokens)
+        num_bytes = own * self._base.activation_bytes_per_token
+        return num_bytes + self._store.bytes_of(num_prefix_tokens + own)
 
     def _ids(self, text: str) -> list[int]:
-        return [*self._tokenizer.encode(text, add_special_tokens=False), *self._end]
+        """A special token that is spelled out in a text stays plain text, as in contents."""
+        return [*self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), *self._end]
 
     def _refusal(self, segments: Segments, target: list[int]) -> ErrorCode | None:
         """Why a text cannot be scored."""
@@ -101,11 +115,19 @@ class Scorer:
         return ErrorCode.PROMPT_TOO_LONG if num_tokens > self._base.max_positions else None
 
     def _pieces(self, segments: Segments, rows: list[tuple[Request, list[int]]]) -> Iterator[_Piece]:
+        """Texts of about one length each: every row of a pass has places for its longest one."""
         for soft in (True, False):
             chosen = [row for row in rows if (row[0].user_embedding is not None) == soft]
-            for start in range(0, len(chosen), self._max_rows):
-                part = chosen[start : start + self._max_rows]
-                yield _Piece(segments, [request for request, _ in part], [target for _, target in part])
+            chosen.sort(key=lambda row: len(row[1]))
+            piece = _Piece(segments, [], [])
+            for request, target in chosen:
+                longer = _Piece(segments, [*piece.requests, request], [*piece.targets, target])
+                if piece.requests and not self._fit_together([longer]):
+                    yield piece
+                    longer = _Piece(segments, [request], [target])
+                piece = longer
+            if piece.requests:
+                yield piece
 
     def _scores(self, pieces: list[_Piece]) -> Iterator[TextScore]:
         if not pieces:

@@ -24,6 +24,8 @@ from e2p_ray.engine.shared_prefix import Prefix
 # At once, where nothing is learned: 64 MiB in float32, and as much again for the cross-entropy. That is 128 tokens of
 # a vocabulary of 128,000: products over fewer would read a head's weights too often.
 _MAX_LOGITS = 1 << 24
+# The same of attention scores, where the library has no kernel that keeps none: 64 MiB, and as much again of weights.
+_MAX_SCORES = 1 << 24
 
 
 def prefixes_of(store: PrefixStore, base: BaseModel, lefts: Sequence[tuple[int, ...]]) -> list[Prefix]:
@@ -68,7 +70,7 @@ class TeachingStep:
             )
             return self._packed(alone)
         own = self._causal if shape.window is None else self._causal & (self._distance < shape.window)
-        output, lse = attention(*in_grid, shape, visible=own[None, None])
+        output, lse = _in_parts(*in_grid, shape, own)
         mine = self._packed(output), self._packed(lse[..., None])[..., 0]
         return merge(self._attend_prefixes(layer, queries, shape), mine)
 
@@ -87,7 +89,7 @@ class TeachingStep:
             asking = queries[:, :, start:end]
             if prefix.length:
                 visible = self._near(prefix, start, end, shape.window)
-                output, lse = attention(asking, prefix.keys[layer], prefix.values[layer], shape, visible=visible)
+                output, lse = _in_parts(asking, prefix.keys[layer], prefix.values[layer], shape, visible)
             else:
                 output, lse = torch.zeros_like(asking), asking.new_full(asking.shape[:3], -torch.inf).float()
             outputs.append(output)
@@ -101,6 +103,21 @@ class TeachingStep:
         if window is None or int(positions.max()) < window:
             return None
         return torch.arange(prefix.length, device=positions.device) > positions[:, None] - window
+
+
+def _in_parts(
+    queries: Tensor, keys: Tensor, values: Tensor, shape: Shape, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`attention` of (n, H, q, D) over (n, Hkv, t, D), with `visible` (q, t); without gradient some queries at a time.
+
+    The scores of one text of a whole window, or of many short ones, are gigabytes that no bound knows.
+    """
+    n, num_heads, q, _ = queries.shape
+    size = q if torch.is_grad_enabled() else max(_MAX_SCORES // (n * num_heads * keys.shape[2]), 1)
+    masks = [None] * -(-q // size) if visible is None else [part[None, None] for part in torch.split(visible, size)]
+    parts = zip(torch.split(queries, size, dim=2), masks, strict=True)
+    found = [attention(part, keys, values, shape, visible=mask) for part, mask in parts]
+    return torch.cat([output for output, _ in found], dim=2), torch.cat([lse for _, lse in found], dim=2)
 
 
 def row_losses(base: BaseModel, soft: Tensor | None, prefixes: Sequence[Prefix], batch: Batch) -> Tensor:

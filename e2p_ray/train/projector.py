@@ -94,7 +94,7 @@ def start_calmly(projector: Projector, base: BaseModel, lessons: LessonTable) ->
             weights = torch.from_numpy(counts / counts.sum()).to(known)
             projector.start_at(weights @ known)
         else:
-            projector.start_at(base.model.get_input_embeddings().weight.float().mean(0))
+            projector.start_at(base.token_embeddings().mean(0))
 
 
 def check_frozen(base: BaseModel, hash_before: str) -> None:
