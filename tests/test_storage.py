@@ -8,6 +8,8 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pydantic import SecretStr
 
 from e2p_ray.config import StorageConfig
 from e2p_ray.errors import AccessDeniedError, ConfigError, InputError, ObjectNotFoundError, StorageError
+from e2p_ray.serve.front import unused_ports
 from e2p_ray.storage import ObjectInfo, PassingError, Storage, parquet_bytes
 from e2p_ray.storage.s3_errors import DenialError, typed_delta
 from tests.faulty import FAULTS, Faulty, faulty_s3
@@ -333,6 +336,43 @@ def test_tries_are_capped(through: tuple[Storage, str], faulty: Faulty) -> None:
     with pytest.raises(StorageError, match="in 3 tries: SlowDown"):
         few.read_bytes(f"{root}/old")
     assert faulty.num_requests == 3
+
+
+def test_a_server_that_starts_again_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens at first: the connection is refused. A name that is not found is the same to boto3."""
+    (port,) = unused_ports(1)
+    keys = {"access_key_id": "k", "secret_access_key": "s", "region": "us-east-1"}
+    config = StorageConfig(endpoint_url=f"http://127.0.0.1:{port}", max_attempts=7, **keys)
+    monkeypatch.setattr("e2p_ray.storage.s3._FIRST_WAIT_S", 0.01)
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "4")
+            self.end_headers()
+            self.wfile.write(b"here")
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    with ExitStack() as stack:
+        waits: list[float] = []
+
+        def sleep(wait_s: float) -> None:
+            waits.append(wait_s)
+            if len(waits) == num_away:
+                server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", port), Answer))
+                threading.Thread(target=server.serve_forever, daemon=True).start()
+                stack.callback(server.shutdown)
+
+        monkeypatch.setattr("e2p_ray.storage.s3.time.sleep", sleep)
+        num_away, storage = 3, Storage(config)
+        assert storage.read_bytes("s3://bucket/x") == b"here"
+        assert len(waits) == 3
+    num_away = 0
+    for known, num_tries in ((Storage(config), 5), (storage, 7)):  # control: who reached it before waits longer
+        with pytest.raises(StorageError, match=f"in {num_tries} tries: .*connect to .*Check storage.endpoint_url"):
+            known.read_bytes("s3://bucket/x")
 
 
 def test_wrong_keys_are_denied(s3_server: S3Server) -> None:

@@ -7,19 +7,23 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from deltalake import DeltaTable
 
 from e2p_ray.config import StorageConfig
 from e2p_ray.errors import ConfigError, InputError, ObjectNotFoundError, StorageError
+from e2p_ray.storage.delta import current_version
 from e2p_ray.storage.local import LocalPlace, local_path, refuse_links_out, temp_path
 from e2p_ray.storage.objects import DatedObject, ObjectInfo, PassingError, Place
 from e2p_ray.storage.s3 import S3Place, split
 
-__all__ = ["DatedObject", "ObjectInfo", "PassingError", "Storage", "is_s3", "parquet_bytes"]
+__all__ = ["DatedObject", "ObjectInfo", "PassingError", "Storage", "TableFiles", "is_s3", "parquet_bytes"]
 
 _T = TypeVar("_T")
 
@@ -46,6 +50,14 @@ def parquet_bytes(table: pa.Table) -> bytes:
     repeating = [field.name for field in flat if not pa.types.is_floating(field.type)]
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True, use_dictionary=repeating)
     return buffer.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class TableFiles:
+    """The data files of a table of the inputs; of a Delta table those of its current version, and which that is."""
+
+    files: list[ObjectInfo]
+    delta_version: int | None = None
 
 
 class Storage:
@@ -166,20 +178,43 @@ class Storage:
         self.write_bytes(uri, parquet_bytes(table))
 
     def parquet_files(self, uri: str) -> list[ObjectInfo]:
+        """The data files of a table; see `table_files`."""
+        return self.table_files(uri).files
+
+    def table_files(self, uri: str) -> TableFiles:
         """The data files of a table: a folder of *.parquet at any depth, or one file; _names and .names are no data.
 
-        Links are followed, each folder is read once. Raises InputError when there is no file, StorageError when a
-        folder cannot be listed or a link leads nowhere.
+        Of a Delta table those of its current version: others may still lie in its folder. Links are followed, each
+        folder is read once. Raises InputError when there is no file, one that Delta Lake names is not there, or rows
+        are deleted by deletion vectors; StorageError when a folder cannot be listed or a link leads nowhere.
         """
-        folder = uri.rstrip("/")
-        listed = self._place(folder).list_below(folder, through_links=True)
-        found = [info for info in listed if _is_data(info.uri[len(folder) + 1 :])]
-        if not found and not (is_s3(folder) and not split(folder, folder=True)[1]):
-            found = [info for info in [self.info(folder)] if info is not None]
-        if not found:
+        folder, version = uri.rstrip("/"), None
+        found = self._listed(folder)
+        if any(name.startswith("_delta_log/") for name in found):
+            options = self.delta_options(folder, with_retries=True)
+            table = partial(DeltaTable, folder, storage_options=options)
+            version, current = current_version(partial(self.patiently, table, "open the table", folder), folder)
+            if not current <= found.keys():
+                found = self._listed(folder)  # with what was written between the two
+            found = {name: info for name, info in found.items() if name in current}
+            if missing := current - found.keys():
+                raise InputError(
+                    f"version {version} of the Delta table {uri} names this file, but it is not there",
+                    uri=f"{folder}/{min(missing)}",
+                    remedy="Restore the file, or repair the table.",
+                )
+        files = [info for name, info in found.items() if version is not None or _is_data(name)]
+        if not files and version is None and not (is_s3(folder) and not split(folder, folder=True)[1]):
+            files = [info for info in [self.info(folder)] if info is not None]
+        if not files:
             remedy = "Give a .parquet file or a folder that holds some."
             raise InputError("no Parquet file here", uri=uri, remedy=remedy)
-        return found
+        return TableFiles(files, version)
+
+    def _listed(self, folder: str) -> dict[str, ObjectInfo]:
+        """What lies below a folder, by path in it."""
+        listed = self._place(folder).list_below(folder, through_links=True)
+        return {info.uri[len(folder) + 1 :]: info for info in listed}
 
     def delta_options(self, uri: str = "s3://", *, with_retries: bool = False) -> dict[str, str]:
         """Options for deltalake and polars to reach the same place: they hold secrets. Empty for a local URI.

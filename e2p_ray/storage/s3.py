@@ -17,15 +17,23 @@ from botocore.config import Config
 from e2p_ray.config import StorageConfig
 from e2p_ray.errors import AccessDeniedError, ConfigError, ObjectNotFoundError, StorageError
 from e2p_ray.storage.objects import DatedObject, ObjectInfo, PassingError, changed_error
-from e2p_ray.storage.s3_errors import NO_CREDENTIALS, DenialError, PreconditionError, typed, typed_delta
+from e2p_ray.storage.s3_errors import (
+    NO_CREDENTIALS,
+    DenialError,
+    PreconditionError,
+    UnreachedError,
+    typed,
+    typed_delta,
+)
 
 _T = TypeVar("_T")
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 10.0
 _MAX_DELTA_RETRY_S = 180.0
 # A denial may be throttling in disguise. Where such a call was allowed before, it is tried as often as any other; where
-# none was, a wrong policy is the likelier cause, and is told within three seconds (the waits between five tries).
-_MAX_DENIED_TRIES = 5
+# none was, a wrong policy is the likelier cause, and is told within three seconds (the waits between five tries). So is
+# a wrong endpoint, where no call succeeded yet.
+_MAX_FIRST_TRIES = 5
 _SHA256 = "sha256"  # in the metadata of what is written here
 
 
@@ -199,8 +207,9 @@ class S3Place:
                 return result
 
     def _max_tries(self, error: PassingError, kind: tuple[str, str]) -> int:
-        if isinstance(error, DenialError) and kind not in self._allowed:
-            return min(self._config.max_attempts, _MAX_DENIED_TRIES)
+        is_denied_anew = isinstance(error, DenialError) and kind not in self._allowed
+        if is_denied_anew or (isinstance(error, UnreachedError) and not self._allowed):
+            return min(self._config.max_attempts, _MAX_FIRST_TRIES)
         return self._config.max_attempts
 
 

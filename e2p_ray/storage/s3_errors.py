@@ -13,6 +13,7 @@ from botocore.exceptions import (
     NoCredentialsError,
     PartialCredentialsError,
 )
+from botocore.exceptions import ConnectionError as NoConnectionError
 from botocore.parsers import ResponseParserError
 from deltalake.exceptions import DeltaError
 
@@ -38,6 +39,10 @@ class DenialError(PassingError):
     """403 without a reason that could not pass."""
 
 
+class UnreachedError(PassingError):
+    """No connection was made: the server starts again, or the endpoint is wrong."""
+
+
 class PreconditionError(Exception):
     """412: the object is there (put if absent), or is no longer the one that was listed (ranged read)."""
 
@@ -50,12 +55,15 @@ def typed(call: Callable[[], _T], verb: str, uri: str) -> _T:
         raise _from_answer(error, verb, uri) from error
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise AccessDeniedError(f"could not {verb} {uri}: {NO_CREDENTIALS}") from error
+    except NoConnectionError as error:  # refused, no such name, no answer in time
+        remedy = "Check storage.endpoint_url, and that a server is there"
+        raise UnreachedError(f"{type(error).__name__}: {error}. {remedy}") from error
     except (
         HTTPClientError,
         IncompleteReadError,
         ResponseParserError,
         OSError,
-    ) as error:  # time-outs, resets, cut bodies
+    ) as error:  # late answers, resets, cut bodies
         raise PassingError(f"{type(error).__name__}: {error}") from error
     except BotoCoreError as error:
         raise StorageError(f"could not {verb} {uri}: {error}") from error
