@@ -19,7 +19,8 @@ from jobs.tables import print_pairs
 def publish_run(config: JobConfig, options: argparse.Namespace) -> None:
     """Verify, check gates and consent, and make the run what readers see."""
     storage = Storage(config.storage)
-    run = load_run(storage, config.output.uri, options.run) if options.run else latest_complete(storage, config)
+    is_named = options.run is not None  # by an empty word, too: a variable that is not set names no run
+    run = load_run(storage, config.output.uri, options.run) if is_named else latest_complete(storage, config)
     version = publish(storage, run, config.gates, config.inputs.users_uri)
     record(storage, config.output.uri, "publish", published_ids(run, version))
     if (report := read_report(storage, run)) is not None:

@@ -25,7 +25,8 @@ _MAX_CHARS = 300  # of a failure's message; --json has all of it
 def status(config: JobConfig, options: argparse.Namespace) -> None:
     """Print one run's progress."""
     storage = Storage(config.storage)
-    run = load_run(storage, config.output.uri, options.run) if options.run else newest_run(storage, config.output.uri)
+    is_named = options.run is not None
+    run = load_run(storage, config.output.uri, options.run) if is_named else newest_run(storage, config.output.uri)
     progress = run_progress(storage, run)
     if options.json:
         print(json.dumps(as_json(progress), ensure_ascii=False, indent=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import jobs.audit
 import jobs.publish
 from e2p_ray.commit.audit import Entry, record, verify_log
-from e2p_ray.storage import Storage
+from e2p_ray.storage import ObjectInfo, Storage
 from jobs.backfill import backfill_run
 from jobs.cli import run_job
 from tests.s3 import place_on
@@ -71,6 +72,31 @@ def test_writers_at_once_lose_no_entry(place: tuple[Storage, str]) -> None:
     assert not log.problems
     assert [entry.number for entry in log.entries] == list(range(18))
     assert sorted(entry.ids["version"] for entry in log.entries) == list(range(18))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("num_entries", [0, 3])
+def test_a_job_that_records_meanwhile_is_nobody_who_tampers(num_entries: int, when: str, tmp_path: Path) -> None:
+    uri = str(tmp_path)
+
+    class Busy(Storage):
+        is_done = False
+
+        def list_objects(self, uri: str) -> Iterator[ObjectInfo]:
+            found = list(super().list_objects(uri))
+            if not self.is_done:
+                self.is_done = True
+                record(Storage(), str(tmp_path), "publish", {"version": 9})
+                found = list(super().list_objects(uri)) if when == "before" else found
+            return iter(found)
+
+    for number in range(num_entries):
+        record(Storage(), uri, "publish", {"version": number})
+    log = verify_log(Busy(), uri)
+    assert not log.problems
+    assert len(log.entries) == num_entries + (when == "before")
+    path(tmp_path / "audit", num_entries).unlink()
+    assert [problem.number for problem in verify_log(Storage(), uri).problems] == [num_entries], "control"
 
 
 def test_what_is_no_id_is_not_written_down(tmp_path: Path) -> None:

@@ -429,6 +429,17 @@ def test_a_data_file_that_is_no_shard_is_named(local: World) -> None:
         local.commit("shard0")
 
 
+def test_a_shard_of_a_newer_release_is_named(local: World) -> None:
+    """Its dead letters may have codes that are not known here."""
+    uri = local.run.data_uri("shard0")
+    table = local.storage.read_table(uri)
+    footer = (table.schema.metadata or {})[b"e2p_ray.shard"].replace(b"non_finite_logits", b"a_new_code")
+    local.storage.write_table(uri, table.replace_schema_metadata({b"e2p_ray.shard": footer}))
+    local.storage.delete(local.run.marker_uri("shard0"))
+    with pytest.raises(ShardError, match=r"shard0\.parquet has dead letters that this version does not know"):
+        local.commit("shard0")
+
+
 # -- conservation
 
 
@@ -607,6 +618,21 @@ def test_an_opt_out_after_publishing_is_taken_in_by_publishing_again(local: Worl
     assert local.publish() == PublishedVersion(1, 4 * 17, 4, already_published=False)
     table = assert_conserved(local)
     assert set(table.filter(pc.equal(table["user_id"], "u5"))["arm"].to_pylist()) == {"title"}
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_ids_of_every_kind_of_string_opt_out(kind: pa.DataType, local: World) -> None:
+    users = users_table(refusing={"u5"})
+    ids = pa.chunked_array([[*users["user_id"].to_pylist(), None]]).cast(kind)
+    users = pa.concat_tables([users, users.slice(0, 1)]).set_column(0, "user_id", ids)
+    local.write_users(users)
+    assert local.storage.read_schema(local.users_uri).field("user_id").type == kind
+    local.publish()
+    table = assert_conserved(local)
+    assert set(table.filter(pc.equal(table["user_id"], "u5"))["arm"].to_pylist()) == {"title"}
+    assert "u3" in table.filter(pc.equal(table["arm"], "soft_token"))["user_id"].to_pylist()
 
 
 def test_a_null_switch_means_no(local: World) -> None:

@@ -21,13 +21,16 @@ from deltalake import DeltaTable
 import jobs.publish
 import jobs.purge
 from e2p_ray.batch.pieces import Piece
-from e2p_ray.commit import ShardStats, load_run
+from e2p_ray.commit import ShardStats, load_run, open_run
 from e2p_ray.commit.audit import verify_log
 from e2p_ray.commit.failures import ShardFailure, write_failure
+from e2p_ray.commit.history import read_history
 from e2p_ray.commit.purge import find_users, purge_users, read_user_ids
 from e2p_ray.commit.purge_table import read_state, swap_files
+from e2p_ray.commit.rollback import rollback
 from e2p_ray.commit.shard import data_bytes, rows_of
 from e2p_ray.commit.users_in import Users
+from e2p_ray.commit.vacuum import vacuum
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.errors import IncompatibleError, InputError, PublishConflictError, StorageError
 from e2p_ray.plan import load_plan
@@ -39,6 +42,8 @@ from jobs.generate import generate_run
 from tests.plan_world import with_broken
 from tests.s3 import IS_LONG, PLACES
 from tests.small_job import first_groups
+from tests.test_commit import opened, run_at, users_table, write_plan
+from tests.test_rollback import OneShardWorld
 from tests.update_world import User, World, content, make_world, vector
 
 GONE = ("user-004", "user-007")
@@ -59,22 +64,26 @@ def purge(world: World, storage: Storage | None = None, users: Users = USERS) ->
 def lived_in(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     """A published table of four versions, one with copies by consent, and a run that was not finished.
 
-    On S3 in long runs only: making it takes a minute there.
+    On S3 in long runs only: making it takes a minute there. With "cut", its log begins at a checkpoint.
     """
-    if request.param == "local":
-        return lived(make_world(tmp_path, monkeypatch))
+    if request.param != "s3":
+        return lived(make_world(tmp_path, monkeypatch), is_cut=request.param == "cut")
     server = request.getfixturevalue("s3_server")
     place = {"place": server.new_bucket(), "storage": server.config}
     return lived(make_world(tmp_path, monkeypatch, **place))
 
 
-def lived(world: World) -> World:
+def lived(world: World, *, is_cut: bool = False) -> World:
     world.candidates["user-004", "content-gone"] = 0.5  # dead letters of the plan
     world.run(engine=failing(world))
     world.contents["content-01"] = content(1, note=" Changed.")
     world.run()
     world.users["user-004"] = User(vector(77))
     world.run(limits=Limits(max_requests=1), engine=failing(world))
+    if is_cut:
+        world.table().create_checkpoint()
+        for version in range(world.table().version()):
+            world.storage.delete(f"{world.config.output.table_uri}/_delta_log/{version:020d}.json")
     world.run()
     world.contents["content-02"] = content(2, note=" Changed.")
     stop_after(world, num_shards=1)
@@ -145,9 +154,8 @@ def other_rows(found: dict[str, bytes], known: set[str]) -> dict[str, list[dict[
 
 
 def versions(world: World) -> Iterator[list[dict[str, Any]]]:
-    """What readers see of every version, without the users who go; sorted."""
-    newest = world.table()
-    for version in range(newest.version() + 1):
+    """What readers see of every version that the log reaches back to, without the users who go; sorted."""
+    for version in range(min(entry["version"] for entry in world.table().history()), world.table().version() + 1):
         uri, options = world.config.output.table_uri, world.storage.delta_options(world.config.output.table_uri)
         rows = DeltaTable(uri, version=version, storage_options=options).to_pyarrow_table().to_pylist()
         yield sorted((row for row in rows if row["user_id"] not in GONE), key=lambda r: [r[n] for n in KEY])
@@ -156,17 +164,22 @@ def versions(world: World) -> Iterator[list[dict[str, Any]]]:
 KEY = RequestKey._fields
 
 
+@pytest.mark.parametrize("lived_in", [*PLACES, "cut"], indirect=True)
 def test_nothing_is_left_and_nothing_else_changes(lived_in: World) -> None:
     world = lived_in
-    before, seen = objects(world), list(versions(world))
+    before, seen, version = objects(world), list(versions(world)), world.table().version()
     parquet = {path for path in before if path.endswith(".parquet")}
     places = mentions(before)
     expected = {"generations", "log", "plans", "updates", "dead letters", "pages"}
     assert expected <= places.keys(), f"control: the ids are found where they are, {places}"
+    checkpoints = {path: data for path, data in before.items() if ".checkpoint" in path}
+    assert not checkpoints or mentions(checkpoints)["log"], "control: in the checkpoint, too"
     done = purge(world)
     after = objects(world)
     assert mentions(after) == {}
-    assert done.version == len(seen)
+    assert done.version == version + 1
+    assert checkpoints.keys() <= after.keys(), "what only they know of is not lost"
+    assert vacuum(world.storage, world.config.output.uri, max_age_s=3600, dry_run=True) == ()
     now = list(versions(world))
     assert now[:-1] == seen, "every older version is readable, and has the rows of everybody else"
     assert now[-1] == seen[-1]
@@ -298,9 +311,10 @@ class Dying(Storage):
         super().delete(uri)
 
 
-def test_a_killed_purge_is_finished_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_killed_purge_is_finished_by_the_next(is_cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed again and again, each time some writes later, going on from what the last one left."""
-    world = lived(make_world(tmp_path, monkeypatch))
+    world = lived(make_world(tmp_path, monkeypatch), is_cut=is_cut)
     world.table().create_checkpoint()
     seen, num_kills = list(versions(world)), 0
     for num_writes in range(0, 1000, 3 if IS_LONG else 13):
@@ -363,20 +377,135 @@ def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.Mo
     world.run()
     world.table().delete("user_id = 'user-004' or user_id = 'user-006'")
     world.table().delete("user_id = 'user-008'")
+    source = pa.table({"user_id": ["user-004", "user-009"]})
+    same = "t.user_id = s.user_id AND t.user_id != 'user-007'"
+    merge = world.table().merge(source, same, source_alias="s", target_alias="t")
+    merge.when_matched_delete("t.user_id = 'user-004'").when_matched_delete("t.user_id = 'user-009'").execute()
+    log = tmp_path / "out" / "generations" / "_delta_log"
+    spark = [["(user_id#12 = user-004)"], ["(user_id#12 IN (user-007,user-011))"], ["(user_id#12 = user-010)"]]
+    for version, predicate in enumerate(spark, world.table().version() + 1):
+        info = {"operation": "DELETE", "operationParameters": {"predicate": json.dumps(predicate)}}
+        line = {"commitInfo": {"timestamp": 1, "engineInfo": "Apache-Spark/4.0.0", **info}}
+        (log / f"{version:020d}.json").write_text(json.dumps(line) + "\n")
+    assert mentions({path: data for path, data in objects(world).items() if path.endswith(f"{4:020d}.json")})
     world.table().create_checkpoint()
     left = tmp_path / "out" / "plans" / f".x.parquet.{'0' * 32}.tmp"
     left.write_bytes(b"user-004")
-    torn = tmp_path / "out" / "generations" / "_delta_log" / f"{4:020d}.json#1"  # Delta's own, killed within a commit
+    torn = log / f"{9:020d}.json#1"  # Delta's own, killed within a commit
     torn.write_bytes(b'{"add":{"stats":"{\\"minValues\\":{\\"user_id\\":\\"user-004')
     (tmp_path / "out" / "note.bin").write_bytes(b"?")
+    (tmp_path / "out" / "events.json").write_text(
+        '{"user_id": "user-004", "x": 1}\n{"user_id": "user-008", "x": "a\u2028b"}\n'
+        'no JSON\n[{"user_id": "user-007"}, 2]\n'
+    )
+    hadoop = b"crc\x00\x00\x00\x02\x00\xaa\xbb\xcc\xdd"  # what its local files have beside each
+    checksums = [log / f".{name}.crc" for name in (f"{0:020d}.json", f"{6:020d}.json", "_last_checkpoint")]
+    for path in checksums:
+        path.write_bytes(hadoop)
+    (log / f"{0:020d}.crc").write_text(json.dumps({"allFiles": [{"stats": {"minValues": {"user_id": "user-004"}}}]}))
+    (log / f"{1:020d}.crc").write_text(json.dumps({"allFiles": []}))
+    seen = list(versions(world))
     done = purge(world)
     assert mentions(objects(world)) == {}
+    assert list(versions(world))[: len(seen)] == seen
+    kept = (tmp_path / "out" / "events.json").read_text().split("\n")
+    assert kept == ['{"user_id": "user-008", "x": "a\u2028b"}', "no JSON", "[2]", ""]
+    assert [path.exists() for path in checksums] == [False, True, False], "those of files that are others now go"
+    assert checksums[1].read_bytes() == hadoop
+    assert [(log / f"{version:020d}.crc").exists() for version in (0, 1)] == [False, True]
     assert not left.exists()
     assert not torn.exists()
     assert done.unread == (f"{world.config.output.uri}/note.bin",)
-    log = (tmp_path / "out" / "generations" / "_delta_log" / f"{2:020d}.json").read_text()
-    assert "user-008" in log, "control: who stays keeps the name in the log"
+    text = "".join(path.read_text() for path in log.glob("*.json"))
+    for stays in ("user_id = 'user-008'", "t.user_id = 'user-009'", "user-010"):
+        assert stays in text, "control: who stays keeps the name in the log"
+    assert [entry["operation"] for entry in world.table().history(4)][1:] == ["DELETE"] * 3
     assert world.table().to_pyarrow_table().num_rows == len(list(versions(world))[-1]) > 0
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_publish_between_look_and_purge_is_a_conflict(is_first: bool, tmp_path: Path) -> None:
+    """What was found in files of nobody may be what readers see by then, and may not be rewritten under them."""
+    made = opened(Storage(), str(tmp_path / "out"))
+    made.commit_pending()
+    users, later = Users(["u5"]), made
+    if not is_first:
+        made.publish()
+        later = made.with_run("run2")
+    survey = find_users(made.storage, made.output_uri, users)
+    later.publish()
+    before = later.published()
+    with pytest.raises(PublishConflictError, match=r"was changed while users were being purged\..*same command again"):
+        purge_users(made.storage, made.output_uri, users, survey, silent)
+    assert later.published().equals(before)
+    purge_users(made.storage, made.output_uri, users, find_users(made.storage, made.output_uri, users), silent)
+    assert set(later.published()["user_id"].to_pylist()) == {f"u{user}" for user in range(5)}
+
+
+def test_a_publish_within_a_purge_is_a_conflict(tmp_path: Path) -> None:
+    made = opened(Storage(), str(tmp_path / "out"))
+    made.commit_pending()
+    made.publish()
+    later, users = made.with_run("run2"), Users(["u5"])
+
+    class Busy(Storage):
+        def put_if_absent(self, uri: str, data: bytes) -> bool:
+            is_first = super().put_if_absent(uri, data)
+            later.publish()
+            return is_first
+
+    survey = find_users(made.storage, made.output_uri, users)
+    with pytest.raises(PublishConflictError, match="was changed while users were being purged"):
+        purge_users(Busy(), made.output_uri, users, survey, silent)
+    assert set(later.published()["run_id"].to_pylist()) == {"run2"}, "and readers can read it"
+    purge_users(made.storage, made.output_uri, users, find_users(made.storage, made.output_uri, users), silent)
+    assert set(later.published()["user_id"].to_pylist()) == {f"u{user}" for user in range(5)}
+
+
+@pytest.mark.parametrize("order", [("u5", "u4"), ("u4", "u5")])
+def test_after_two_purges_a_run_is_still_what_was_published(order: tuple[str, str], tmp_path: Path) -> None:
+    """One of them is in one file only: of the others there is no second copy."""
+    uri = str(tmp_path / "out")
+    made = OneShardWorld(Storage(), uri, run_at(uri, "run1"))
+    write_plan(made)
+    made.write_users(users_table())
+    open_run(made.storage, made.run, {})
+    made.commit_pending()
+    made.publish()
+    for number, user in enumerate(order, 1):
+        users = Users([user])
+        assert purge_users(made.storage, uri, users, find_users(made.storage, uri, users), silent).version == number
+        assert made.publish().already_published
+    assert rollback(made.storage, uri, made.users_uri, version=2).already
+    made.write_users(users_table(refusing={"u3"}))  # the titles are found by the file's name
+    assert rollback(made.storage, uri, made.users_uri, version=1).num_files_suppressed == 4
+    table = made.published()
+    assert set(table.filter(pc.equal(table["user_id"], "u3"))["status"].to_pylist()) == {"suppressed"}
+    assert set(table["user_id"].to_pylist()) == {"u0", "u1", "u2", "u3"}
+
+
+def test_the_log_says_nothing_of_values_in_files_that_are_gone(tmp_path: Path) -> None:
+    """A compaction notes the first and the last text; once its files are gone, nobody can say whose these were."""
+    made = opened(Storage(), str(tmp_path / "out"))
+    made.commit_pending("zz")
+    made.publish()
+    made.delta().optimize.compact()
+    made.delta().create_checkpoint()
+    made.with_run("run2").publish()
+    vacuum(made.storage, made.output_uri, max_age_s=-60, dry_run=False)
+    users, log = Users(["u5"]), tmp_path / "out" / "generations" / "_delta_log"
+
+    def said() -> str:
+        tables = [str(pq.read_table(path).to_pylist()) for path in log.glob("*.parquet")]
+        return "".join([*tables, *(path.read_text() for path in log.glob("*.json"))])
+
+    assert said().count("zz u5") >= 2, "control"
+    rows = made.published().num_rows
+    purge_users(made.storage, made.output_uri, users, find_users(made.storage, made.output_uri, users), silent)
+    assert "u5" not in said()
+    assert said().count("numRecords") > 8
+    assert made.published().num_rows < rows
+    assert [entry.num_rows for entry in read_history(made.storage, made.run.table_uri, 9)] == [56, 56, 68]
 
 
 @pytest.mark.parametrize(
@@ -493,6 +622,15 @@ def test_ids_are_whole_values_not_parts_of_others() -> None:
     assert json.loads(users.out_of_json(stats)["stats"]) == {"minValues": {"content_id": "1"}}
     assert users.in_json({"predicate": "user_id = 'a''b'"}) == 1
     assert users.in_json({"predicate": "user_id = 'a'"}) == 0
+    restore = {"operation": "RESTORE", "operationParameters": {"version": "1"}}
+    assert (users.in_json(restore), users.out_of_json(restore)) == (0, restore), "a number is nobody's name"
+    merge = {"matchedPredicates": json.dumps([{"actionType": "delete", "predicate": "t.user_id = '1'"}])}
+    assert users.in_json(merge) == 1
+    kept = [{"actionType": "delete", "predicate": "redacted"}]
+    assert json.loads(users.out_of_json(merge)["matchedPredicates"]) == kept
+    for text, number in (("[a b = x", 0), ('["(x = a\'b)"]', 1), ('["(x <=1)", "(y = 2)"]', 1), ("[x] = 11", 0)):
+        assert users.in_json({"predicate": text}) == number
+    assert users.out_of_json({"predicate": '["(x <=1)", "(y = 2)"]'}) == {"predicate": '["redacted", "(y = 2)"]'}
     assert users.in_html('<td class="id">1</td><td>1</td><td class="id">a&#x27;b</td>') == 2
     assert "1" not in repr(users)
     assert users.among(pa.array(["1", None, "11"])).to_pylist() == [True, False, False]

@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 import e2p_ray.commit.rollback as rollback_module
 import jobs.rollback
@@ -223,6 +223,36 @@ def test_deleted_rows_come_back_only_when_that_is_meant(local: World) -> None:
     assert not back(local, 1, restore_deleted=True).already
     assert "u5" in local.published()["user_id"].to_pylist()
     assert back(local, 1).already
+
+
+def test_rows_that_others_took_out_come_back_only_when_that_is_meant(local: World) -> None:
+    """By a merge, an overwrite, a repair; Spark's merges count by other names, some engines' not at all."""
+    rows = pa.table({"user_id": ["u5"], "text": ["x"]})
+
+    def merge() -> Any:
+        return local.delta().merge(rows, "t.user_id = s.user_id", source_alias="s", target_alias="t")
+
+    merge().when_matched_update({"text": "s.text"}).execute()
+    write_deltalake(local.run.table_uri, local.published().slice(0, 1), mode="append")
+    assert not back(local, 1).already, "control: no row was taken out"
+    merge().when_matched_delete().execute()
+    assert "u5" not in local.published()["user_id"].to_pylist()
+    with pytest.raises(PublishConflictError, match=r"in version 5 would come back\. Give --restore"):
+        back(local, 1)
+    assert "u5" not in local.published()["user_id"].to_pylist()
+    assert not back(local, 1, restore_deleted=True).already
+    assert "u5" in local.published()["user_id"].to_pylist()
+    newest = local.delta().version()
+    write_deltalake(local.run.table_uri, local.published().slice(0, 1), mode="overwrite")
+    merges = [{"operationMetrics": {"numTargetRowsDeleted": number}} for number in ("0", "2")]
+    others = [{"operation": "MERGE"} | values for values in (*merges, {})]
+    others += [{"operation": operation} for operation in ("TRUNCATE", "FSCK")]
+    for version, values in enumerate(others, newest + 2):
+        uri = f"{local.run.table_uri}/_delta_log/{version:020d}.json"
+        local.storage.write_bytes(uri, json.dumps({"commitInfo": {"timestamp": 1} | values}).encode())
+    named = ", ".join(str(newest + place) for place in (1, 3, 4, 5, 6))
+    with pytest.raises(PublishConflictError, match=f"in version {named} would come back"):
+        back(local, newest)
 
 
 def test_of_two_that_commit_at_once_one_wins(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from e2p_ray.commit import commit_shard, load_run, pending_shards
 from e2p_ray.commit.failures import ShardFailure, failures_uri, forget_failures, write_failure
 from e2p_ray.commit.progress import run_progress
+from e2p_ray.storage import ObjectInfo, Storage
 from e2p_ray.update import Limits
 from jobs.status import main
 from tests.s3 import PLACES, place_on
@@ -110,6 +112,23 @@ def test_why_shards_failed_is_shown_until_they_are_done(world: World) -> None:
     assert [info.name for info in storage.list_objects(failures_uri(run))] == ["shard1.json"]
 
 
+def test_a_failure_that_is_forgotten_meanwhile_is_none(world: World) -> None:
+    """By the job that has just committed the shard, between listing and reading."""
+    for shard_id in ("shard0", "shard1"):
+        write_failure(world.storage, world.run, ShardFailure(shard_id, 1, "StorageError", "s3 is away", NOW, "host:1"))
+
+    class Late(Storage):
+        def list_objects(self, uri: str) -> Iterator[ObjectInfo]:
+            found = list(super().list_objects(uri))
+            if uri == failures_uri(world.run):
+                forget_failures(world.storage, world.run, ["shard1"])
+            return iter(found)
+
+    assert run_progress(world.storage, world.run).num_failed == 2, "control"
+    found = run_progress(Late(world.storage.config), world.run)
+    assert [shard.shard_id for shard in found.pending if shard.failure] == ["shard1"]
+
+
 def test_failed_shards_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     world = make_world(tmp_path, monkeypatch)
     report = world.run(publish_it=False)
@@ -160,6 +179,8 @@ def test_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "pending shard" not in shown
     assert main(["nope", *job_file]) == 2
     assert "there is no such run" in capsys.readouterr().err
+    assert main(["", *job_file]) == main(["--run", "", *job_file]) == 2, "not another run than was asked for"
+    assert "'' is not an id" in capsys.readouterr().err
 
 
 def test_carried_and_deferred_rows_are_no_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,10 +102,11 @@ def verify_log(storage: Storage, output_uri: str, known: str | None = None) -> A
     `known` is a hash that was noted down earlier: of the log's last entry then.
     """
     folder = _folder(output_uri)
-    names = [info.name for info in storage.list_objects(folder)]
+    head, names = _look(storage, folder)
+    if head is None and _HEAD in names:
+        head, names = _look(storage, folder)  # the first entry came just then
     numbers = _numbers(names)
     blobs = dict(zip(numbers, map_ahead(lambda n: storage.read_bytes(_uri(folder, n)), numbers), strict=True))
-    head = _read_head(storage, folder)
     last = max([*numbers, head.number if head else -1])
     foreign = [name for name in names if not (_ENTRY.fullmatch(name) or name == _HEAD)]
     problems = [Problem(last + 1, "inserted", f"{folder}/{name} is no entry") for name in foreign]
@@ -195,6 +196,12 @@ def _last(storage: Storage, folder: str) -> _Head:
         _write_head(storage, folder, start := _Head(-1, _FIRST))
         return start
     return _Head(numbers[-1], _digest(storage.read_bytes(_uri(folder, numbers[-1]))))
+
+
+def _look(storage: Storage, folder: str) -> tuple[_Head | None, list[str]]:
+    """The head first: a job may record meanwhile, and no head may name an entry that was not listed yet."""
+    head = _read_head(storage, folder)
+    return head, [info.name for info in storage.list_objects(folder)]
 
 
 def _numbers(names: Iterable[str]) -> list[int]:

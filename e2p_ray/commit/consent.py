@@ -66,8 +66,9 @@ def without_consent(storage: Storage, users: HashSpool, users_uri: str) -> Hashe
                 for batch in file.iter_batches(_BATCH_ROWS, columns=["user_id", "personalize", "updated_at"]):
                     require_utf8(batch, info.uri, num_before)
                     num_before += len(batch)
-                    batch = batch.filter(pc.is_valid(batch["user_id"]))
-                    current.add(hash_rows(_strings(batch["user_id"])), _consent_ranks(batch))
+                    ids = batch["user_id"].cast(pa.string())  # Arrow filters no views
+                    batch = batch.set_column(0, "user_id", ids).filter(pc.is_valid(ids))
+                    current.add(hash_rows(batch["user_id"]), _consent_ranks(batch))
         pairs = zip(users.frames(), current.frames(), strict=True)
         return hashes_of(mine.join(its.filter(_WANTS_IT), on=["a", "b"], how="anti") for mine, its in pairs)
 
@@ -106,10 +107,6 @@ def _consent_ranks(batch: pa.RecordBatch) -> npt.NDArray[np.uint64]:
     wanted = pc.fill_null(batch["personalize"], False).to_numpy(zero_copy_only=False)
     ranks: npt.NDArray[np.uint64] = ages.astype(np.uint64) * np.uint64(2) + (~wanted.astype(bool)).astype(np.uint64)
     return ranks
-
-
-def _strings(column: pa.Array) -> pa.Array:
-    return column.cast(pa.string()) if pa.types.is_dictionary(column.type) else column
 
 
 def _suppress_in_file(storage: Storage, run: Run, refused: Hashes, file: DataFile) -> DataFile:

@@ -22,6 +22,7 @@ from e2p_ray.schema import RequestKey
 from e2p_ray.storage import Storage
 
 _COPY = re.compile(r"-[0-9a-f]{16}$")  # what follows the shard id in the name of a file that was made at publish
+_PURGED_COPY = re.compile(r"-purged-[0-9a-f]{16}$")  # what follows all that in the name of one that a purge made
 
 
 def data_files(table: DeltaTable) -> tuple[DataFile, ...]:
@@ -35,9 +36,16 @@ def paths_there(storage: Storage, table_uri: str) -> set[str]:
     return {info.uri[len(table_uri) + 1 :] for info in storage.list_objects(table_uri)}
 
 
-def has_deletion_vectors(table: DeltaTable) -> bool:
-    """Whether rows may be deleted by files of another kind, which nothing here reads."""
-    return "deletionVectors" in (table.protocol().reader_features or ())
+def purged_path(path: str, data: bytes) -> str:
+    """A name for what is left of a file after a purge; `published_path` of both is the same."""
+    published = PurePosixPath(published_path(path))
+    return str(published.with_name(f"{published.stem}-purged-{hashlib.sha256(data).hexdigest()[:16]}.parquet"))
+
+
+def published_path(path: str) -> str:
+    """The name by which a file was published, whatever purges made of it since."""
+    file = PurePosixPath(path)
+    return str(file.with_name(f"{_PURGED_COPY.sub('', file.stem)}{file.suffix}"))
 
 
 def add_actions(
@@ -83,5 +91,5 @@ def _data_file(action: dict[str, Any]) -> DataFile:
         "nullCount": dict.fromkeys(RequestKey._fields, 0),
     }
     text = json.dumps(statistics, ensure_ascii=False)
-    shard_id = _COPY.sub("", PurePosixPath(path).stem)
+    shard_id = _COPY.sub("", PurePosixPath(published_path(path)).stem)
     return DataFile(shard_id, path, action["size_bytes"], num_rows, text)

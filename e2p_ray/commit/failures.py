@@ -10,8 +10,10 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 
 from e2p_ray.commit.run import Run, map_ahead
+from e2p_ray.errors import ObjectNotFoundError
 from e2p_ray.schema import checked_id
 from e2p_ray.storage import Storage
 
@@ -52,8 +54,16 @@ def read_failures(storage: Storage, run: Run, shard_ids: Collection[str]) -> dic
     """The failures of these shards, those that have one."""
     wanted = set(shard_ids)
     uris = [info.uri for info in storage.list_objects(failures_uri(run)) if _shard_of(info.name) in wanted]
-    found = [json.loads(data) for data in map_ahead(storage.read_bytes, uris)]
+    found = [json.loads(data) for data in map_ahead(partial(_read, storage), uris) if data is not None]
     return {one["shard_id"]: ShardFailure(**(one | {"at": datetime.fromisoformat(one["at"])})) for one in found}
+
+
+def _read(storage: Storage, uri: str) -> bytes | None:
+    """None when it is gone: the job that committed the shard removed it just then."""
+    try:
+        return storage.read_bytes(uri)
+    except ObjectNotFoundError:
+        return None
 
 
 def forget_failures(storage: Storage, run: Run, pending: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from deltalake.transaction import AddAction, create_table_with_add_actions
 
 from e2p_ray.commit.consent import suppress, without_consent
 from e2p_ray.commit.data_files import add_actions
-from e2p_ray.commit.published import open_table, said, same_rows_since, shown_by
+from e2p_ray.commit.published import open_table, same_rows_since, shown_by
 from e2p_ray.commit.run import Run
 from e2p_ray.commit.spool import HashSpool
 from e2p_ray.commit.verify import DataFile, RunSummary, check_gates, verify
@@ -21,6 +21,7 @@ from e2p_ray.config import GatesConfig
 from e2p_ray.errors import PublishConflictError
 from e2p_ray.schema import GENERATIONS
 from e2p_ray.storage import PassingError, Storage
+from e2p_ray.storage.delta import said
 
 
 @dataclass(frozen=True)

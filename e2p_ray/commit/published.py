@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,12 +11,12 @@ import polars as pl
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
+from e2p_ray.commit.run import Run, read_markers
 from e2p_ray.errors import StorageError
 from e2p_ray.storage import Storage, is_s3
+from e2p_ray.storage.delta import has_deletion_vectors, said
 
 _MAX_HISTORY = 200
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-_MAX_CHARS = 500
 UPKEEP = frozenset({"OPTIMIZE", "VACUUM START", "VACUUM END", "SET TBLPROPERTIES", "ADD FEATURE"})
 _DELETING = frozenset({"DELETE", "FSCK"})  # a repair takes files out of the table that are gone
 
@@ -68,7 +67,20 @@ def read_published(storage: Storage, table_uri: str) -> PublishedTable | None:
         file_uris=tuple(sorted(uris if is_s3(table_uri) else map(unquote, uris))),
         num_rows=int(files["num_records"].sum()) if "num_records" in files.columns else 0,
         shown=shown_by(table),
-        has_deletion_vectors="deletionVectors" in (table.protocol().reader_features or ()),
+        has_deletion_vectors=has_deletion_vectors(table),
+    )
+
+
+def as_if_published(storage: Storage, run: Run, table: PublishedTable | None) -> PublishedTable:
+    """A complete run that no gate let through, as the version that it would have been: an update can begin from it."""
+    markers = read_markers(storage, run)
+    return PublishedTable(
+        uri=run.table_uri,
+        table_id=table.table_id if table else "",
+        version=table.version + 1 if table else 0,
+        file_uris=tuple(run.data_uri(shard_id) for shard_id in run.shard_ids),
+        num_rows=sum(marker["num_rows"] for marker in markers),
+        shown=Shown(run.run_id, run.source_id, "", 0, 0, rows_deleted=False),
     )
 
 
@@ -99,11 +111,6 @@ def open_table(storage: Storage, table_uri: str, version: int | None = None) -> 
         return None
     except (DeltaError, OSError) as error:
         raise StorageError(f"could not open the Delta table {table_uri}: {said(error)}") from error
-
-
-def said(error: Exception) -> str:
-    """What deltalake says, in one line and without colours."""
-    return " ".join(_COLOURS.sub("", str(error)).split())[:_MAX_CHARS]
 
 
 def shown_by(table: DeltaTable) -> Shown | None:

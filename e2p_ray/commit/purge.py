@@ -26,7 +26,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from e2p_ray.commit.failures import is_failure
-from e2p_ray.commit.purge_table import TableState, drop_old_checkpoints, fix_log, read_state, swap_files
+from e2p_ray.commit.purge_table import (
+    FILE_ACTIONS,
+    TableState,
+    fix_log,
+    read_state,
+    refuse_change,
+    replace_object,
+    swap_files,
+)
 from e2p_ray.commit.run import map_ahead
 from e2p_ray.commit.shard import FOOTER, marker_bytes, parse_data
 from e2p_ray.commit.users_in import Rewritten, Users
@@ -56,6 +64,7 @@ class Survey:
     objects: tuple[ObjectInfo, ...]
     hits: tuple[Hit, ...]
     unread: tuple[str, ...]  # objects of a kind that nothing here writes
+    version: int | None  # of the table then
 
     def by_place(self) -> dict[str, int]:
         counts = Counter[str]()
@@ -129,7 +138,7 @@ def find_users(storage: Storage, output_uri: str, users: Users) -> Survey:
             unread.append(info.uri)
         elif num_found:
             hits.append(Hit(info, _place_of(output_uri, state, info.uri), num_found))
-    return Survey(tuple(objects), tuple(hits), tuple(unread))
+    return Survey(tuple(objects), tuple(hits), tuple(unread), state.version)
 
 
 def purge_users(storage: Storage, output_uri: str, users: Users, before: Survey, say: Callable[[str], None]) -> Purge:
@@ -141,6 +150,7 @@ def purge_users(storage: Storage, output_uri: str, users: Users, before: Survey,
     output_uri = output_uri.rstrip("/")
     table_uri = f"{output_uri}/generations"
     state, version = read_state(storage, table_uri), None
+    refuse_change(state, before.version)
     if before.hits:
         _forget_pieces(storage, before.objects)
     parquet = [
@@ -149,17 +159,18 @@ def purge_users(storage: Storage, output_uri: str, users: Users, before: Survey,
     if visible := [hit for hit in parquet if hit.place == VISIBLE]:
         version = swap_files(storage, state, _rewritten(storage, users, visible))
         say(f"version {version} of {table_uri} shows nothing of them")
-    if any(hit.place in (VISIBLE, OTHER_FILES, LOG) for hit in before.hits):
-        drop_old_checkpoints(storage, state)
+    # What follows is written where it is: none of it may be of a version that somebody has just made visible.
+    refuse_change(read_state(storage, table_uri), before.version if version is None else version)
+    present = {info.uri for info in before.objects}
     for hit in before.hits:
         if hit.info.uri.endswith(".html") or is_unfinished(hit.info.name) or is_failure(hit.info.uri):
             storage.delete(hit.info.uri)  # a page is made again from its JSON, without them
         elif hit.info.uri.endswith(".json") and hit.place != LOG:
-            value = users.out_of_json(json.loads(storage.read_bytes(hit.info.uri)))
-            storage.write_bytes(hit.info.uri, json.dumps(value, ensure_ascii=False, indent=1).encode())
+            clean = users.out_of_json_text(storage.read_bytes(hit.info.uri))
+            replace_object(storage, hit.info.uri, clean, present)
     for file in _rewritten(storage, users, parquet):
         _write_marker(storage, output_uri, file)
-        storage.write_bytes(file.uri, file.data)
+        replace_object(storage, file.uri, file.data, present)
     _put_right(storage, output_uri, users, parquet)
     after = find_users(storage, output_uri, users)
     if after.hits:
@@ -199,31 +210,18 @@ def _count(storage: Storage, users: Users, info: ObjectInfo) -> int | None:
     if is_failure(info.uri):
         return users.in_text(str(json.loads(storage.read_bytes(info.uri))["message"]))
     if name.endswith((".json", ".crc")) or name == "_last_checkpoint":
-        text = storage.read_bytes(info.uri).decode("utf-8", "replace")
-        return sum(users.in_json(value) for value in _values(text))
+        return users.in_json_text(storage.read_bytes(info.uri))
     if name.endswith(".html"):
         return users.in_html(storage.read_bytes(info.uri).decode("utf-8", "replace"))
     return None
 
 
-def _values(text: str) -> Iterator[object]:
-    """The JSON values of a text, one or one a line."""
-    try:
-        yield json.loads(text)
-    except ValueError:
-        for line in filter(str.strip, text.splitlines()):
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue  # broken: whoever reads it for its purpose will say so
-
-
 def _in_checkpoint(storage: Storage, users: Users, info: ObjectInfo) -> int:
     """Statistics of a checkpoint that name one of them."""
     with storage.open_parquet(info) as file:
-        if "add" not in file.schema_arrow.names:
-            return 0
-        rows = file.read(columns=["add"], use_threads=False)["add"].drop_null().to_pylist()
+        kinds = [kind for kind in FILE_ACTIONS if kind in file.schema_arrow.names]
+        table = file.read(columns=kinds, use_threads=False)
+    rows = (row for kind in kinds for row in table[kind].drop_null().to_pylist())
     return sum(users.in_json(row.get("stats") or "") + users.in_json(row.get("stats_parsed")) for row in rows)
 
 

@@ -1,37 +1,41 @@
 """The Delta table's part of a purge: the visible version by one commit, then its log and checkpoints.
 
 Every version stays readable. Files of the visible version are replaced by others under new names, in one commit, so
-that readers see the old rows or the new ones. All other files are rewritten where they are, and the log's sizes and
-statistics of them with them: the log's past is changed on purpose, because these users are in it.
+that readers see the old rows or the new ones. All other files are rewritten where they are, and the sizes and
+statistics of them in the log and in its checkpoints with them: the log's past is changed on purpose, because these
+users are in it. Of files that are gone, which nobody can look into any more, the log keeps the number of rows alone.
 """
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import re
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError
 
-from e2p_ray.commit.data_files import data_files
+from e2p_ray.commit.data_files import data_files, published_path, purged_path
 from e2p_ray.commit.publish import digest_of
-from e2p_ray.commit.published import open_table, said, shown_by
+from e2p_ray.commit.published import open_table, shown_by
 from e2p_ray.commit.users_in import PURGED, Rewritten, Users
 from e2p_ray.commit.verify import DataFile, file_statistics
-from e2p_ray.errors import IncompatibleError, PublishConflictError, StorageError
+from e2p_ray.errors import IncompatibleError, PublishConflictError
 from e2p_ray.storage import Storage
 
 _COMMIT = re.compile(r"\d{20}\.json")
-_CHECKPOINT = re.compile(r"(\d{20})\.checkpoint.*\.parquet")
+_CHECKPOINT = re.compile(r"\d{20}\.checkpoint.*\.parquet")
+FILE_ACTIONS = ("add", "remove")  # of Delta's log: both have sizes and statistics
 _CARRIED_KEYS = ("projector_id", "base_model_id", "embedding_space")
 _HISTORY = 200
+_AGAIN = "Let no job write there, and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class TableState:
     uri: str
     table: DeltaTable | None
     active: Mapping[str, DataFile]
+
+    @property
+    def version(self) -> int | None:
+        return self.table.version() if self.table else None
 
     def path_of(self, uri: str) -> str:
         return uri[len(self.uri) + 1 :]
@@ -62,6 +70,12 @@ def read_state(storage: Storage, table_uri: str) -> TableState:
     return TableState(table_uri, table, {file.path: file for file in data_files(table)})
 
 
+def refuse_change(state: TableState, version: int | None) -> None:
+    """PublishConflictError when the table is at another version: what was found is not what is visible now."""
+    if state.version != version:
+        raise PublishConflictError(f"{state.uri} was changed while users were being purged. {_AGAIN}")
+
+
 def swap_files(storage: Storage, state: TableState, files: Iterable[Rewritten]) -> int:
     """Show these in place of the visible files they were made from; the new version.
 
@@ -70,20 +84,20 @@ def swap_files(storage: Storage, state: TableState, files: Iterable[Rewritten]) 
     assert state.table is not None, "without a table there is no visible file"
     now_ms = int(time.time() * 1000)
     removed, added = list[dict[str, Any]](), list[dict[str, Any]]()
-    as_published = dict(state.active)
+    # By the names that publishing its run again finds: there the same rows are rewritten where they are.
+    as_published = {path: replace(file, path=published_path(path)) for path, file in state.active.items()}
     for file in files:
-        old = as_published.pop(state.path_of(file.uri))
+        old = state.active[state.path_of(file.uri)]
+        published = as_published.pop(old.path)
         common = {"partitionValues": {}, "dataChange": True}
         removed.append(common | {"path": old.path, "size": old.size_bytes, "deletionTimestamp": now_ms})
         removed[-1]["extendedFileMetadata"] = True
         if file.table.num_rows:
-            name = f"{old.shard_id}-{hashlib.sha256(file.data).hexdigest()[:16]}.parquet"
-            new = str(PurePosixPath(old.path).parent / name)
+            new = purged_path(old.path, file.data)
             storage.write_bytes(f"{state.uri}/{new}", file.data)
             added.append(common | {"path": new, "size": len(file.data), "modificationTime": now_ms})
             added[-1]["stats"] = _statistics(file)
-            # Once it is rewritten under its own name as well, publishing its run again finds the same.
-            as_published[old.path] = replace(old, size_bytes=len(file.data), num_rows=file.table.num_rows)
+            as_published[old.path] = replace(published, size_bytes=len(file.data), num_rows=file.table.num_rows)
     version = state.table.version() + 1
     metadata = _metadata(state.table, tuple(as_published.values()))
     operation = "WRITE" if "files_digest" in metadata else "DELETE"
@@ -91,7 +105,7 @@ def swap_files(storage: Storage, state: TableState, files: Iterable[Rewritten]) 
     actions = [{"commitInfo": info}, *({"remove": action} for action in removed), *({"add": a} for a in added)]
     lines = "".join(json.dumps(action, ensure_ascii=False) + "\n" for action in actions)
     if not storage.put_if_absent(f"{state.uri}/_delta_log/{version:020d}.json", lines.encode()):
-        raise PublishConflictError(f"{state.uri} was changed while users were being purged. Run the same command again")
+        raise PublishConflictError(f"{state.uri} was changed while users were being purged. {_AGAIN}")
     return version
 
 
@@ -114,28 +128,6 @@ def _metadata(table: DeltaTable, as_published: tuple[DataFile, ...]) -> dict[str
     }
 
 
-def drop_old_checkpoints(storage: Storage, state: TableState) -> None:
-    """Leave the log's own lines as the only account of older versions: they can be put right."""
-    log = storage.list_objects(f"{state.uri}/_delta_log")
-    found = {info.uri: int(at[1]) for info in log if (at := _CHECKPOINT.fullmatch(info.name))}
-    table = open_table(storage, state.uri)
-    if table is None or all(version == table.version() for version in found.values()):
-        return
-    if table.version() not in found.values():
-        _write_checkpoint(storage, table, state.uri)
-    for uri, version in found.items():
-        if version != table.version():
-            storage.delete(uri)
-
-
-def _write_checkpoint(storage: Storage, table: DeltaTable, table_uri: str) -> None:
-    """Of the version that `table` is at; made twice, it says the same."""
-    try:
-        storage.patiently(table.create_checkpoint, "write a checkpoint of", table_uri)
-    except (DeltaError, OSError) as error:
-        raise StorageError(f"could not write a checkpoint of {table_uri}: {said(error)}") from error
-
-
 def fix_log(
     storage: Storage, state: TableState, users: Users, sizes: Mapping[str, int], rewritten: Collection[str]
 ) -> None:
@@ -149,29 +141,105 @@ def fix_log(
 
     def fix(action: dict[str, Any]) -> None:
         path = unquote(action["path"])
-        is_other = path in rewritten or action.get("size") != sizes.get(path)
-        if path in active or path not in sizes or not is_other:
+        if path in active:
+            return
+        if path not in sizes:
+            if action.get("stats"):  # of a file that is gone: whose values they are, nobody can say
+                action["stats"] = _num_rows_alone(action["stats"])
+            return
+        if path not in rewritten and action.get("size") == sizes[path]:
             return
         if path not in fixes:
             fixes[path] = _fix_of(storage, state, path)
         if (found := fixes[path]) is not None:
             action["size"] = found[0]
-            if "stats" in action:
+            if action.get("stats"):
                 action["stats"] = found[1]
 
-    for info in list(storage.list_objects(f"{state.uri}/_delta_log")):
-        if info.uri.endswith(".crc") and users.in_json(json.loads(storage.read_bytes(info.uri))):
-            storage.delete(info.uri)  # what some engines note of a version's state; they do without
-        if not _COMMIT.fullmatch(info.name):
-            continue
-        data = storage.read_bytes(info.uri)
-        lines = [json.loads(line) for line in data.splitlines() if line.strip()]
-        for action in (line[kind] for line in lines for kind in ("add", "remove") if kind in line):
+    log_uri = f"{state.uri}/_delta_log"
+    log = {info.uri: info for info in storage.list_objects(log_uri)}
+    for uri, info in log.items():
+        now, is_checkpoint = None, _CHECKPOINT.fullmatch(info.name)
+        if uri.endswith(".crc") and users.in_json_text(storage.read_bytes(uri)):
+            storage.delete(uri)  # what some engines note of a version's state; they do without
+        elif _COMMIT.fullmatch(info.name):
+            now = _fixed_commit(storage.read_bytes(uri), users, fix)
+        elif is_checkpoint:
+            now = _fixed_checkpoint(storage.read_table(uri), users, fix)
+        if now is not None:
+            if is_checkpoint:
+                _forget_size(storage, f"{log_uri}/_last_checkpoint", log)
+            replace_object(storage, uri, now, log)
+
+
+def replace_object(storage: Storage, uri: str, data: bytes, present: Collection[str]) -> None:
+    """Write other bytes over an object, and forget the checksum that Hadoop's local files have beside them."""
+    folder, _, name = uri.rpartition("/")
+    if (checksum := f"{folder}/.{name}.crc") in present:
+        storage.delete(checksum)
+    storage.write_bytes(uri, data)
+
+
+def _fixed_commit(data: bytes, users: Users, fix: Callable[[dict[str, Any]], None]) -> bytes | None:
+    """A version's lines, put right; None when they are."""
+    before = [json.loads(line) for line in data.splitlines() if line.strip()]
+    lines = deepcopy(before)
+    for action in (line[kind] for line in lines for kind in FILE_ACTIONS if kind in line):
+        fix(action)
+    lines = [users.out_of_json(line) for line in lines]
+    if lines == before:
+        return None
+    return "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines).encode()
+
+
+def _fixed_checkpoint(table: pa.Table, users: Users, fix: Callable[[dict[str, Any]], None]) -> bytes | None:
+    """A checkpoint says of versions before it what their lines did, and they may be gone. None when it is right."""
+    fixed = table
+    for place, field in enumerate(table.schema):
+        if field.name in FILE_ACTIONS:
+            column = _fixed_actions(table.column(place).combine_chunks(), users, fix)
+            fixed = fixed.set_column(place, field.with_type(column.type), column)
+    if fixed.equals(table):
+        return None
+    buffer = io.BytesIO()
+    pq.write_table(fixed.replace_schema_metadata(None), buffer, compression="snappy", store_schema=False)
+    return buffer.getvalue()
+
+
+def _fixed_actions(column: pa.StructArray, users: Users, fix: Callable[[dict[str, Any]], None]) -> pa.StructArray:
+    """Without `stats_parsed`, which may be left out: it says what `stats` does once more."""
+    fields = {field.name: (field, column.field(field.name)) for field in column.type if field.name != "stats_parsed"}
+    actions = {name: fields[name][1].to_pylist() for name in ("path", "size", "stats") if name in fields}
+    fixed = {name: list[Any]() for name in actions}
+    for values in zip(column.is_valid().to_pylist(), *actions.values(), strict=True):
+        action = dict(zip(actions, values[1:], strict=True))
+        if values[0]:
             fix(action)
-        lines = [users.out_of_json(line) for line in lines]
-        if lines != [json.loads(line) for line in data.splitlines() if line.strip()]:
-            text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
-            storage.write_bytes(info.uri, text.encode())
+            action = users.out_of_json(action)
+        for name in fixed:
+            fixed[name].append(action[name])
+    for name, column_of in fixed.items():
+        fields[name] = (fields[name][0], pa.array(column_of, fields[name][0].type))
+    arrays = [array for _, array in fields.values()]
+    return pa.StructArray.from_arrays(arrays, fields=[field for field, _ in fields.values()], mask=column.is_null())
+
+
+def _forget_size(storage: Storage, uri: str, present: Collection[str]) -> None:
+    """What the pointer to the newest checkpoint may say of it: its size in bytes, and a checksum of the pointer."""
+    if uri in present:
+        pointer = json.loads(storage.read_bytes(uri))
+        if left := pointer.keys() & {"sizeInBytes", "checksum"}:
+            kept = {name: value for name, value in pointer.items() if name not in left}
+            replace_object(storage, uri, json.dumps(kept).encode(), present)
+
+
+def _num_rows_alone(statistics: str) -> str:
+    try:
+        found = json.loads(statistics)
+    except ValueError:
+        return "{}"
+    kept = {name: found[name] for name in found if name == "numRecords"}
+    return statistics if kept == found else json.dumps(kept)
 
 
 def _fix_of(storage: Storage, state: TableState, path: str) -> tuple[int, str] | None:

@@ -15,18 +15,20 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction
 
 from e2p_ray.commit.consent import suppress, without_consent
-from e2p_ray.commit.data_files import add_actions, data_files, has_deletion_vectors, paths_there
+from e2p_ray.commit.data_files import add_actions, data_files, paths_there
 from e2p_ray.commit.history import commits_of, is_published
 from e2p_ray.commit.publish import digest_of
-from e2p_ray.commit.published import open_table, said, shown_by
+from e2p_ray.commit.published import open_table, shown_by
 from e2p_ray.commit.run import load_run, map_ahead
 from e2p_ray.commit.spool import HashSpool, hash_rows
 from e2p_ray.commit.verify import DataFile
 from e2p_ray.errors import ConfigError, InputError, ObjectNotFoundError, PublishConflictError, StorageError
 from e2p_ray.schema import GENERATIONS, Status
 from e2p_ray.storage import PassingError, Storage
+from e2p_ray.storage.delta import has_deletion_vectors, said
 
 _MAX_NAMED = 3
+_MERGE_DELETED = ("num_target_rows_deleted", "numTargetRowsDeleted")  # as deltalake counts, and as Spark does
 _CARRIED_METADATA = ("run_id", "source_id", "projector_id", "base_model_id", "embedding_space", "num_deferred")
 
 
@@ -176,11 +178,23 @@ def _shown_users(storage: Storage, uri: str) -> Any:
 def _refuse_deleted(commits: dict[int, dict[str, Any]], goal: int, base: DeltaTable, table_uri: str) -> None:
     """Who deleted rows after the goal was published does not expect them back."""
     later = {number: commits.get(number, {}) for number in range(goal + 1, base.version() + 1)}
-    # What a purge removed is gone from the older versions' files too.
-    deleting = [str(v) for v, c in later.items() if c.get("operation") == "DELETE" and c.get("action") != "purge"]
+    deleting = [str(version) for version, commit in later.items() if _deletes(commit)]
     if deleting:
         problem = f"rows that were deleted from {table_uri} in version {', '.join(deleting)} would come back"
         raise PublishConflictError(f"{problem}. Give --restore-deleted if that is meant")
+
+
+def _deletes(commit: dict[str, Any]) -> bool:
+    """Whether somebody may have taken rows out of the table; a merge says how many, or is taken for one that did."""
+    operation = commit.get("operation")
+    if operation == "MERGE":
+        metrics = commit.get("operationMetrics") or {}
+        counts = [int(metrics[name]) for name in _MERGE_DELETED if name in metrics]
+        return not counts or counts[0] > 0
+    if operation == "WRITE":
+        return commit.get("operationParameters", {}).get("mode") == "Overwrite" and not is_published(commit)
+    # What a purge removed is gone from the older versions' files too.
+    return operation in ("DELETE", "TRUNCATE", "FSCK") and commit.get("action") != "purge"
 
 
 def _commit(storage: Storage, base: DeltaTable, table_uri: str, goal: _Goal) -> RolledBack:

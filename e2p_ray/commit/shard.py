@@ -147,9 +147,10 @@ def parse_data(data: bytes, uri: str) -> ShardData:
     rows = rows.replace_schema_metadata(None)
     if rows.schema != GENERATIONS:
         raise ShardError(f"{uri} has another schema than this version writes. Delete it and generate again")
-    letters = (
-        DeadLetter(**{**letter, "error_code": ErrorCode(letter["error_code"])}) for letter in footer["dead_letters"]
-    )
+    try:
+        letters = [DeadLetter(**row | {"error_code": ErrorCode(row["error_code"])}) for row in footer["dead_letters"]]
+    except ValueError as error:  # of a code that a newer release brought
+        raise ShardError(f"{uri} has dead letters that this version does not know. Install the newer one") from error
     return ShardData(rows, tuple(letters), footer["stats"])
 
 

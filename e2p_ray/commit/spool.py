@@ -75,7 +75,7 @@ class HashSpool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _temporary_files():  # what is buffered is written first
+        with temporary_files():  # what is buffered is written first
             self._stack.close()
 
     def add(self, hashes: Hashes, ranks: npt.NDArray[np.uint64] | None = None) -> None:
@@ -85,14 +85,14 @@ class HashSpool:
         bucket_of = (hashes[:, 0] >> np.uint64(64 - _NUM_BUCKETS_LOG2)).astype(np.int64)
         rows = np.column_stack([hashes, ranks])[np.argsort(bucket_of, kind="stable")]
         ends = np.cumsum(np.bincount(bucket_of, minlength=len(self._buckets)))
-        with _temporary_files():
+        with temporary_files():
             for bucket, part in zip(self._buckets, np.split(rows, ends[:-1]), strict=True):
                 bucket.write(part.tobytes())
 
     def frames(self) -> Iterator[pl.DataFrame]:
         """The distinct hashes, a bucket at a time: `a`, `b`, `count`, `rank` (the highest of the copies)."""
         for bucket in self._buckets:
-            with _temporary_files():
+            with temporary_files():
                 bucket.seek(0)
                 rows = np.frombuffer(bucket.read(), dtype=np.uint64).reshape(-1, 3)
                 bucket.seek(0, 2)
@@ -109,7 +109,7 @@ class HashSpool:
 
 
 @contextmanager
-def _temporary_files() -> Iterator[None]:
+def temporary_files() -> Iterator[None]:
     """A full disk is named, with the variable that says which one it is."""
     try:
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from e2p_ray.storage import ObjectInfo, Storage, parquet_bytes
 PURGED = b"e2p_ray.purged"  # in the metadata of a Parquet file that rows were taken out of
 _CELL = re.compile(r'<td class="id">(.*?)</td>', re.DOTALL)
 _LITERAL = re.compile(r"'((?:[^']|'')*)'|\"((?:[^\"]|\"\")*)\"")
+_PREDICATE = re.compile("predicate", re.IGNORECASE)  # mergePredicate, matchedPredicates: names differ by engine
+_IN_WORD = r"[^\s()\[\]{},;'\"`=<>!]"
 _BATCH_ROWS = 1 << 16
 
 
@@ -76,9 +78,8 @@ class Users:
     def in_json(self, value: Any) -> int:
         """Objects with one of them as `user_id`, at any depth, also in JSON within a string; and predicates."""
         if isinstance(value, dict):
-            found = sum(self.in_json(inner) for inner in value.values())
-            found += self._is_one(value.get("user_id"))
-            return found + self._in_predicate(value.get("predicate"))
+            looks = ((self._in_predicate if _PREDICATE.search(name) else self.in_json, name) for name in value)
+            return sum(look(value[name]) for look, name in looks) + self._is_one(value.get("user_id"))
         if isinstance(value, list):
             return sum(self.in_json(inner) for inner in value)
         if isinstance(value, str) and value.startswith("{"):
@@ -94,12 +95,33 @@ class Users:
             return json.dumps(self.out_of_json(_parsed(value)), ensure_ascii=False)
         if not isinstance(value, dict):
             return value
-        cleaned = {name: self.out_of_json(inner) for name, inner in value.items()}
+        cleans = ((self._out_of_predicate if _PREDICATE.search(name) else self.out_of_json, name) for name in value)
+        cleaned = {name: clean(value[name]) for clean, name in cleans}
         if self._is_one(value.get("user_id")):
             del cleaned["user_id"]
-        if self._in_predicate(value.get("predicate")):
-            cleaned["predicate"] = "redacted"
         return cleaned
+
+    def in_json_text(self, data: bytes) -> int:
+        """The same in one JSON value or one a line; what is no JSON holds nothing: who reads it will say so."""
+        text = data.decode("utf-8", "replace")
+        whole = _parsed(text)
+        return sum(map(self.in_json, map(_parsed, text.split("\n")) if whole is None else [whole]))
+
+    def out_of_json_text(self, data: bytes) -> bytes:
+        """The text without them: a line that is one's object goes, one that is no JSON stays."""
+        text = data.decode("utf-8", "replace")
+        if (whole := _parsed(text)) is not None:
+            clean = json.dumps(self.out_of_json(whole), ensure_ascii=False, indent=1)
+        else:
+            clean = "\n".join(self._out_of_lines(text.split("\n")))
+        return clean.encode("utf-8", "replace")
+
+    def _out_of_lines(self, lines: Iterable[str]) -> Iterator[str]:
+        for line in lines:
+            if not self.in_json(value := _parsed(line)):
+                yield line
+            elif kept := self.out_of_json([value]):  # as an object in a list
+                yield json.dumps(kept[0], ensure_ascii=False)
 
     def _is_one(self, value: Any) -> bool:
         if not (isinstance(value, str) and value in self.ids):
@@ -107,12 +129,31 @@ class Users:
         self.found.add(value)
         return True
 
-    def _in_predicate(self, value: Any) -> bool:
-        """Whether a condition that somebody deleted or changed rows by names one of them."""
-        if not isinstance(value, str):
-            return False
-        quoted = [one.replace("''", "'") or other.replace('""', '"') for one, other in _LITERAL.findall(value)]
-        return sum(map(self._is_one, quoted)) > 0  # all are looked at: each is found
+    def _in_predicate(self, value: Any) -> int:
+        """Conditions that somebody deleted or changed rows by, alone or in JSON, and name one of them."""
+        if isinstance(value, list):
+            return sum(map(self._in_predicate, value))
+        if isinstance(value, str) and (inner := _parsed_list(value)) is not None:
+            return self._in_predicate(inner)
+        return int(self._is_named(value)) if isinstance(value, str) else self.in_json(value)
+
+    def _out_of_predicate(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._out_of_predicate(inner) for inner in value]
+        if not (isinstance(value, str) and self._in_predicate(value)):
+            return self.out_of_json(value)
+        inner = _parsed_list(value)
+        return "redacted" if inner is None else json.dumps(self._out_of_predicate(inner), ensure_ascii=False)
+
+    def _is_named(self, condition: str) -> bool:
+        """By a literal or, as Spark notes them, a word without quotes: that may be a number, too, and finds nobody."""
+        quoted = [one.replace("''", "'") or other.replace('""', '"') for one, other in _LITERAL.findall(condition)]
+        named = sum(map(self._is_one, quoted)) > 0  # all are looked at: each is found
+        return named or any(
+            re.search(f"(?<!{_IN_WORD}){re.escape(user_id)}(?!{_IN_WORD})", condition)
+            for user_id in self.ids
+            if user_id in condition
+        )
 
     # -- plain text
 
@@ -150,3 +191,9 @@ def _parsed(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return None
+
+
+def _parsed_list(text: str) -> Any:
+    """The list that a text is as JSON, else None."""
+    parsed = _parsed(text) if text.startswith("[") else None
+    return parsed if isinstance(parsed, list) else None

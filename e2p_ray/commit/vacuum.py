@@ -38,12 +38,13 @@ from typing import Any
 
 from deltalake import DeltaTable
 
-from e2p_ray.commit.data_files import data_files, has_deletion_vectors
+from e2p_ray.commit.data_files import data_files
 from e2p_ray.commit.history import commits_of, is_published
 from e2p_ray.commit.published import open_table, shown_by
 from e2p_ray.commit.run import UNTITLED, map_ahead
 from e2p_ray.errors import IncompatibleError, PublishConflictError
 from e2p_ray.storage import DatedObject, Storage
+from e2p_ray.storage.delta import has_deletion_vectors
 from e2p_ray.storage.local import is_unfinished
 
 
