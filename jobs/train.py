@@ -31,9 +31,12 @@ def train_projector(config: TrainConfig, *, again: bool = False) -> TrainingRepo
     prepared = prepare(config)
     output = prepared.config.output
     record_uri = f"{output.uri}/training.json"
-    if again:
+    manifest = finished_manifest(prepared, record_uri)
+    if manifest is not None and again:
+        # Without its record it is not finished: interrupted from here on, the same command resumes.
         forget(prepared)
-    elif (manifest := finished_manifest(prepared, record_uri)) is not None:
+        prepared.storage.delete(record_uri)
+    elif manifest is not None:
         say(f"training {prepared.train_id} is finished: projector {manifest.projector_id} in {output.projector_uri}")
         say("--again trains it once more")
         return None

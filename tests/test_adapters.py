@@ -172,14 +172,15 @@ def test_a_profile_is_data() -> None:
 def test_a_long_content_makes_room_for_the_profile() -> None:
     users, _, targets = _given()
     long = [Content(f"c{at}", "", "word " * 60, "en") for at in range(NUM_CONTENTS)]
+    tasks = {"headline": TASKS["headline"].model_copy(update={"sampling": SamplingConfig(max_new_tokens=20)})}
     table, skipped = profile_lessons(
-        byte_tokenizer(), TASKS, users, long, targets, PROFILES, SETTINGS, 160, max_profile_tokens=32
+        byte_tokenizer(), tasks, users, long, targets, PROFILES, SETTINGS, 160, max_profile_tokens=32
     )
     assert not any(skipped.values())
     for row in range(table.num_rows):
-        assert len(table.lefts[0]) + len(table.rights[row]) + 1 + 8 <= 160
-    tight, skipped = make_lessons(byte_tokenizer(), TASKS, users, long, targets, SETTINGS, 160)
-    assert len(tight.lefts[0]) + 32 + 1 + 8 > 160, "the control: without it there would have been none"
+        assert len(table.lefts[0]) + len(table.rights[row]) + 1 + 20 <= 160
+    tight, skipped = make_lessons(byte_tokenizer(), tasks, users, long, targets, SETTINGS, 160)
+    assert len(tight.lefts[0]) + 32 + 1 + 20 > 160, "the control: without it there would have been none"
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt2", "gemma2"])
@@ -204,7 +205,8 @@ def test_loss_and_gradients_equal_peft_on_whole_sequences(name: str, kind: Adapt
     adapter = _stirred(folder, kind)
     lessons = draw(table, SETTINGS, 0, 0, 1)
     assert any(row.weight != 1 for lesson in lessons for row in lesson.rows)
-    loss, _ = adapter_loss(adapter, lessons)
+    loss, num_tokens = adapter_loss(adapter, lessons)
+    assert num_tokens == sum(len(row.target) for lesson in lessons for row in lesson.rows), "whatever their weights"
     loss.backward()  # type: ignore[no-untyped-call]
     plain = Plain(folder, adapter)
     wanted = plain.mean_loss(lessons)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -156,6 +157,21 @@ def test_bfloat16_stays_close_to_float32() -> None:
     assert improved > 0.5 * (losses[0][0] - losses[0][-1]) > 0
 
 
+def test_a_record_counts_tokens_whatever_their_weight() -> None:
+    training, _ = _lessons()
+    light = replace(training, weight=np.full(training.num_rows, 0.01, np.float32))
+    projector = new_projector(_base(), FOLDER, _users(), SETTINGS)
+    fit = Fit(_base(), projector, light, SETTINGS)
+    wanted = [
+        sum(len(row.target) for lesson in draw(light, SETTINGS, step, 0, 1) for row in lesson.rows)
+        for step in range(12)
+    ]
+    assert [record.num_tokens for record in fit.run()] == wanted
+    plain = _fit()
+    assert [record.num_tokens for record in plain.run()] == wanted, "control: with a weight of 1"
+    assert [r.loss for r in fit.records] == pytest.approx([r.loss for r in plain.records], rel=1e-4)
+
+
 def test_shares_of_workers_make_up_the_whole() -> None:
     """What two workers draw is what one with twice the contents draws, and their scores add up."""
     training, _ = _lessons()
@@ -169,6 +185,41 @@ def test_shares_of_workers_make_up_the_whole() -> None:
     shares = [score(_base(), projector, training, store, rank=rank, size=3) for rank in range(3)]
     np.testing.assert_allclose(sum(share.nll for share in shares), whole.nll, rtol=1e-5)
     assert all((share.nll == 0).any() for share in shares), "control: no share is the whole"
+
+
+@pytest.mark.parametrize("with_soft_token", [True, False])
+def test_scoring_holds_no_more_prefixes_than_the_store_may_keep(
+    with_soft_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a first validation, where most contents have one target."""
+    users, many = _users(), contents(300)
+    targets = [
+        Target(users.user_ids[at % 24], content.content_id, "headline", TEXTS[at % 2 == 0])
+        for at, content in enumerate(many)
+    ]
+    table, _ = make_lessons(byte_tokenizer(), {"headline": task()}, users, many, targets, SETTINGS, 512)
+    projector = new_projector(_base(), FOLDER, users, SETTINGS).eval() if with_soft_token else None
+    held: list[int] = []
+    plain = PrefixStore.get
+
+    def watched(self: PrefixStore, lefts: Sequence[tuple[int, ...]], *rest: Any) -> list[Any]:
+        held.append(self.bytes_of(sum(map(len, lefts))))
+        return plain(self, lefts, *rest)
+
+    monkeypatch.setattr(PrefixStore, "get", watched)
+    whole = score(_base(), projector, table, PrefixStore(_base(), 1 << 30))
+    longest = _base().kv_bytes_per_token * int(np.diff(table.lefts.starts).max())
+    most, num_whole = max(held), len(held)
+    assert most > 20 * longest, "control: without need they go together"
+    for max_bytes in (10 * longest, longest // 2):
+        held.clear()
+        found = score(_base(), projector, table, PrefixStore(_base(), max_bytes))
+        assert max(held) <= max(max_bytes, longest)
+        np.testing.assert_allclose(found.nll, whole.nll, rtol=1e-5)
+    assert len(held) == 300 > num_whole, "at least one content in every pass"
+    held.clear()
+    score(_base(), projector, table, PrefixStore(_base(), 0), max_bytes=10 * longest)
+    assert longest < max(held) <= 10 * longest, "a store that keeps nothing has no bound of its own"
 
 
 def test_controls_take_the_user_away() -> None:

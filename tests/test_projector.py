@@ -104,6 +104,43 @@ class TestModule:
         assert found.covariance.shape == (1100,)
         assert torch.allclose(found.std, x.std(0), atol=1e-5)
 
+    @pytest.mark.parametrize("kind", ["residual", "mlp", "linear"])
+    @pytest.mark.parametrize("num_dims", [5, 1100])
+    def test_a_dimension_that_was_constant_in_training_moves_nobody(self, kind: str, num_dims: int) -> None:
+        random = np.random.default_rng(0)
+        x = (random.standard_normal((300, num_dims)) * 3 + 1).astype(np.float32)
+        x[:, 3] = np.float32(0.1)
+        manifest = replace(make(kind=kind).manifest, embedding_dim=num_dims)
+        projector = Projector(manifest, ReferenceStatistics.of(torch.from_numpy(x)))
+        for parameter in projector.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        projector.eval()
+        ordinary = torch.from_numpy(x[:20])
+        other = ordinary.clone()
+        other[:, 3] = torch.linspace(-5, 5, 20)
+        assert torch.equal(projector(other), projector(ordinary))
+        other[:, 2] += 1
+        assert not torch.isclose(projector(other), projector(ordinary)).all(), "control: what varied is seen"
+        # As users of the training have always been seen: they are at the mean there, and the floor does not matter.
+        std = projector.std.clone()
+        projector.std = projector.reference.std
+        before = projector(ordinary)
+        projector.std = std
+        assert torch.equal(projector(ordinary), before)
+
+    def test_one_user_tells_nothing_apart(self) -> None:
+        projector = Projector(make().manifest, ReferenceStatistics.of(torch.randn(1, 12)))
+        for parameter in projector.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        soft = projector.eval()(torch.randn(5, 12))
+        assert torch.equal(soft, soft[:1].expand_as(soft))
+        assert bool(torch.isfinite(soft).all())
+
+    def test_norms_of_more_users_than_torch_takes(self) -> None:
+        x = torch.arange((1 << 24) + 2, dtype=torch.float32)[:, None]
+        found = ReferenceStatistics.of(x)
+        assert found.norm_quantiles[[0, 4, 8]].tolist() == [0, 1 << 23, (1 << 24)]
+
 
 class TestArtifact:
     def test_comes_back_the_same(self, place: tuple[Storage, str]) -> None:

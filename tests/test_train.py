@@ -34,10 +34,12 @@ from e2p_ray.engine.shared_prefix import Prefix
 from e2p_ray.engine.teaching import prefixes_of
 from e2p_ray.errors import ConfigError, RunError
 from e2p_ray.schema import Content
-from e2p_ray.train.lessons import Target, UserTable, make_lessons
+from e2p_ray.train.lessons import Target, UserTable, lessons_of, make_lessons
 from e2p_ray.train.loss import target_loss
 from e2p_ray.train.projector import new_projector, train_projector
+from e2p_ray.train.score import score
 from e2p_ray.train.settings import TrainSettings
+from tests.tiny_models import EOS, VOCAB_SIZE, byte_tokenizer
 
 FOLDER = BaseModelFolder(Path("."), "tiny@0", "0")
 # Weights so wide that every token matters and a model has preferences.
@@ -221,6 +223,79 @@ def test_unusable_targets_are_skipped_and_counted(tokenizer: PreTrainedTokenizer
     assert lessons.num_rows == len(targets) == len(lessons.source)
     with pytest.raises(ConfigError, match="none of the 3 targets"):
         make_lessons(tokenizer, TASKS, users, contents, bad, settings, base.max_positions)
+
+
+def test_a_target_that_does_not_fit_behind_its_prompt_is_skipped() -> None:
+    """GPT-2 has no position behind its window; a prompt leaves room for what is generated, a target may be longer."""
+    window = 128
+    base = BaseModel(
+        AutoModelForCausalLM.from_config(
+            GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4, n_positions=window)
+        )
+    )
+    users, contents = _users(), [Content("long", "", "word " * 60, "en"), Content("short", "", "word", "en")]
+    texts = ["x" * size for size in (3, 8, 9, 40)]
+    targets = [
+        Target(f"u{at}", content.content_id, "headline", text) for content in contents for at, text in enumerate(texts)
+    ]
+    settings = TrainSettings(num_steps=4, max_target_tokens=64, users_per_content=8)
+    for num_soft in (1, 2):
+        soft = replace(settings, num_soft_tokens=num_soft)
+        lessons, skipped = make_lessons(byte_tokenizer(), TASKS, users, contents, targets, soft, window)
+        # The prompt and the 8 tokens it leaves room for fill the window. The last one of a target is only predicted.
+        assert len(lessons.lefts[0]) + num_soft + 8 == window
+        assert [texts[source % 4] for source in lessons.source] == [*texts[:2], *texts]
+        assert skipped["prompt_too_long"] == 2
+        assert np.isfinite(score(base, None, lessons, PrefixStore(base, 1 << 20)).nll).all()
+        result = train_projector(base, FOLDER, byte_tokenizer(), TASKS, users, contents, targets, soft)
+        assert np.isfinite(result.losses).all()
+    long_only = [target for target in targets if target.content_id == "long" and len(target.text) > 8]
+    lessons, _ = make_lessons(byte_tokenizer(), TASKS, users, contents, [*long_only, targets[4]], settings, window)
+    assert len(lessons) == 1, "a content without a target that fits is no lesson"
+
+
+def test_a_target_that_is_cut_does_not_end_there() -> None:
+    tokenizer, users = byte_tokenizer(), _users()
+    contents = [Content("c0", "Title", "A body.", "en")]
+    texts = ["1234567", "12345678", "123456789", "1234567890" * 4]
+    targets = [Target(f"u{at}", "c0", "headline", text) for at, text in enumerate(texts)]
+    settings = TrainSettings(max_target_tokens=8)
+    lessons, skipped, num_truncated = lessons_of(tokenizer, TASKS, users, contents, targets, settings, 512)
+    found = [lessons.targets[row].tolist() for row in range(4)]
+    assert found == [[*tokenizer.encode("1234567"), EOS], *[tokenizer.encode("12345678")] * 3]
+    assert num_truncated == 3
+    assert not any(skipped.values())
+
+
+def test_a_special_token_spelled_out_in_a_target_is_text() -> None:
+    tokenizer = byte_tokenizer()
+    text = "The end<|eos|> of it"
+    given = [Target("u0", "c0", "headline", text)]
+    lessons, _ = make_lessons(
+        tokenizer, TASKS, _users(), [Content("c0", "Title", "", "en")], given, TrainSettings(max_target_tokens=64), 512
+    )
+    ids = lessons.targets[0].tolist()
+    assert ids.index(EOS) == len(ids) - 1 == len(text)
+    assert EOS in tokenizer.encode(text), "control: elsewhere it is the end token"
+
+
+@pytest.mark.parametrize(
+    ("language", "wanted"), [("en", " "), ("en-US", " "), ("en_GB", " "), ("ja-JP", ""), ("fr", ">"), ("", ">")]
+)
+def test_what_stands_before_a_target_is_looked_up_as_its_prompt_is(language: str, wanted: str) -> None:
+    prefixes = {"en": " ", "ja": "", "default": ">"}
+    given = [Target("u0", "c0", "headline", "text")]
+    content = Content("c0", "Title", "", language)
+    settings = TrainSettings(target_prefix=prefixes)
+    lessons, _ = make_lessons(byte_tokenizer(), TASKS, _users(), [content], given, settings, 512)
+    assert byte_tokenizer().decode(lessons.targets[0][:-1]) == f"{wanted}text"
+    task = TaskConfig(prompts={name: PromptTemplate(cue_before=prefix) for name, prefix in prefixes.items()})
+    found = task.prompt_for(language)
+    assert found is not None
+    assert found.cue_before == wanted
+    without = replace(settings, target_prefix={"de": "-"})
+    lessons, _ = make_lessons(byte_tokenizer(), TASKS, _users(), [content], given, without, 512)
+    assert byte_tokenizer().decode(lessons.targets[0][:-1]) == "text", "control: none for this language"
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tokenizer: PreTrainedTokenizerBase) -> None:

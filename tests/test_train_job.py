@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import psutil
 import pyarrow as pa
 import pytest
 import ray
 import torch
 import yaml
-from deltalake import write_deltalake
+from deltalake import DeltaTable, write_deltalake
 
 from e2p_ray.config import TrainConfig
 from e2p_ray.downstream.measures.bootstrap import Interval
@@ -31,15 +33,16 @@ from e2p_ray.downstream.pages.training_page import TrainingReport, build_report,
 from e2p_ray.engine.manifest import BaseModelFolder, resolve_base_model
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.projector import Projector
-from e2p_ray.errors import ConfigError, InputError
+from e2p_ray.errors import ConfigError, InputError, StorageError
+from e2p_ray.plan.inputs import Piece, stable_hash
 from e2p_ray.ray_session import quiet_ray_data
 from e2p_ray.schema import Content
 from e2p_ray.storage import Storage
 from e2p_ray.train.data.inputs import LessonCounts, prepare_lessons
-from e2p_ray.train.data.tables import scan_tables
+from e2p_ray.train.data.tables import SourceTable, scan_tables
 from e2p_ray.train.fit import Fit
 from e2p_ray.train.job.board import TrainProgress
-from e2p_ray.train.job.prepared import Prepared, prepare, settings_of
+from e2p_ray.train.job.prepared import Prepared, finished_manifest, prepare, settings_of
 from e2p_ray.train.job.provenance import curves_said
 from e2p_ray.train.job.session import typed_errors
 from e2p_ray.train.job.training import reading_of
@@ -250,11 +253,18 @@ def test_the_gain_is_measured_on_held_out_contents(finished: Finished) -> None:
 
 
 def test_no_output_names_a_user_or_holds_their_embedding(finished: Finished) -> None:
+    def signs_of(number: np.float32) -> set[str]:
+        """How it begins where it is written in full, or in four digits, or rounded to them."""
+        return {repr(abs(float(number)))[:8], f"{abs(number):.4f}"}
+
     texts = [finished.page, json.dumps(finished.record), finished.shown, finished.said]
     for text in texts:
         assert "user-0" not in text
         for vector in vectors()[:5]:
-            assert f"{vector[0]:.4f}".lstrip("-") not in text
+            assert not any(sign in text for sign in signs_of(vector[0]))
+    for vector in vectors()[:5]:
+        for leak in (json.dumps(vector.tolist()), str(vector), f"{vector[0]:.4f}"):
+            assert any(sign in leak for sign in signs_of(vector[0])), "control: a leak would be seen"
     assert "user-0" in str(target_rows()), "control: this is how they are named"
 
 
@@ -298,11 +308,26 @@ def test_a_finished_training_is_not_done_again(finished: Finished) -> None:
     assert prepare(same).train_id == finished.record["train_id"]
 
 
+def test_a_training_whose_artifact_is_damaged_is_not_finished(finished: Finished) -> None:
+    config, prepared = finished.config, prepare(finished.config)
+    storage, record_uri = prepared.storage, f"{config.output.uri}/training.json"
+    assert finished_manifest(prepared, record_uri) is not None
+    for name in ("model.safetensors", "reference.safetensors"):
+        uri = f"{config.output.projector_uri}/{name}"
+        whole = storage.read_bytes(uri)
+        storage.write_bytes(uri, whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert finished_manifest(prepared, record_uri) is None, f"{name} is damaged"
+        storage.delete(uri)
+        assert finished_manifest(prepared, record_uri) is None, f"{name} is missing"
+        storage.write_bytes(uri, whole)
+    assert finished_manifest(prepared, record_uri) is not None
+
+
 # -- killed
 
 
-def _start(path: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "jobs.train", "--config", str(path)]
+def _start(path: Path, log: Path, *words: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "jobs.train", "--config", str(path), *words]
     command += ["--workers.ray_address", ray.get_runtime_context().gcs_address]
     with log.open("ab") as stream:
         return subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=stream)
@@ -312,6 +337,18 @@ def _checkpoint(config: TrainConfig) -> str | None:
     """The version of the checkpoint that is there."""
     found = [info.version for info in Storage(config.storage).list_objects(f"{config.output.uri}/checkpoints")]
     return found[0] if found else None
+
+
+def _killed_after_a_checkpoint(config: TrainConfig, path: Path, log: Path, *words: str) -> str:
+    """The version of the checkpoint that the driver was killed behind."""
+    process = _start(path, log, *words)
+    while (first := _checkpoint(config)) is None:
+        assert process.poll() is None, log.read_text(encoding="utf-8")
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not Storage().exists(f"{config.output.uri}/training.json"), "it was killed before its end"
+    return first
 
 
 def _kill_a_worker() -> None:
@@ -338,13 +375,7 @@ def test_killed_driver_and_lost_worker_continue_the_curve(
         projector={"dropout": 0.1},
     )
     log = tmp_path / "log"
-    process = _start(path, log)
-    while (first := _checkpoint(config)) is None:
-        assert process.poll() is None, log.read_text(encoding="utf-8")
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not Storage().exists(f"{config.output.uri}/training.json"), "it was killed before its end"
+    first = _killed_after_a_checkpoint(config, path, log)
 
     over = threading.Event()
 
@@ -374,6 +405,25 @@ def test_killed_driver_and_lost_worker_continue_the_curve(
     )
     shifted = [r.loss for r in whole.records[1:31]]
     assert [record["loss"] for record in found[:30]] != pytest.approx(shifted, rel=2e-3), "control: a step too late"
+
+
+@pytest.mark.timeout(600)
+def test_training_once_more_is_resumed_by_the_same_command(ray_cluster: None, tmp_path: Path) -> None:
+    config, path = write_train_world(tmp_path, training={"num_steps": NUM_KILLED_STEPS, "checkpoint_every": 10})
+    log = tmp_path / "log"
+    process = _start(path, log)
+    assert process.wait() == 0, log.read_text(encoding="utf-8")
+    storage, uri = Storage(), f"{config.output.uri}/training.json"
+    finished = storage.info(uri)
+    code, _, said = _run(path)
+    assert (code, storage.info(uri)) == (0, finished), "control: it is finished"
+    assert "resumes" not in said
+
+    _killed_after_a_checkpoint(config, path, log, "--again")
+    code, _, said = _run(path, "--again")
+    assert code == 0, said
+    assert "resumes at step" in said
+    assert storage.info(uri) != finished
 
 
 def test_a_workers_error_keeps_its_type_and_a_bad_checkpoint_is_named(ray_cluster: None, tmp_path: Path) -> None:
@@ -428,11 +478,12 @@ def test_lessons_are_those_of_the_plain_rows(ray_cluster: None, tmp_path: Path) 
 
 
 def _bad_users() -> pa.Table:
-    """Users 0 to 5 cannot be used, each for another reason; user 6 is of another space."""
+    """Users 0 to 7 cannot be used, each for another reason."""
     rows: list[Any] = [list(vector) for vector in vectors()]
     rows[0], rows[1], rows[2] = None, rows[1][:3], [0.0] * DIM
     rows[3] = [float("nan")] * DIM
     rows[4] = [None, *rows[4][1:]]
+    rows[7] = [*rows[7][:-1], 1e20]
     personalize = [n != 5 for n in range(NUM_USERS)]
     spaces = [SPACE if n != 6 else "space-0" for n in range(NUM_USERS)]
     return users_table(
@@ -443,9 +494,9 @@ def _bad_users() -> pa.Table:
 
 
 def test_every_bad_row_is_skipped_and_counted(ray_cluster: None, tmp_path: Path) -> None:
-    good: list[tuple[Any, ...]] = [("user-010", f"c{n}", "headline", "good", None) for n in range(8)]
+    good: list[tuple[Any, ...]] = [(f"user-{9 + n % 2:03d}", f"c{n}", "headline", "good", None) for n in range(8)]
     good += [(f"user-{n:03d}", "c0", "headline", "good", 2.5) for n in range(11, 25)]
-    bad: list[tuple[Any, ...]] = [(f"user-{n:03d}", "c0", "headline", "bad", 1.0) for n in range(7)]
+    bad: list[tuple[Any, ...]] = [(f"user-{n:03d}", "c0", "headline", "bad", 1.0) for n in range(8)]
     bad += [
         ("nobody", "c0", "headline", "bad", 1.0),
         (None, "c0", "headline", "bad", 1.0),
@@ -475,6 +526,7 @@ def test_every_bad_row_is_skipped_and_counted(ray_cluster: None, tmp_path: Path)
     assert counts.skipped == {
         "training": {
             "bad_weight": 3,
+            "embedding_far_longer": 1,
             "embedding_non_finite": 2,
             "embedding_null": 1,
             "embedding_other_space": 1,
@@ -496,9 +548,22 @@ def test_every_bad_row_is_skipped_and_counted(ray_cluster: None, tmp_path: Path)
     assert counts.num_contents_without_target == 11 - 8
 
 
+def test_a_lone_content_is_for_training(ray_cluster: None, tmp_path: Path) -> None:
+    """Whatever the hash of its id says."""
+    lone = contents_table().slice(0, 1).set_column(0, "content_id", pa.array(["article-11"]))
+    targets = targets_table([(f"user-{n:03d}", "article-11", "headline", "text", 1.0) for n in range(4)])
+    config, _ = write_train_world(tmp_path, tables={"contents": lone, "targets": targets})
+    assert stable_hash(pl.Series(["article-11"]))[0] < config.training.validation_share * 2.0**64
+    training, validation, _ = _lessons(prepare(config))
+    assert training.num_rows == 4
+    assert validation is None
+
+
 def test_validation_of_its_own_table(ray_cluster: None, tmp_path: Path) -> None:
     held = [("user-010", "c0", "headline", "held", 1.0), ("nobody", "c0", "headline", "held", 1.0)]
-    config, _ = write_train_world(tmp_path, tables={"validation": targets_table(held)})
+    config, _ = write_train_world(
+        tmp_path, tables={"validation": targets_table(held)}, training={"max_target_tokens": 19}
+    )
     uri = config.inputs.users_uri.replace("users", "validation")
     config = config.model_copy(update={"inputs": config.inputs.model_copy(update={"validation_uri": uri})})
     training, validation, counts = _lessons(prepare(config))
@@ -507,6 +572,11 @@ def test_validation_of_its_own_table(ray_cluster: None, tmp_path: Path) -> None:
     assert np.array_equal(validation.user_embeddings, vectors()[10:11])
     assert training.num_rows == len(target_rows()) - 4
     assert counts.skipped == {"training": {"opted_out": 4}, "validation": {"unknown_user": 1}}
+    longer = [
+        text for user, _, _, text, _ in target_rows() if len(text) + 1 > 19 and user != f"user-{NUM_USERS - 1:03d}"
+    ]
+    assert counts.num_truncated == {"training": len(longer), "validation": 0}
+    assert 0 < len(longer) < training.num_rows
 
 
 def _same(table: pa.Table) -> pa.Table:
@@ -527,12 +597,25 @@ def _sizes() -> pa.Array:
             "several embedding spaces: 'space-0' \\(15 users\\), 'space-1' \\(14 users\\).*projector.embedding_space",
         ),
         ({"users": users_table(embedding=_sizes())}, InputError, "several sizes: 6 \\(15 users\\), 5 \\(14 users\\)"),
-        ({"users": _same(users_table())}, ConfigError, "26 users of the targets have the same user embedding"),
-        ({"targets": targets_table([])}, ConfigError, "none of the 0 targets can be used \\(nothing skipped\\)"),
+        (
+            {"users": _same(users_table())},
+            InputError,
+            "users.parquet, column 'embedding': all 26 users of the targets have one and the same user embedding",
+        ),
+        (
+            {"targets": targets_table([("user-001", f"c{n}", "headline", "x", 1.0) for n in range(4)])},
+            InputError,
+            "users.parquet, column 'embedding': all targets are of one user",
+        ),
+        (
+            {"targets": targets_table([])},
+            InputError,
+            "targets.parquet: none of the 0 targets can be used \\(nothing skipped\\)",
+        ),
         (
             {"targets": targets_table([("nobody", "c1", "headline", "x", 1.0), ("user-001", "c1", "reason", "", 1.0)])},
-            ConfigError,
-            "none of the 2 targets can be used \\(.*unknown_user 1",
+            InputError,
+            "targets.parquet: none of the 2 targets can be used \\(.*unknown_user 1",
         ),
         (
             {"targets": targets_table(task=False)},
@@ -554,7 +637,7 @@ def _sizes() -> pa.Array:
         ),
     ],
     ids=[
-        *("spaces", "sizes", "constant", "empty", "unusable", "no_task", "null_task"),
+        *("spaces", "sizes", "constant", "one_user", "empty", "unusable", "no_task", "null_task"),
         *("users_no_text", "contents_no_text", "targets_no_text"),
     ],
 )
@@ -580,6 +663,7 @@ def test_a_target_without_a_task_has_the_only_one(ray_cluster: None, tmp_path: P
     [
         ({"training": {"num_step": 3}}, 2, "training.num_step: unknown key; did you mean num_steps?"),
         ({"inputs": {"targets_uri": "nowhere"}}, 3, "nowhere: no Parquet file here"),
+        ({"training": {"seed": 1 << 64}}, 2, "training.seed: "),
         ({"training": {"patience": 2, "validation_share": 0.0}}, 2, "something to validate on"),
         ({"base_model": {"dtype": "float16"}}, 2, "base_model.dtype bfloat16"),
         ({"base_model": {"uri": "nowhere"}}, 2, "neither a folder nor a hub model"),
@@ -608,8 +692,89 @@ def test_a_delta_table_is_read_as_of_its_last_version(tmp_path: Path) -> None:
     inputs = config.inputs.model_copy(update={"targets_uri": uri})
     table = scan_tables(inputs, Storage())["targets"]
     assert (table.delta_version, table.num_rows) == (1, 3)
-    assert len(Storage().parquet_files(uri)) == 2, "control: the old file is still there"
+    assert len([*Path(uri).glob("*.parquet")]) == 2, "control: the old file is still there"
     assert scan_tables(config.inputs, Storage())["targets"].delta_version is None
+
+
+def _targets_at(config: TrainConfig, uri: Path | str) -> SourceTable:
+    inputs = config.inputs.model_copy(update={"targets_uri": str(uri)})
+    return scan_tables(inputs, Storage())["targets"]
+
+
+def test_every_file_that_a_delta_table_names_is_read_by_whatever_way_it_is_named(tmp_path: Path) -> None:
+    config, _ = write_train_world(tmp_path)
+    languages = ["日本語", "x y", "a:b", "100 %", "a/b", None]
+    rows = target_rows()[: len(languages)]
+    table = targets_table(rows).append_column("language", pa.array(languages, pa.string()))
+    uri = tmp_path / "delta"
+    write_deltalake(str(uri), targets_table(target_rows()[:9]).append_column("language", pa.array(["old"] * 9)))
+    write_deltalake(str(uri), table, partition_by=["language"], mode="overwrite", schema_mode="overwrite")
+    (tmp_path / "link").symlink_to(uri)
+    (tmp_path / "beside").mkdir()
+    for name in (uri, tmp_path / "link", f"{tmp_path}/beside/../delta", f"{tmp_path}//delta/", f"file://{uri}"):
+        found = _targets_at(config, name)
+        assert (found.delta_version, len(found.files), found.num_rows) == (1, len(rows), len(rows)), name
+        ids = [_read_ids(piece) for piece in found.pieces]
+        assert sorted(row for part in ids for row in part) == sorted(row[0] for row in rows)
+
+    gone = min(Path(info.uri) for info in _targets_at(config, uri).files)
+    gone.unlink()
+    with pytest.raises(InputError, match=f"{re.escape(str(gone))}: version 1 of the Delta table .* names this file"):
+        _targets_at(config, uri)
+
+
+def _read_ids(piece: Piece) -> list[str]:
+    with Storage().open_parquet(piece.info) as file:
+        ids: list[str] = file.read_row_groups(list(piece.row_groups), columns=["user_id"])["user_id"].to_pylist()
+        return ids
+
+
+def test_rows_that_deletion_vectors_delete_are_not_trained_on(tmp_path: Path) -> None:
+    config, _ = write_train_world(tmp_path)
+    uri = tmp_path / "delta"
+    write_deltalake(str(uri), targets_table())
+    assert _targets_at(config, uri).num_rows == len(target_rows())
+    features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}
+    protocol = {"protocol": {"minReaderVersion": 3, "minWriterVersion": 7} | features}
+    (uri / "_delta_log" / f"{1:020d}.json").write_text(json.dumps(protocol) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=f"{re.escape(str(uri))}: has deletion vectors.*Purge them"):
+        _targets_at(config, uri)
+
+
+def test_trouble_with_a_delta_table_on_s3_is_not_its_own_fault(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _ = write_train_world(tmp_path)
+    storage, uri = Storage(s3_server.config), f"{s3_server.new_bucket()}/targets"
+    write_deltalake(uri, targets_table(), storage_options=storage.delta_options(uri))
+    inputs = config.inputs.model_copy(update={"targets_uri": uri})
+    troubles = ["the answer was 403 Forbidden", "the answer was 403 Forbidden"]
+
+    def troubled(*words: Any, **options: Any) -> DeltaTable:
+        if troubles:
+            raise OSError(troubles.pop())
+        return DeltaTable(*words, **options)
+
+    monkeypatch.setattr("e2p_ray.storage.DeltaTable", troubled)
+    assert scan_tables(inputs, storage)["targets"].num_rows == len(target_rows())
+    assert not troubles, "it was tried again"
+    troubles.append("no route to host")
+    with pytest.raises(StorageError, match=f"could not open the Delta table {uri}: no route to host"):
+        scan_tables(inputs, storage)
+
+
+def test_a_task_that_only_folders_name_is_not_taken_for_another(tmp_path: Path) -> None:
+    """With one task configured, targets without a column `task` are all of it."""
+    config, _ = write_train_world(tmp_path, tasks={"headline": TASKS["headline"]})
+    for name in TASKS:
+        table = targets_table([row for row in target_rows() if row[2] == name], task=False)
+        Storage().write_table(f"{tmp_path}/hive/task={name}/part-0.parquet", table)
+    write_deltalake(str(tmp_path / "delta"), targets_table(), partition_by=["task"])
+    for uri in (tmp_path / "hive", tmp_path / "delta"):
+        with pytest.raises(InputError, match=r"task=headline/.*column 'task': is in the name of a folder only"):
+            _targets_at(config, uri)
+    one = _targets_at(config, tmp_path / "hive" / "task=headline")
+    assert one.num_rows == len(target_rows()) / len(TASKS), "control: the table of one task is one"
 
 
 # -- what is told of it
@@ -631,6 +796,7 @@ def _report(**changes: Any) -> TrainingReport:
         "inputs": {"users": {"uri": "<b>users</b>"}},
         "lessons": {
             "num_used": count,
+            "num_truncated": {"training": 1_234, "validation": 0},
             "num_users": count,
             "num_contents": count,
             "skipped": {"training": {"opted_out": 3}},
@@ -653,6 +819,8 @@ def test_a_report_without_held_out_targets_says_so() -> None:
     page = render_html(report)
     assert "Nothing was held out" in page
     assert "opted out" in page
+    for text in (page, render_terminal(report)):
+        assert "1,234 targets were longer than training.max_target_tokens" in text
     assert "<b>users</b>" not in page
     assert "&lt;b&gt;users&lt;/b&gt;" in page
     assert json.loads(report.to_json())["gain"] is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -43,16 +44,25 @@ class ReferenceStatistics:
             covariance = centred.T @ centred / denominator
         else:
             covariance = centred.square().sum(0) / denominator
-        quantiles = torch.quantile(x.norm(dim=1), torch.tensor(NORM_QUANTILES, dtype=torch.float64))
-        return cls(mean.float(), covariance.float(), quantiles.float(), torch.tensor([len(x)]))
+        quantiles = np.quantile(x.norm(dim=1).numpy(), NORM_QUANTILES)  # torch's takes 16.7 million numbers at most
+        return cls(mean.float(), covariance.float(), torch.from_numpy(quantiles).float(), torch.tensor([len(x)]))
 
     @property
     def std(self) -> Tensor:
         """Standard deviation per dimension (d,), at least 1e-6 of the largest so that a constant one stays finite."""
+        std, floor = self._std_and_floor()
+        return torch.maximum(std, floor)
+
+    @property
+    def is_constant(self) -> Tensor:
+        """Which dimensions (d,) were the same for all users, up to rounding."""
+        std, floor = self._std_and_floor()
+        return std <= floor
+
+    def _std_and_floor(self) -> tuple[Tensor, Tensor]:
         variance = self.covariance.diagonal() if self.covariance.ndim == 2 else self.covariance
         std = variance.clamp_min(0).sqrt()
-        floor = (std.max() * 1e-6).clamp_min(1e-12)
-        return torch.maximum(std, floor)
+        return std, (std.max() * 1e-6).clamp_min(1e-12)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).contiguous() for name in ("mean", "covariance", "norm_quantiles", "count")}
@@ -75,7 +85,9 @@ class Projector(nn.Module):
         self.reference = reference
         width = manifest.num_soft_tokens * manifest.d_model
         self.register_buffer("mean", reference.mean.clone(), persistent=False)
-        self.register_buffer("std", reference.std.clone(), persistent=False)
+        # Of a dimension in which no user of the training differed nothing was learned: there, nobody differs later.
+        std = reference.std.masked_fill(reference.is_constant, torch.inf)
+        self.register_buffer("std", std, persistent=False)
         self.bias = nn.Parameter(torch.empty(width))
         self.linear: nn.Linear | None = None
         self.hidden: nn.Linear | None = None

@@ -104,8 +104,9 @@ class Fit:
             group["lr"] = rate
         torch.manual_seed(_seed_of(settings.seed, step, self._world.rank))  # dropout
         self.projector.train()
-        loss_sum, weight = self._losses(draw(self._lessons, settings, step, self._world.rank, self._world.size))
-        total_weight = self._world.sum(weight.detach().clone())
+        lessons = draw(self._lessons, settings, step, self._world.rank, self._world.size)
+        loss_sum, weight, num_tokens = self._losses(lessons)
+        total_weight, total_tokens = self._world.sum(torch.stack([weight.detach(), num_tokens])).unbind()
         self._optimizer.zero_grad(set_to_none=True)
         # The workers' gradients are averaged, hence the factor: the result is the mean over all their tokens.
         (loss_sum * self._world.size / total_weight).backward()  # type: ignore[no-untyped-call]
@@ -118,19 +119,20 @@ class Fit:
             )
         self._optimizer.step()
         self.num_steps_done += 1
-        record = StepRecord(self.num_steps_done, loss, rate, norm, int(total_weight), self._validate_if_due())
+        record = StepRecord(self.num_steps_done, loss, rate, norm, int(total_tokens), self._validate_if_due())
         self.records.append(record)
         return record
 
-    def _losses(self, lessons: list[Lesson]) -> tuple[Tensor, Tensor]:
+    def _losses(self, lessons: list[Lesson]) -> tuple[Tensor, Tensor, Tensor]:
+        """What `target_loss` gives, and the number of target tokens."""
         manifest = self.projector.manifest
         if not lessons:  # fewer contents than workers: nothing to add, but the gradients must meet
             users = torch.zeros(1, manifest.embedding_dim, device=self._base.device)
-            nothing = self._wrapped(users).sum() * 0.0
-            return nothing, torch.zeros((), device=self._base.device)
+            zero = torch.zeros((), device=self._base.device)
+            return self._wrapped(users).sum() * 0.0, zero, zero
         batch = Batch.of(lessons, manifest.num_soft_tokens, self._base.device)
         prefixes = prefixes_of(self._store, self._base, [lesson.left for lesson in lessons])
-        return target_loss(self._base, self._wrapped, prefixes, batch)
+        return *target_loss(self._base, self._wrapped, prefixes, batch), batch.num_tokens.sum().float()
 
     def _validate_if_due(self) -> float | None:
         done, settings = self.num_steps_done, self._settings

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from e2p_ray.config import TaskConfig
+from e2p_ray.config import TaskConfig, for_language
 from e2p_ray.engine.lesson import Lesson, LessonRow
 from e2p_ray.engine.prompt import PromptLayout
-from e2p_ray.errors import ConfigError, RowError
+from e2p_ray.errors import ConfigError, InputError, RowError
 from e2p_ray.schema import Content
 from e2p_ray.train.settings import TrainSettings
 
@@ -117,7 +117,7 @@ def make_lessons(
 
     Raises ConfigError when none is left, or for a tokenizer without an end token.
     """
-    table, skipped = lessons_of(tokenizer, tasks, users, contents, targets, settings, max_positions)
+    table, skipped, _ = lessons_of(tokenizer, tasks, users, contents, targets, settings, max_positions)
     if not table.num_rows:
         raise ConfigError(
             f"none of the {len(targets)} targets can be used (skipped: {skipped}). Give targets whose user_id is in "
@@ -134,58 +134,75 @@ def lessons_of(
     targets: Sequence[Target],
     settings: TrainSettings,
     max_positions: int,
-) -> tuple[LessonTable, dict[str, int]]:
-    """What `make_lessons` returns, also when no lesson is left. Raises ConfigError for a tokenizer without an end."""
+) -> tuple[LessonTable, dict[str, int], int]:
+    """What `make_lessons` returns, also when no lesson is left, and how many targets are cut.
+
+    Raises ConfigError for a tokenizer without an end.
+    """
     row_of = {user_id: row for row, user_id in enumerate(users.user_ids)}
     content_of = {content.content_id: content for content in contents}
-    skipped = dict.fromkeys(SKIPPED, 0)
-    groups: dict[tuple[str, str], list[int]] = {}
-    for place, target in enumerate(targets):
-        if target.user_id not in row_of:
-            skipped["unknown_user"] += 1
-        elif target.content_id not in content_of:
-            skipped["missing_content"] += 1
-        elif not target.text.strip():
-            skipped["empty_text"] += 1
-        else:
-            groups.setdefault((target.content_id, target.task), []).append(place)
+    groups, skipped = _groups(targets, row_of.keys(), content_of.keys())
     layout = PromptLayout(
         tokenizer, settings.layout, tasks, num_soft_tokens=settings.num_soft_tokens, max_positions=max_positions
     )
-    lefts, rights, sources, sizes = [], list[tuple[int, ...]](), list[int](), [0]
+    end, num_truncated = _end_token(tokenizer), 0
+    lefts, rights, ids, sources, sizes = [], list[tuple[int, ...]](), list[list[int]](), list[int](), [0]
     for (content_id, task), places in sorted(groups.items()):
+        content = content_of[content_id]
         try:
-            segments = layout.segments(content_of[content_id], task)
+            segments = layout.segments(content, task)
         except RowError as error:
             skipped[error.code] = skipped.get(error.code, 0) + len(places)
             continue
+        # The layout leaves room for what is generated, and a target may be longer. Its last token is only predicted.
+        room = max_positions - segments.num_tokens - settings.num_soft_tokens + 1
+        whole = {place: [*_target_ids(tokenizer, targets[place].text, content, settings), end] for place in places}
+        fitting = [place for place in places if min(len(whole[place]), settings.max_target_tokens) <= room]
+        skipped["prompt_too_long"] += len(places) - len(fitting)
+        if not fitting:
+            continue
         lefts.append(segments.left)
-        rights += [segments.right] * len(places)
-        sources += places
-        sizes.append(len(places))
-    end = _end_token(tokenizer)
+        rights += [segments.right] * len(fitting)
+        # What is cut has no end: a projector would learn to stop in the middle.
+        ids += [whole[place][: settings.max_target_tokens] for place in fitting]
+        num_truncated += sum(len(whole[place]) > settings.max_target_tokens for place in fitting)
+        sources += fitting
+        sizes.append(len(fitting))
     table = LessonTable(
         lefts=Ragged.of(lefts),
         first_row=np.cumsum(sizes, dtype=np.int64),
         user=np.array([row_of[targets[place].user_id] for place in sources], np.int32),
         rights=Ragged.of(rights),
-        targets=Ragged.of(
-            (*_target_ids(tokenizer, targets[place], content_of[targets[place].content_id], settings), end)
-            for place in sources
-        ),
+        targets=Ragged.of(ids),
         weight=np.array([targets[place].weight for place in sources], np.float32),
         source=np.array(sources, np.int64),
         user_embeddings=users.user_embeddings,
     )
-    return table, skipped
+    return table, skipped, num_truncated
 
 
-def _target_ids(
-    tokenizer: PreTrainedTokenizerBase, target: Target, content: Content, settings: TrainSettings
-) -> list[int]:
-    text = settings.target_prefix.get(content.language, "") + target.text
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)[: settings.max_target_tokens - 1]
-    return ids
+def _groups(
+    targets: Sequence[Target], user_ids: Set[str], content_ids: Set[str]
+) -> tuple[dict[tuple[str, str], list[int]], dict[str, int]]:
+    """The places of usable targets by content and task, and how many are skipped for what."""
+    skipped = dict.fromkeys(SKIPPED, 0)
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, target in enumerate(targets):
+        if target.user_id not in user_ids:
+            skipped["unknown_user"] += 1
+        elif target.content_id not in content_ids:
+            skipped["missing_content"] += 1
+        elif not target.text.strip():
+            skipped["empty_text"] += 1
+        else:
+            groups.setdefault((target.content_id, target.task), []).append(place)
+    return groups, skipped
+
+
+def _target_ids(tokenizer: PreTrainedTokenizerBase, text: str, content: Content, settings: TrainSettings) -> list[int]:
+    """A text is data: a special token spelled out in it stays plain text."""
+    prefix = for_language(settings.target_prefix, content.language) or ""
+    return list(tokenizer.encode(prefix + text, add_special_tokens=False, split_special_tokens=True))
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -194,11 +211,14 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def refuse_constant(lessons: LessonTable) -> None:
-    """ConfigError where all user embeddings are one and the same: nothing could be learned from them."""
+def refuse_constant(lessons: LessonTable, users_uri: str) -> None:
+    """InputError where all user embeddings are one and the same: nothing could be learned from them."""
     used = lessons.user_embeddings[np.unique(lessons.user)]
-    if len(used) > 1 and not (used != used[0]).any():
-        raise ConfigError(
-            f"all {len(used):,} users of the targets have the same user embedding: there is nothing to personalise by. "
-            "Look at the job that writes the users table"
+    if not (used != used[0]).any():
+        several = f"all {len(used):,} users of the targets have one and the same user embedding"
+        raise InputError(
+            f"{several if len(used) > 1 else 'all targets are of one user'}: there is nothing to personalise by",
+            uri=users_uri,
+            column="embedding",
+            remedy="Look at the job that writes this table, or set projector.kind to constant.",
         )

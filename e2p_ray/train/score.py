@@ -38,19 +38,28 @@ def score(
     *,
     rank: int = 0,
     size: int = 1,
+    max_bytes: int | None = None,
 ) -> RowScores:
     """Score every target of a table; without a projector there is no soft token. Weights do not count here.
 
     Of `size` workers, worker `rank` scores every size-th lesson; the nll of all other rows is 0, to be summed.
+    The prefixes of one pass take `max_bytes` at most, the store's own bound unless given, or are of one content.
     """
     nll = np.zeros(table.num_rows)
-    for places, lessons in _passes(table, range(rank, len(table), size), soft=projector is not None):
+    bound = store.max_bytes if max_bytes is None else max_bytes
+    sizes = [store.bytes_of(num_tokens) for num_tokens in np.diff(table.lefts.starts).tolist()]
+    for places, lessons in _passes(table, range(rank, len(table), size), sizes, bound, soft=projector is not None):
         nll[[row for rows in places for row in rows]] = lesson_losses(base, projector, store, lessons).numpy()
     return RowScores(nll, np.diff(table.targets.starts))
 
 
-def _passes(table: LessonTable, chosen: range, *, soft: bool) -> Iterator[tuple[list[Sequence[int]], list[Lesson]]]:
-    """Rows of several lessons for one forward pass each; lessons of about as many rows go together."""
+def _passes(
+    table: LessonTable, chosen: range, sizes: Sequence[int], max_bytes: int, *, soft: bool
+) -> Iterator[tuple[list[Sequence[int]], list[Lesson]]]:
+    """Rows of several lessons for one forward pass each; lessons of about as many rows go together.
+
+    `sizes` are the bytes of every lesson's prefix: a pass holds all of its own at once.
+    """
     pieces = [
         (lesson, rows[start : start + MAX_SCORED_ROWS])
         for lesson in chosen
@@ -58,7 +67,10 @@ def _passes(table: LessonTable, chosen: range, *, soft: bool) -> Iterator[tuple[
         for start in range(0, len(rows), MAX_SCORED_ROWS)
     ]
     pieces.sort(key=lambda piece: -len(piece[1]))
-    while pieces:
-        count = max(1, MAX_SCORED_ROWS // len(pieces[0][1]))
-        together, pieces = pieces[:count], pieces[count:]
+    first = 0
+    while first < len(pieces):
+        most = pieces[first : first + max(1, MAX_SCORED_ROWS // len(pieces[first][1]))]
+        fitting = np.searchsorted(np.cumsum([sizes[at] for at, _ in most]), max_bytes, side="right")
+        together = most[: max(1, int(fitting))]
+        first += len(together)
         yield [rows for _, rows in together], [table.lesson(at, rows, soft=soft) for at, rows in together]

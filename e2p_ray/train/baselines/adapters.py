@@ -36,6 +36,8 @@ AdapterKind = Literal["prefix_tuning", "lora"]
 # Beyond these a baseline is no longer what its name says: a prefix eats the window, a rank is no longer low.
 MAX_VIRTUAL_TOKENS = 64
 MAX_RANK = 64
+# Of the prefixes in one pass of scoring, of which none is kept: as many as a projector's may keep by default.
+_MAX_SCORED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,7 +66,7 @@ class Adapter:
     def score(self, table: LessonTable) -> RowScores:
         """Score every target of a table; there is no soft token. ConfigError when the window is too small."""
         self.refuse_too_long(table)
-        return score(self.base, None, table, self.prefixes)
+        return score(self.base, None, table, self.prefixes, max_bytes=_MAX_SCORED_BYTES)
 
     def refuse_too_long(self, table: LessonTable) -> None:
         """ConfigError when virtual tokens, prompt and target do not fit the base model's window together."""
@@ -200,13 +202,13 @@ def fit_adapter(
 
 
 def adapter_loss(adapter: Adapter, lessons: Sequence[Lesson]) -> tuple[Tensor, int]:
-    """Weighted mean cross-entropy of the lessons' targets (nats per token), differentiable, and the tokens' weight."""
+    """Weighted mean cross-entropy of the lessons' targets (nats per token), differentiable, and how many these are."""
     plain = [_without_soft_token(lesson) for lesson in lessons]
     batch = Batch.of(plain, 0, adapter.base.device)
     prefixes = prefixes_of(adapter.prefixes, adapter.base, [lesson.left for lesson in plain])
     losses = row_losses(adapter.base, None, prefixes, batch)
     weight = (batch.num_tokens * batch.weights).sum()
-    return (losses * batch.weights).sum() / weight, int(weight)
+    return (losses * batch.weights).sum() / weight, int(batch.num_tokens.sum())
 
 
 def _without_soft_token(lesson: Lesson) -> Lesson:

@@ -24,7 +24,7 @@ from e2p_ray.config import BaseModelConfig, TaskConfig
 from e2p_ray.engine.manifest import BaseModelFolder, resolve_base_model
 from e2p_ray.engine.projector import ReferenceStatistics
 from e2p_ray.engine.prompt import load_tokenizer
-from e2p_ray.errors import ConfigError
+from e2p_ray.errors import InputError
 from e2p_ray.plan.inputs import Piece, Space
 from e2p_ray.schema import Content
 from e2p_ray.storage import ObjectInfo, Storage
@@ -55,6 +55,7 @@ class LessonCounts:
 
     num_targets: dict[str, int]  # given
     num_used: dict[str, int]
+    num_truncated: dict[str, int]  # of the used ones: longer than max_target_tokens
     skipped: dict[str, dict[str, int]]
     num_contents: dict[str, int]  # lessons: contents times tasks
     num_users: dict[str, int]
@@ -78,7 +79,7 @@ def folder_here(config: BaseModelConfig, folder: BaseModelFolder, storage: Stora
 
 
 def prepare_lessons(reading: Reading, sources: dict[str, SourceTable]) -> PreparedLessons:
-    """Read, join, tokenise. Raises ConfigError when no target can be used, InputError where a table is at fault."""
+    """Read, join, tokenise. Raises InputError where a table is at fault, or no target of it can be used."""
     storage, tasks = reading.storage, reading.joins.tasks
     targets = _gather(sources["targets"].pieces, partial(read_targets, storage, tasks=tasks))
     held = None
@@ -157,8 +158,17 @@ def _join(settings: JoinSettings, places: dict[str, int], *tables: pa.Table) -> 
     yield from (chunk for chunk in joined.chunks)  # Ray sends into its generators, and a tuple takes nothing
 
 
-def _tokenise(reading: Reading, chunk: Chunk) -> tuple[bool, LessonTable, dict[str, int]]:
-    """A chunk as lessons whose `user` are rows of all user embeddings, and what was skipped."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """A chunk as lessons whose `user` are rows of all user embeddings, what was skipped, how many targets are cut."""
+
+    validation: bool
+    table: LessonTable
+    skipped: dict[str, int]
+    num_truncated: int
+
+
+def _tokenise(reading: Reading, chunk: Chunk) -> _Part:
     folder = folder_here(reading.base_model, reading.folder, reading.storage)
     rows = chunk.targets["user"].unique().sort().to_numpy()
     users = UserTable([str(row) for row in rows], np.zeros((0, 1), np.float32), reading.joins.embedding_space or "")
@@ -167,10 +177,10 @@ def _tokenise(reading: Reading, chunk: Chunk) -> tuple[bool, LessonTable, dict[s
         for content_id, task, user, text, weight in chunk.targets.iter_rows()
     ]
     contents = [Content(*row) for row in chunk.contents.iter_rows()]
-    table, skipped = lessons_of(
+    table, skipped, num_truncated = lessons_of(
         load_tokenizer(folder.path), reading.tasks, users, contents, targets, reading.settings, reading.max_positions
     )
-    return chunk.validation, replace(table, user=rows[table.user].astype(np.int32)), skipped
+    return _Part(chunk.validation, replace(table, user=rows[table.user].astype(np.int32)), skipped, num_truncated)
 
 
 def _merge(
@@ -178,24 +188,26 @@ def _merge(
     joined: Joined,
     num_contents: int,
     user_embeddings: npt.NDArray[np.float32],
-    *parts: tuple[bool, LessonTable, dict[str, int]],
+    *parts: _Part,
 ) -> tuple[LessonTable, LessonTable | None, dict[str, npt.NDArray[Any]], LessonCounts]:
-    tables, skipped = {}, {name: Counter(joined.skipped.get(name, {})) for name in _SETS}
+    tables, skipped, num_truncated = {}, {name: Counter(joined.skipped.get(name, {})) for name in _SETS}, {}
     for name in _SETS:
-        chosen = [part for part in parts if part[0] == (name == "validation")]
-        tables[name] = merge_tables([table for _, table, _ in chosen], user_embeddings)
-        for _, _, found in chosen:
+        chosen = [part for part in parts if part.validation == (name == "validation")]
+        tables[name] = merge_tables([part.table for part in chosen], user_embeddings)
+        num_truncated[name] = sum(part.num_truncated for part in chosen)
+        for part in chosen:
             # What the validation's contents skip is told with the table they came from.
-            skipped[name if name in joined.num_targets else "training"].update(found)
+            skipped[name if name in joined.num_targets else "training"].update(part.skipped)
     training, validation = (tables[name] for name in _SETS)
     if not training.num_rows:
-        raise ConfigError(_nothing_left(joined, skipped["training"]))
+        raise _nothing_left(reading.joins.targets_uri, joined, skipped["training"])
     if reading.settings.kind != "constant":
-        refuse_constant(training)
+        refuse_constant(training, reading.joins.users_uri)
     reference = ReferenceStatistics.of(torch.from_numpy(training.user_embeddings)).tensors()
     counts = LessonCounts(
         num_targets=joined.num_targets,
         num_used={name: table.num_rows for name, table in tables.items()},
+        num_truncated=num_truncated,
         skipped={name: {k: n for k, n in sorted(skipped[name].items()) if n} for name in joined.num_targets},
         num_contents={name: len(table) for name, table in tables.items()},
         num_users={name: len(table.user_embeddings) for name, table in tables.items()},
@@ -227,9 +239,11 @@ def _joined(parts: Sequence[Ragged]) -> Ragged:
     return Ragged(np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]), np.cumsum(sizes))
 
 
-def _nothing_left(joined: Joined, skipped: Counter[str]) -> str:
-    said = ", ".join(f"{name} {number:,}" for name, number in skipped.most_common() if number) or "nothing skipped"
-    return (
-        f"none of the {joined.num_targets['training']:,} targets can be used ({said}). A target needs a user with a "
-        "user embedding who is not opted out, a content, a task of the configuration and a text"
+def _nothing_left(uri: str, joined: Joined, skipped: Counter[str]) -> InputError:
+    found = ", ".join(f"{name} {number:,}" for name, number in skipped.most_common() if number) or "nothing skipped"
+    return InputError(
+        f"none of the {joined.num_targets['training']:,} targets can be used ({found})",
+        uri=uri,
+        remedy="A target needs a user with a user embedding who is not opted out, a content, a task of the "
+        "configuration and a text.",
     )

@@ -18,6 +18,8 @@ from e2p_ray.train.data.tables import TARGETS, TRAINING_USERS
 # More users than this of another size are no accident: the table then mixes two kinds of user embeddings.
 _MAX_ODD_SHARE = 0.1
 _MAX_NAMED = 5
+# Of the median user's. One such user would set the scale that all others are seen at, and they would look alike.
+_MAX_NORM_RATIO = 1e4
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class JoinSettings:
     embedding_space: str | None
     validation_share: float  # 0 where the validation targets are a table of their own
     targets_per_chunk: int
+    targets_uri: str
     users_uri: str
 
 
@@ -63,7 +66,7 @@ def join(
     users = latest(users.filter(pl.col("user_id") != ""), "user_id").sort("user_id")
     contents = latest(contents.filter(pl.col("content_id") != ""), "content_id")
     space = find_space(users, s)
-    users = _with_reason(users, space)
+    users = _without_giants(_with_reason(users, space), space)
     usable = users.filter(pl.col("reason").is_null()).with_row_index("user")
     known = users.select("user_id", "reason", known=True).join(
         usable.select("user_id", "user"), on="user_id", how="left"
@@ -130,6 +133,17 @@ def _with_reason(users: pl.DataFrame, space: Space) -> pl.DataFrame:
     return users.with_columns(reason=reason)
 
 
+def _without_giants(users: pl.DataFrame, space: Space) -> pl.DataFrame:
+    """With a reason for users whose embedding is far longer than others'."""
+    usable = users.filter(pl.col("reason").is_null()).select("user_id", "user_embedding")
+    vectors = as_matrix(usable["user_embedding"], space.dim)
+    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+    longest = _MAX_NORM_RATIO * np.median(norms) if len(norms) else np.inf
+    giants = usable["user_id"].filter(pl.Series(norms > longest))
+    is_giant = pl.col("reason").is_null() & pl.col("user_id").is_in(giants.implode())
+    return users.with_columns(reason=pl.when(is_giant).then(pl.lit("embedding_far_longer")).otherwise("reason"))
+
+
 def _usable(
     targets: pl.DataFrame, known: pl.DataFrame, contents: pl.DataFrame, s: JoinSettings
 ) -> tuple[pl.DataFrame, Counter[str]]:
@@ -161,6 +175,8 @@ def _hold_out(targets: pl.DataFrame, share: float) -> dict[str, pl.DataFrame]:
     held = hashes < np.uint64(min(int(share * 2.0**64), 2**64 - 1))
     if share and len(ids) > 1:  # a small table gives at least one content to either side
         held[np.argmin(hashes)], held[np.argmax(hashes)] = True, False
+    else:
+        held[:] = False  # a lone content is for training
     chosen = ids.filter(pl.Series(held))
     is_held = pl.col("content_id").is_in(chosen.implode())
     return {"training": targets.filter(~is_held), "validation": targets.filter(is_held)}

@@ -5,19 +5,16 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake import DeltaTable
-from deltalake.exceptions import DeltaError
 
 from e2p_ray.config import TrainInputsConfig
 from e2p_ray.errors import InputError
 from e2p_ray.plan.inputs import CONTENTS, USERS, Piece, Space, content_rows, pieces_of, user_rows
 from e2p_ray.schema import validate_schema
-from e2p_ray.storage import ObjectInfo, Storage, is_s3
+from e2p_ray.storage import ObjectInfo, Storage
 from e2p_ray.storage.utf8 import require_utf8
 
 SCHEMA_OF = {"users": "users", "contents": "contents", "targets": "targets", "validation": "targets"}
@@ -51,50 +48,43 @@ def scan_tables(config: TrainInputsConfig, storage: Storage) -> dict[str, Source
     uris = {"users": config.users_uri, "contents": config.contents_uri, "targets": config.targets_uri}
     if config.validation_uri is not None:
         uris["validation"] = config.validation_uri
-    return {name: _scan(storage, name, uri) for name, uri in uris.items()}
+    return {name: scan_table(storage, name, uri) for name, uri in uris.items()}
 
 
-def _scan(storage: Storage, name: str, uri: str) -> SourceTable:
-    files = storage.parquet_files(uri)
-    version, current = _delta_snapshot(storage, uri)
-    if version is not None:
-        files = [info for info in files if info.uri.removeprefix("file://") in current]
+def scan_table(storage: Storage, name: str, uri: str) -> SourceTable:
+    """List and validate every file of one table; InputError names the file and the column."""
+    found = storage.table_files(uri)
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        groups = list(pool.map(lambda info: _row_groups(storage, SCHEMA_OF[name], info), files))
-    pieces = [piece for info, sizes in zip(files, groups, strict=True) for piece in pieces_of(name, info, sizes)]
+        groups = list(pool.map(lambda info: _row_groups(storage, SCHEMA_OF[name], info, uri), found.files))
+    pieces = [piece for info, sizes in zip(found.files, groups, strict=True) for piece in pieces_of(name, info, sizes)]
     num_rows = sum(rows for sizes in groups for rows, _ in sizes)
-    return SourceTable(name, uri, tuple(files), tuple(pieces), num_rows, version)
+    return SourceTable(name, uri, tuple(found.files), tuple(pieces), num_rows, found.delta_version)
 
 
-def _delta_snapshot(storage: Storage, uri: str) -> tuple[int | None, set[str]]:
-    """Version and files of a Delta table: files that it no longer names may still lie in its folder."""
-    if next(storage.list_objects(f"{uri}/_delta_log"), None) is None:
-        return None, set()
-    try:
-        table = DeltaTable(uri, storage_options=storage.delta_options(uri))
-        return table.version(), {_plain_uri(found) for found in table.file_uris()}
-    except DeltaError as error:
-        remedy = "Write it with a Delta version that deltalake reads, or give a folder of Parquet files."
-        raise InputError(f"cannot be read as a Delta table: {error}", uri=uri, remedy=remedy) from error
-
-
-def _plain_uri(uri: str) -> str:
-    return uri if is_s3(uri) else unquote(uri.removeprefix("file://"))
-
-
-def _row_groups(storage: Storage, schema: str, info: ObjectInfo) -> list[tuple[int, int]]:
+def _row_groups(storage: Storage, schema: str, info: ObjectInfo, table_uri: str) -> list[tuple[int, int]]:
     """Rows and uncompressed bytes of every row group."""
+    folders = info.uri.removeprefix(table_uri).split("/")[:-1]
     with storage.open_parquet(info) as file:
         validate_schema(schema, file.schema_arrow, info.uri)
+        has_task = "task" in file.schema_arrow.names
+        if schema == "targets" and not has_task and any(folder.startswith("task=") for folder in folders):
+            # Without the column, all would pass for texts of the only task there is.
+            raise InputError(
+                "is in the name of a folder only",
+                uri=info.uri,
+                column="task",
+                remedy="Write a column `task` into the files as well.",
+            )
         groups = (file.metadata.row_group(index) for index in range(file.metadata.num_row_groups))
         return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
-def _read(storage: Storage, piece: Piece) -> tuple[pa.Table, int]:
-    """The rows of a piece and the number of the first one in its file."""
+def read_piece(storage: Storage, piece: Piece, more: tuple[str, ...] = ()) -> tuple[pa.Table, int]:
+    """The rows of a piece, with these columns too where it has them, and the number of the first one in its file."""
     try:
         with storage.open_parquet(piece.info) as file:
-            wanted = [name for name in _COLUMNS[SCHEMA_OF[piece.table]] if name in file.schema_arrow.names]
+            columns = (*_COLUMNS[SCHEMA_OF[piece.table]], *more)
+            wanted = [name for name in columns if name in file.schema_arrow.names]
             table = file.read_row_groups(list(piece.row_groups), columns=wanted, use_threads=False)
             first_row = sum(file.metadata.row_group(index).num_rows for index in range(piece.row_groups[0]))
     except (pa.ArrowException, OSError) as error:
@@ -106,7 +96,7 @@ def _read(storage: Storage, piece: Piece) -> tuple[pa.Table, int]:
 
 def read_targets(storage: Storage, piece: Piece, tasks: tuple[str, ...]) -> pl.DataFrame:
     """The rows of a piece of targets as `TARGETS`; a weight of null is 1, a task of null the only one there is."""
-    table, first_row = _read(storage, piece)
+    table, first_row = read_piece(storage, piece)
     frame = pl.DataFrame({name: _series(table[name], TARGETS[name]) for name in table.column_names})
     if "task" not in frame.columns:
         frame = frame.with_columns(task=pl.lit(None, pl.String))
@@ -127,14 +117,14 @@ def read_targets(storage: Storage, piece: Piece, tasks: tuple[str, ...]) -> pl.D
 
 def read_contents(storage: Storage, piece: Piece, wanted: pl.Series) -> pl.DataFrame:
     """The wanted contents of a piece, as the plan's `CONTENTS`."""
-    table, _ = _read(storage, piece)
+    table, _ = read_piece(storage, piece)
     chosen = _chosen(table, "content_id", wanted)
     return content_rows(chosen) if chosen.num_rows else CONTENTS.to_frame()
 
 
 def read_users(storage: Storage, piece: Piece, wanted: pl.Series) -> pl.DataFrame:
     """The wanted users of a piece as `TRAINING_USERS`; of a user embedding that cannot be used, `reason` says why."""
-    table, _ = _read(storage, piece)
+    table, _ = read_piece(storage, piece)
     chosen = _chosen(table, "user_id", wanted)
     kinds = pl.DataFrame(
         {

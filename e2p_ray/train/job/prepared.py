@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 
-from transformers import AutoConfig
-
 from e2p_ray.config import ShapeConfig, TrainConfig, TrainingConfig
-from e2p_ray.engine.manifest import BaseModelFolder, ProjectorManifest, read_manifest, resolve_base_model
-from e2p_ray.engine.supported import refuse_unsupported
-from e2p_ray.errors import ConfigError, IncompatibleError
+from e2p_ray.engine.manifest import (
+    REFERENCE_FILE,
+    WEIGHTS_FILE,
+    BaseModelFolder,
+    ProjectorManifest,
+    read_manifest,
+    resolve_base_model,
+)
+from e2p_ray.engine.supported import read_model_config, refuse_unsupported
+from e2p_ray.errors import ConfigError, IncompatibleError, ObjectNotFoundError
 from e2p_ray.storage import Storage, is_s3
 from e2p_ray.storage.local import local_path
 from e2p_ray.train.data.tables import SourceTable, scan_tables
@@ -54,7 +60,7 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     sources = scan_tables(config.inputs, storage)
     folder = resolve_base_model(config.base_model, storage)
-    model = AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    model = read_model_config(folder.path)
     refuse_unsupported(model, config.base_model.uri)
     train_id = train_id_of(config, sources, folder.base_model_id)
     return Prepared(config, storage, folder, sources, train_id, int(model.max_position_embeddings))
@@ -79,17 +85,19 @@ def _with_absolute_places(config: TrainConfig) -> TrainConfig:
 
 
 def finished_manifest(prepared: Prepared, record_uri: str) -> ProjectorManifest | None:
-    """The artifact of this very training where it is there, with its record, which is written last."""
+    """The artifact of this very training where it is there and whole, with its record, which is written last."""
     uri, storage = prepared.config.output.projector_uri, prepared.storage
     if not storage.exists(record_uri):
         return None
     try:
         record = json.loads(storage.read_bytes(record_uri))
         manifest = read_manifest(storage, uri)
-    except (ValueError, ConfigError, IncompatibleError):
-        return None  # what is there is of another time: it is replaced
+        files = {name: storage.read_bytes(f"{uri}/{name}") for name in (WEIGHTS_FILE, REFERENCE_FILE)}
+    except (ValueError, ConfigError, IncompatibleError, ObjectNotFoundError):
+        return None  # what is there is of another time, or damaged: it is replaced
     ids = (record.get("train_id"), manifest.trained.get("train_id"))
-    return manifest if ids == (prepared.train_id, prepared.train_id) else None
+    is_whole = all(hashlib.sha256(data).hexdigest() == manifest.files.get(name) for name, data in files.items())
+    return manifest if is_whole and ids == (prepared.train_id, prepared.train_id) else None
 
 
 def forget(prepared: Prepared) -> None:

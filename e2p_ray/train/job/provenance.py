@@ -13,7 +13,7 @@ from typing import Any
 from e2p_ray.config import TrainConfig
 from e2p_ray.train.data.tables import SourceTable
 
-_FORMAT = 1  # counts up when the same inputs give another projector
+_FORMAT = 2  # counts up when the same inputs give another projector
 _NO_INFLUENCE = {"training": {"checkpoint_every", "max_prefix_bytes"}}
 _MAX_FILES = 100  # that a manifest lists; the digest is of all
 _GIT_S = 10.0

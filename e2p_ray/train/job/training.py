@@ -72,6 +72,7 @@ def reading_of(prepared: Prepared) -> Reading:
         embedding_space=config.projector.embedding_space,
         validation_share=0.0 if config.inputs.validation_uri else config.training.validation_share,
         targets_per_chunk=_TARGETS_PER_CHUNK,
+        targets_uri=config.inputs.targets_uri,
         users_uri=config.inputs.users_uri,
     )
     return Reading(
