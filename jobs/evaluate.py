@@ -27,7 +27,7 @@ def evaluate(config: EvaluateConfig, options: argparse.Namespace) -> None:
 
 def run_evaluation(config: EvaluateConfig) -> Evaluation:
     """Evaluate, print the table, write evaluation.json and report.html."""
-    require_extra()
+    require_extra(config)
     from e2p_ray.downstream.pages.comparison import render_comparison
     from e2p_ray.downstream.pages.evaluation_page import render_evaluation
     from e2p_ray.evaluate import evaluate as run  # torch: only once the configuration has been read
@@ -35,10 +35,10 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     storage = Storage(config.storage)
     others = {name: read_evaluation(storage, uri) for name, uri in config.compare.items()}
     found = run(config, storage, say)
+    print(found.lines())  # before it is written: should that fail, it was not for nothing
     uri = config.output.uri
     storage.write_bytes(f"{uri}/{RESULT_FILE}", found.to_json().encode())
     storage.write_bytes(f"{uri}/{PAGE_FILE}", render_evaluation(found).encode())
-    print(found.lines())
     if others:
         storage.write_bytes(f"{uri}/comparison.html", render_comparison({"this one": found} | others).encode())
         print(f"side by side with {', '.join(others)}: {uri}/comparison.html")
@@ -46,9 +46,12 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     return found
 
 
-def require_extra() -> None:
-    """ConfigError without the packages that evaluation alone needs."""
-    missing = [name for name in ("rouge_score", "sacrebleu") if importlib.util.find_spec(name) is None]
+def require_extra(config: EvaluateConfig) -> None:
+    """ConfigError without the packages that evaluation alone needs, and LoRA where it is asked for."""
+    needed = ["rouge_score", "sacrebleu"]
+    if any(method.startswith("lora") for method in config.evaluation.methods):
+        needed.append("peft")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"evaluation needs {', '.join(missing)}. Install the extra: pip install 'e2p_ray[evaluate]'")
 
@@ -72,6 +75,7 @@ JOB = Job(
     "Prints a table; writes evaluation.json and report.html. Nothing is published.",
     config=EvaluateConfig,
     call=evaluate,
+    on_interrupt="interrupted. Nothing is kept; run the same command again and it starts anew",
 )
 
 

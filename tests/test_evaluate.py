@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +17,23 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from deltalake import write_deltalake
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from e2p_ray.config import EvaluateConfig, StorageConfig, TaskConfig
 from e2p_ray.downstream.evaluation import Evaluation
+from e2p_ray.downstream.measures.methods import label_of
+from e2p_ray.downstream.pages.evaluation_page import render_evaluation
 from e2p_ray.engine.manifest import resolve_base_model
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
-from e2p_ray.errors import ConfigError, E2PError, IncompatibleError, InputError
+from e2p_ray.errors import ConfigError, E2PError, IncompatibleError, InputError, RunError
 from e2p_ray.evaluate import data, evaluate
 from e2p_ray.evaluate.contest import shuffled_users
-from e2p_ray.plan.inputs import Space
+from e2p_ray.evaluate.drift import read_changed
+from e2p_ray.plan.inputs import Space, content_rows, latest
 from e2p_ray.schema import Content
 from e2p_ray.storage import Storage
 from e2p_ray.train.lessons import Target, UserTable
@@ -48,7 +55,7 @@ from tests.train_world import (
     write_train_world,
 )
 
-TASK = {"prompts": {"default": {"cue_before": "\n>"}}, "sampling": {"max_new_tokens": 8}}
+TASK: dict[str, Any] = {"prompts": {"default": {"cue_before": "\n>"}}, "sampling": {"max_new_tokens": 8}}
 METHODS = ("profile_text", "profile_text_constant", "prefix_tuning", "lora", "lora_profile_text")
 _FIRST_HELD_OUT = 6  # contents c6 to c9 are never trained on
 Rows = list[tuple[str, str, str, str, float]]
@@ -225,6 +232,7 @@ def test_retrieval_ranking_and_drift(found: tuple[Evaluation, list[str]]) -> Non
             # 15 texts: 1.2 times chance and more on one kind of CPU, 1.195 on another, whose training rounds otherwise.
             assert one.centred.mrr.value > 1.1 * one.chance_mrr, "half of the users want the same text"
     ranking = {one.method: one for one in evaluation.ranking}
+    assert {"right user's gain", "shuffled user's gain"} <= {label_of(method) for method in ranking}
     assert ranking["gain"].auc.low > 0.5
     assert ranking["gain_shuffled"].auc.value < ranking["gain"].auc.value
     losses = {(point.kind, point.amount): point.nll_per_token for point in evaluation.drift}
@@ -266,23 +274,192 @@ def test_unusable_targets_are_counted(found: tuple[Evaluation, list[str]]) -> No
     assert "0% of them on contents that were trained on" in said
 
 
+def _write(uri: str, tables: list[pa.Table]) -> str:
+    """A folder with one file a table; an empty one becomes a file without row groups, as polars writes it."""
+    Path(uri).mkdir()
+    for number, table in enumerate(tables):
+        with pq.ParquetWriter(f"{uri}/part-{number}.parquet", table.schema) as writer:
+            if len(table):
+                writer.write_table(table)
+    return uri
+
+
+def _read(place: Place, folder: Path, **tables: list[pa.Table]) -> data.EvaluationData:
+    """What is read of these tables, and of the world's own where none is given."""
+    uris = {f"{name}_uri": _write(f"{folder}/{name}", files) for name, files in tables.items()}
+    return data.read_data(place.config(inputs=uris), place.storage, Space(SPACE, DIM))
+
+
+def _cast(table: pa.Table, column: str, kind: pa.DataType) -> pa.Table:
+    at = table.schema.get_field_index(column)
+    values = table[column].dictionary_encode() if pa.types.is_dictionary(kind) else table[column].cast(kind)
+    return table.set_column(at, column, values)
+
+
+_HELD_OUT = targets_table([*_rows(range(_FIRST_HELD_OUT, NUM_CONTENTS))])
+_SHOWN = _impressions()
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+_NUMBERED = _SHOWN.set_column(0, "impression_id", [pa.array(range(len(_SHOWN)), pa.int64())])
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "files"),
+    [
+        (
+            "contents",
+            contents_table(),
+            [
+                _cast(contents_table()[:3], "updated_at", pa.timestamp("us")),
+                _cast(contents_table()[3:6], "updated_at", pa.timestamp("ms", "UTC")),
+                contents_table()[6:],
+            ],
+        ),
+        ("contents", contents_table(), [contents_table()[:5], _cast(contents_table()[5:], "body", _TEXT)]),
+        ("targets", _HELD_OUT, [_cast(_HELD_OUT, "text", _TEXT)]),
+        ("targets", _HELD_OUT, [_HELD_OUT[:9], _cast(_HELD_OUT[9:], "user_id", _TEXT)]),
+        ("targets", _HELD_OUT, [_cast(_HELD_OUT[:9], "weight", pa.float64()), _HELD_OUT[9:]]),
+        ("users", _users(), [_users()[:0], _users()]),
+        ("users", _users(), [_users()[:9].drop_columns("profile_text"), _cast(_users()[9:], "profile_text", _TEXT)]),
+        ("users", _users(), [_cast(_users(), "history_size", pa.float32())]),
+        ("impressions", _SHOWN, [_SHOWN[:9], _SHOWN[9:].append_column("score", [[1.0] * len(_SHOWN[9:])])]),
+        ("impressions", _SHOWN, [_cast(_cast(_SHOWN, "clicked", pa.int8()), "text", _TEXT)]),
+        ("impressions", _NUMBERED, [_NUMBERED[:9], _cast(_NUMBERED[9:], "impression_id", pa.string())]),
+    ],
+)
+def test_every_form_of_a_table_is_read_alike(
+    place: Place, tmp_path: Path, name: str, whole: pa.Table, files: list[pa.Table]
+) -> None:
+    (tmp_path / "whole").mkdir()
+    expected = _read(place, tmp_path / "whole", **{name: [whole]})
+    found = _read(place, tmp_path, **{name: files})
+    for one in ("users.user_ids", "contents", "held_out", "training", "history_of", "num_skipped"):
+        assert attrgetter(one)(found) == attrgetter(one)(expected), one
+    without = files[0]["user_id"].to_pylist() if "profile_text" not in files[0].column_names and name == "users" else []
+    assert found.profile_of == {user: text for user, text in expected.profile_of.items() if user not in without}
+    assert found.impressions is not None
+    assert expected.impressions is not None
+    assert found.impressions.equals(expected.impressions)
+    assert len(found.impressions) == len(_SHOWN)
+
+
+def test_a_history_that_is_no_finite_number_is_unknown(place: Place, tmp_path: Path) -> None:
+    sizes = [float("nan"), float("inf"), None, *[4.0] * (NUM_USERS - 3)]
+    found = _read(place, tmp_path, users=[_users(history_size=pa.array(sizes, pa.float64()))])
+    assert found.history_of == dict.fromkeys(found.users.user_ids[3:], 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "column"),
+    [
+        ("impressions", _cast(_SHOWN, "clicked", pa.string()), "clicked"),
+        ("impressions", _SHOWN.drop_columns("text"), "text"),
+        ("users", _users(history_size=["many"] * NUM_USERS), "history_size"),
+    ],
+)
+def test_a_column_of_another_kind_is_named(
+    place: Place, tmp_path: Path, name: str, table: pa.Table, column: str
+) -> None:
+    with pytest.raises(InputError, match=f"part-0.parquet, column '{column}': "):
+        _read(place, tmp_path, **{name: [table]})
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_copies_of_a_content_the_one_is_read_that_was_trained_on(
+    place: Place, tmp_path: Path, first: int
+) -> None:
+    copies = [contents_table(), contents_table().set_column(2, "body", [["another body"] * NUM_CONTENTS])]
+    table = pa.concat_tables([copies[first], copies[1 - first]])
+    chosen = latest(content_rows(table), "content_id").select("content_id", "body")
+    found = _read(place, tmp_path, contents=[table]).contents
+    assert {content_id: content.body for content_id, content in found.items()} == dict(chosen.iter_rows())
+
+
+def test_files_that_a_delta_table_no_longer_names_are_not_read(place: Place, tmp_path: Path) -> None:
+    uris = {}
+    for name, table in (("targets", _HELD_OUT), ("impressions", _SHOWN)):
+        uris[f"{name}_uri"] = f"{tmp_path}/{name}"
+        write_deltalake(f"{tmp_path}/{name}", table)
+        write_deltalake(f"{tmp_path}/{name}", table[:6], mode="overwrite")
+        assert len(list((tmp_path / name).glob("*.parquet"))) == 2
+    found = data.read_data(place.config(inputs=uris), place.storage, Space(SPACE, DIM))
+    assert len(found.held_out) == 6
+    assert found.impressions is not None
+    assert len(found.impressions) == 6
+
+
+def test_impressions_with_a_pair_that_was_trained_on_are_left_out_whole(place: Place, tmp_path: Path) -> None:
+    learned = _rows(range(_FIRST_HELD_OUT))[0]
+    more = pa.table(
+        {
+            "impression_id": ["learned", "learned", "unseen"],
+            "user_id": [learned[0]] * 3,
+            "content_id": [learned[1], "c7", "c8"],
+            "text": ["what was trained on", "what was shown beside it", "another time"],
+            "clicked": [True, False, True],
+        }
+    )
+    found = _read(place, tmp_path, impressions=[_SHOWN, more])
+    assert found.impressions is not None
+    assert set(found.impressions["impression_id"]) == {*_SHOWN["impression_id"].to_pylist(), "unseen"}
+    assert found.num_trained_impressions == 1
+
+
+def test_rows_without_key_text_or_weight_are_counted(place: Place, tmp_path: Path) -> None:
+    bad = [
+        (None, "c7", "headline", "x", 1.0),
+        ("user-000", None, "headline", "x", 1.0),
+        ("user-000", "c7", "headline", None, 1.0),
+        ("user-000", "c7", "headline", "x", 0.0),
+        ("user-000", "c7", "headline", "x", -1.0),
+        ("user-000", "c7", "headline", "x", float("nan")),
+        ("user-000", "c7", "another", "x", 1.0),
+    ]
+    found = _read(place, tmp_path, targets=[_HELD_OUT, targets_table(bad)])
+    counted = {"user_without_embedding": 3, "missing_content": 1, "empty_text": 1, "bad_weight": 3, "other_task": 1}
+    opted_out = sum(user == f"user-{NUM_USERS - 1:03d}" for user in _HELD_OUT["user_id"].to_pylist())
+    assert found.num_skipped == counted | {"user_without_embedding": 1 + opted_out}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
         ({"inputs": {"targets_uri": "{in}/targets.parquet"}}, InputError, "trained_on"),
         ({"inputs": {"later_users_uri": "{in}/refit.parquet"}}, IncompatibleError, "refit rotates it"),
+        ({"inputs": {"later_users_uri": "{in}/nothing.parquet"}}, InputError, "no Parquet file here"),
+        ({"inputs": {"later_users_uri": "{in}/strangers.parquet"}}, InputError, "none of the 29 evaluated users"),
         ({"inputs": {"refit_users_uri": "{in}/later.parquet"}}, InputError, "own embedding space"),
         ({"inputs": {"impressions_uri": "{in}/targets.parquet"}}, InputError, "impression_id"),
+        ({"inputs": {"impressions_uri": "{in}/unfit.parquet"}}, InputError, "none of its impressions"),
+        ({"inputs": {"users_uri": "{in}/plain.parquet"}, "evaluation": {"methods": ["profile_text"]}},
+         ConfigError, "profile_text"),
         ({"projector": {"uri": "{in}/nothing"}}, ConfigError, "no projector artifact"),
+        ({"projector": {"uri": "{in}/prompted"}}, ConfigError, "trained with other prompts"),
         ({"compare": {"other": "{in}/nothing"}}, ConfigError, "evaluation.json"),
     ],
-)
+)  # fmt: skip
 def test_wrong_inputs_have_clear_errors(
-    place: Place, changes: dict[str, Any], error: type[E2PError], words: str
+    place: Place, changes: dict[str, Any], error: type[E2PError], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All of them before a model is loaded, so that nothing that was measured is lost."""
+    monkeypatch.setattr(BaseModel, "load", lambda *_: pytest.fail("a model was loaded"))
     folder = place.values["inputs"]["users_uri"].removesuffix("/users.parquet")
-    filled = {n: {k: v.format(**{"in": folder}) for k, v in section.items()} for n, section in changes.items()}
-    quick = {"num_retrieval_texts": 0, "num_written": 0, "noise": ()}
+    strangers = _users(user_id=[f"stranger-{n}" for n in range(NUM_USERS)])
+    for name, table in {
+        "strangers": strangers,
+        "plain": users_table(),
+        "unfit": _SHOWN.set_column(1, "user_id", [["nobody"] * len(_SHOWN)]),
+    }.items():
+        place.storage.write_table(f"{folder}/{name}.parquet", table)
+    projector = Projector.from_pretrained(place.storage, place.values["projector"]["uri"])
+    other: dict[str, Any] = {"settings": {"tasks": {"headline": {"prompts": {}}}}}
+    Projector(replace(projector.manifest, trained=other), projector.reference).save_pretrained(
+        place.storage, f"{folder}/prompted"
+    )
+    filled = {
+        name: {key: value.format(**{"in": folder}) if isinstance(value, str) else value for key, value in each.items()}
+        for name, each in changes.items()
+    }
+    quick = {"num_retrieval_texts": 0, "num_written": 0, "noise": ()} | filled.pop("evaluation", {})
     config = place.config(**filled, evaluation=quick, training={"num_steps": 1})
     with pytest.raises(error, match=words):
         job.run_evaluation(config)
@@ -291,12 +468,17 @@ def test_wrong_inputs_have_clear_errors(
 @pytest.mark.parametrize(
     ("table", "column", "row", "read"),
     [
-        (targets_table(), "text", 4, lambda storage, uri: data.read_targets(storage, uri, "headline")),
-        (users_table(), "user_id", 4, lambda storage, uri: data.read_user_vectors(storage, uri, [], Space(SPACE, DIM))),
-        (users_table(), "embedding_space", 0, data.space_of),
+        (targets_table(), "text", 4, lambda storage, uri: data.read_all_targets(storage, uri, ("headline",))),
+        (
+            users_table(),
+            "user_id",
+            4,
+            lambda storage, uri: data.read_all_users(storage, uri, pl.Series(["u"]), Space(SPACE, DIM)),
+        ),
+        (_SHOWN, "text", 4, lambda storage, uri: data._shown(storage, storage.parquet_files(uri)[0])),
         (contents_table(), "body", 4, lambda storage, uri: data._contents(storage, uri, pl.Series(["c1"]))),
     ],
-    ids=["targets", "users", "space", "contents"],
+    ids=["targets", "users", "impressions", "contents"],
 )
 def test_bytes_that_are_no_text_are_named(
     table: pa.Table, column: str, row: int, read: Callable[[Storage, str], Any], tmp_path: Path
@@ -309,14 +491,97 @@ def test_bytes_that_are_no_text_are_named(
     read(Storage(), uri)
 
 
-def test_a_profile_is_needed_where_it_is_asked_for(place: Place, tmp_path: Path) -> None:
-    place.storage.write_table(f"{tmp_path}/users.parquet", users_table())
-    quick = {"num_retrieval_texts": 0, "num_written": 0, "noise": (), "methods": ["profile_text"]}
-    config = place.config(
-        inputs={"users_uri": f"{tmp_path}/users.parquet"}, evaluation=quick, training={"num_steps": 1}
-    )
-    with pytest.raises(ConfigError, match="profile_text"):
+def _quick(place: Place, **changes: Any) -> EvaluateConfig:
+    """An evaluation of likelihoods alone."""
+    quick = {"num_retrieval_texts": 0, "num_written": 0, "noise": ()} | changes.pop("evaluation", {})
+    return place.config(**({"evaluation": quick, "training": {"num_steps": 1}} | changes))
+
+
+def test_a_profile_without_room_is_refused_before_anything_is_trained(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "train_constant", lambda _: pytest.fail("it trains"))
+    narrow = TASK | {"sampling": {"max_new_tokens": 450}}  # of 512; a profile takes 64
+    config = _quick(place, evaluation={"methods": ["profile_text"]}, tasks={"headline": narrow})
+    with pytest.raises(ConfigError, match="no room"):
         evaluate(config, place.storage, lambda line: None)
+
+
+def test_later_users_are_measured_on_those_who_are_still_there(place: Place, tmp_path: Path) -> None:
+    """Of two evaluated users one is gone and one opted out; the others' loss is that of these users alone."""
+    later = _users(personalize=[n not in (1, NUM_USERS - 1) for n in range(NUM_USERS)])[1:]
+    here = [f"user-{n:03d}" for n in range(2, NUM_USERS - 1)]
+    place.storage.write_table(f"{tmp_path}/later.parquet", later)
+    own = targets_table([row for row in _rows(range(_FIRST_HELD_OUT, NUM_CONTENTS)) if row[0] in here])
+    place.storage.write_table(f"{tmp_path}/own.parquet", own)
+    none: dict[str, str | None] = {"refit_users_uri": None, "impressions_uri": None}
+    inputs = none | {"later_users_uri": f"{tmp_path}/later.parquet"}
+    said: list[str] = []
+    found = evaluate(_quick(place, inputs=inputs), place.storage, said.append)
+    (_, point) = found.drift
+    inputs = none | {"later_users_uri": None, "targets_uri": f"{tmp_path}/own.parquet"}
+    (expected,) = evaluate(_quick(place, inputs=inputs), place.storage, said.append).drift
+    assert (point.kind, point.amount, point.num_users) == ("later", 0.0, len(here))
+    assert point.nll_per_token == pytest.approx(expected.nll_per_token, rel=1e-6)
+    assert point.nll_without == pytest.approx(expected.nll_per_token, rel=1e-6)
+    assert point.nll_per_token != pytest.approx(found.drift[0].nll_per_token, rel=1e-6), "the control: of all users"
+    assert "later users: measured on the 27 of 29 evaluated ones who are there" in said
+    for shown in (found.lines(), render_evaluation(found)):
+        assert f"{len(here)} users, {point.nll_without:.3f} without drift" in shown
+
+
+def test_the_space_of_later_users_is_that_of_most(place: Place, tmp_path: Path) -> None:
+    spaces = [None, "odd", *[SPACE] * (NUM_USERS - 2)]
+    place.storage.write_table(f"{tmp_path}/later.parquet", _users(embedding_space=pa.array(spaces, pa.string())))
+    config = place.config(inputs={"later_users_uri": f"{tmp_path}/later.parquet", "refit_users_uri": None})
+    space = Space(SPACE, DIM)
+    read = data.read_data(config, place.storage, space)
+    found = read_changed(config, place.storage, space, read, lambda line: None)
+    assert found["later"].embedding_space == SPACE
+    assert found["later"].user_ids == [f"user-{n:03d}" for n in range(2, NUM_USERS - 1)]
+
+
+def test_losses_that_are_no_numbers_are_an_error(place: Place) -> None:
+    inputs = {"refit_users_uri": None, "later_users_uri": None, "impressions_uri": None}
+    config = _quick(place, inputs=inputs, evaluation={"noise": [1e38]})
+    with pytest.raises(RunError, match="have a loss that is NaN or Inf"):
+        evaluate(config, place.storage, lambda line: None)
+    with pytest.raises(ValueError, match="finite number"):
+        _quick(place, evaluation={"noise": [float("inf")]})
+
+
+def test_names_that_the_checks_allow_are_no_foreign_ones(place: Place, tmp_path: Path) -> None:
+    named = [(*row[:3], "Mayor Peter Jackson in peace", 1.0) for row in _rows(range(_FIRST_HELD_OUT, NUM_CONTENTS))]
+    place.storage.write_table(f"{tmp_path}/targets.parquet", targets_table([*named]))
+    none = {"refit_users_uri": None, "later_users_uri": None, "impressions_uri": None}
+    inputs = none | {"targets_uri": f"{tmp_path}/targets.parquet"}
+    shares = []
+    for allow in ((), ("Peter Jackson",)):
+        config = _quick(place, inputs=inputs, evaluation={"num_written": 4}, checks={"allow": allow})
+        texts = evaluate(config, place.storage, lambda line: None).texts
+        shares.append(next(one.faithfulness.faithful.value for one in texts if one.method == "reference"))
+    assert shares == [0.0, 1.0]
+
+
+def test_what_was_skipped_stands_on_the_page(place: Place, tmp_path: Path) -> None:
+    """What has no prompt, too: two contents are in a language without one."""
+    languages = ["xx" if n in (7, 8) else "en" for n in range(NUM_CONTENTS)]
+    contents = contents_table()
+    place.storage.write_table(
+        f"{tmp_path}/contents.parquet",
+        contents.set_column(contents.schema.get_field_index("language"), "language", [languages]),
+    )
+    prompts = {"en": TASK["prompts"]["default"]}
+    none = {"refit_users_uri": None, "later_users_uri": None, "impressions_uri": None}
+    config = _quick(
+        place,
+        inputs=none | {"contents_uri": f"{tmp_path}/contents.parquet"},
+        tasks={"headline": TASK | {"prompts": prompts}},
+    )
+    found = evaluate(config, place.storage, lambda line: None)
+    rows = [row for row in _rows(range(7, 9)) if row[0] != f"user-{NUM_USERS - 1:03d}"]
+    assert f"{len(rows)} no_prompt" in found.about["skipped"]
+    assert "1 trained_on" in found.about["skipped"]
 
 
 def test_the_job_writes_result_and_page(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,6 +604,42 @@ def test_the_job_writes_result_and_page(place: Place, tmp_path: Path, capsys: py
     assert "before" in (tmp_path / "b" / "comparison.html").read_text("utf-8")
 
 
+def test_a_result_that_cannot_be_written_was_at_least_shown(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    none = {"refit_users_uri": None, "later_users_uri": None, "impressions_uri": None}
+    config = _quick(place, inputs=none, output={"uri": f"{tmp_path}/file/evaluation"})
+    with pytest.raises((E2PError, OSError)):
+        job.run_evaluation(config)
+    assert "shuffled user" in capsys.readouterr().out
+
+
+def test_lora_without_its_package_is_refused_first(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name))
+    for methods in (["lora"], ["prefix_tuning", "lora_profile_text"]):
+        with pytest.raises(ConfigError, match="needs peft"):
+            job.run_evaluation(_quick(place, evaluation={"methods": methods}))
+    job.require_extra(_quick(place, evaluation={"methods": ["prefix_tuning"]}))
+
+
+def test_an_interrupted_evaluation_does_not_say_that_it_resumes(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "eval.yaml"
+    path.write_text(yaml.safe_dump(place.values), "utf-8")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BaseModel, "load", interrupted)
+    assert run_job(job.JOB, ["--config", str(path)]) == 130
+    said = capsys.readouterr().err
+    assert "interrupted. Nothing is kept" in said
+    assert "resumes" not in said
+
+
 def test_shuffled_users_are_others_of_the_same_language() -> None:
     random = np.random.default_rng(0)
     user = random.integers(40, size=400).astype(np.int32)
@@ -347,3 +648,5 @@ def test_shuffled_users_are_others_of_the_same_language() -> None:
     assert (other != user).all()
     assert (other % 2 == user % 2).all()
     assert len(set(zip(user.tolist(), other.tolist(), strict=True))) == len(set(user.tolist())), "one for one"
+    alone = np.where(user == 7, "fr", languages)
+    assert (shuffled_users(user, alone, seed=0) != user).all(), "the only one of a language has one of another's"

@@ -112,6 +112,7 @@ def _training_page() -> str:
         "lessons": {
             **dict.fromkeys(("num_used", "num_users", "num_contents"), count),
             "skipped": {"training": {"opted_out": 31, "missing_content": 4}, "validation": {}},
+            "num_truncated": {"training": 2, "validation": 0},
             "num_contents_without_target": 12,
         },
         "base_model_hash": "0" * 64,
@@ -273,7 +274,9 @@ def test_figures_are_short_and_say_their_sign() -> None:
     assert [count_text(n) for n in (None, 0, 2.5, 12, 4512, 1_247_232, 3.2e9)] == [
         *("–", "0", "2.5", "12", "4.51k", "1.25M", "3.2G"),
     ]
+    assert [count_text(n) for n in (999.4, 999_400, 999_700, 999_700_000)] == ["999", "999k", "1M", "1G"]
     assert gain_text(Interval(-0.01234, -0.02, 0.001)) == ("-0.0123", "-0.0200 to +0.0010")
+    assert gain_text(Interval(-0.00001, -0.0002, 0.00001)) == ("0.0000", "-0.0002 to 0.0000")
     assert share_text(Interval(0.64, 0.58, 0.7)) == ("64 %", "58–70 %")
     assert percent(0.035) == "3.5 %"
     assert [round_step(size) for size in (0.11, 0.2, 3.0, 70.0)] == pytest.approx([0.2, 0.2, 5.0, 100.0])

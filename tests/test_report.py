@@ -15,7 +15,7 @@ import pytest
 
 from e2p_ray.commit import PublishedVersion, Run, ShardStats, commit_shard, open_run, read_markers
 from e2p_ray.downstream.pages.charts import histogram, number_text, stacked
-from e2p_ray.downstream.report import Report, build_report, render_html, render_terminal, write_report
+from e2p_ray.downstream.report import Report, build_report, read_report, render_html, render_terminal, write_report
 from e2p_ray.plan import Plan, make_plan, read_shard
 from e2p_ray.schema import Arm, DeadLetter, ErrorCode, FinishReason, Generation, Group, Reason, Request, Status
 from e2p_ray.storage import Storage
@@ -65,6 +65,8 @@ def _commit_all(storage: Storage, run: Run, *, carries_last: bool = False, **dra
         groups = read_shard(storage, run.plan_uri, shard_id)
         rows = [_generation(request, group, run) for group in groups for request in group.requests]
         first = rows.pop(0)
+        written = next(at for at, row in enumerate(rows) if row.status is Status.OK)
+        rows[written] = replace(rows[written], reason=Reason.TOO_LONG)  # its first text was; its second is the row's
         letter = DeadLetter(*first.key, ErrorCode.NON_FINITE_LOGITS, "made up", shard_id, run.run_id)
         is_carried = carries_last and shard_id == run.shard_ids[-1]
         more = {"num_carried": len(rows)} if is_carried else drafts
@@ -82,6 +84,7 @@ def _commit_all(storage: Storage, run: Run, *, carries_last: bool = False, **dra
         )
         commit_shard(storage, run, shard_id, rows, [letter], stats)
         committed.update(str(row.status) for row in rows)
+        committed.update(f"reason: {row.reason}" for row in rows if row.reason and row.status is not Status.OK)
         committed["dead"] += 1
     return committed
 
@@ -129,13 +132,20 @@ def test_report_counts_what_was_committed(
     finished: Finished,
 ) -> None:
     run, _, report, committed = finished
-    assert report.statuses == {name: n for name, n in committed.items() if name != "dead"}
+    assert report.statuses == {name: n for name, n in committed.items() if name in list(Status)}
+    assert report.reasons == {
+        name.removeprefix("reason: "): n for name, n in committed.items() if name.startswith("reason: ")
+    }
+    assert sum(report.reasons.values()) == report.statuses["fallback"] + report.statuses["suppressed"]
+    markers = read_markers(Storage(), run)
+    assert sum(marker["reasons"][Reason.TOO_LONG] for marker in markers) == len(markers), "the control: accepted ones"
     assert sum(report.run_dead_letters.values()) == committed["dead"] == len(run.shard_ids)
     assert report.plan_dead_letters == {"missing_content": 2, "unknown_user": 2}
     assert report.num_requests == sum(report.statuses.values()) + report.num_dead_letters
     assert report.sharing_ratio == pytest.approx(5.0)
     assert report.num_workers == 2
     assert report.num_truncated == len(run.shard_ids)
+    assert "<td>completions whose content was cut" in render_html(report)
     texts = sum(n for task in report.lengths.values() for counts in task.values() for n in counts.values())
     assert texts == sum(report.statuses.values())
     assert set(report.lengths) == {"headline", "explanation"}
@@ -302,6 +312,15 @@ def test_without_drafts_and_carried_rows_no_time_was_saved(finished: Finished) -
     assert nothing_written.estimated_saved_by_carrying_s is None, "nothing to reckon by"
 
 
+def test_a_report_that_is_no_json_is_nobodys(finished: Finished, tmp_path: Path) -> None:
+    run = replace(finished.run, uri=str(tmp_path))
+    write_report(Storage(), run, finished.report)
+    assert read_report(Storage(), run) == finished.report
+    for damaged in (b"", b"{", b"\xff"):
+        Path(tmp_path, "report.json").write_bytes(damaged)
+        assert read_report(Storage(), run) is None
+
+
 def test_charts_hold_every_count() -> None:
     counts = {length: length % 7 for length in range(3, 400)}
     titles = re.findall(r"<title>[^:]+: ([\d,]+)</title>", histogram(counts, label="<l>", unit="characters"))
@@ -310,6 +329,7 @@ def test_charts_hold_every_count() -> None:
     widths = re.findall(r' width="([\d.]+)"', stacked([("ok", "o", 0.75), ("dead", "d", 0.25)], label="x"))
     assert [float(width) for width in widths] == [748.0, 248.0]
     assert [number_text(n) for n in (0, 3, 2.5, 1234, 12_345, 2_500_000)] == ["0", "3", "2.5", "1,234", "12.3k", "2.5M"]
+    assert [number_text(n) for n in (999_700, 999_700_000, 0.04, 0.02)] == ["1M", "1G", "0.04", "0.02"]
 
 
 def test_terminal_tables_know_wide_characters() -> None:

@@ -6,7 +6,8 @@ import polars as pl
 import pytest
 
 from e2p_ray.downstream.evaluation import Evaluation, MethodCost, summarise
-from e2p_ray.downstream.measures.verdict import Finding
+from e2p_ray.downstream.measures.likelihood import score_methods, user_totals
+from e2p_ray.downstream.measures.verdict import Finding, conclude
 from e2p_ray.downstream.pages.columns import width
 from tests.evaluation_world import (
     METHODS,
@@ -62,6 +63,40 @@ def test_what_any_user_gains_over_a_constant_token_is_not_called_personal() -> N
     assert "so does another user's" in said
     own = summarise(scores_frame().with_columns(nll=pl.col("nll") + dearer), [], about={}, seed=0)
     assert any("more than adaptation" in sentence for sentence in own.conclusion.sentences), "the control"
+
+
+def test_what_another_user_gains_over_a_constant_token_is_said_only_where_it_does() -> None:
+    """The right user beats the constant token, and nobody else does; but a shuffled one has much luck, good and bad."""
+    rows = scores_frame().filter(method="right")
+    luck = pl.when(pl.col("user_id").hash(seed=1) % 2 == 0).then(-0.3).otherwise(0.3)
+    losses = {"right": pl.lit(2.98), "constant": pl.lit(3.0), "shuffled": 3.0 + luck}
+    frame = pl.concat(
+        rows.with_columns(method=pl.lit(name), nll=loss * pl.col("num_tokens")) for name, loss in losses.items()
+    )
+    found = summarise(frame, [], about={}, seed=0).conclusion
+    assert found.finding is Finding.NOT_SHOWN
+    (said,) = [sentence for sentence in found.sentences if "It beats one constant learned token" in sentence]
+    assert "so does another user's" not in said
+    assert "may be adaptation to the task alone" in said
+
+
+def test_the_fewest_users_allowed_seldom_show_a_gain_that_is_not_there() -> None:
+    """In worlds where nobody gains: 2.5 of 100 by the interval's name."""
+    methods = pl.col("method").is_in(["right", "shuffled"])
+
+    def finding(num_users: int, seed: int) -> Finding:
+        rows = scores_frame(gain=0.0, seed=seed, num_users=num_users).filter(methods)
+        return conclude(score_methods("all", user_totals(rows), seed=0), ["en"]).finding
+
+    fewest = next(number for number in range(1, NUM_USERS) if finding(number, 0) is not Finding.NOT_MEASURED)
+    findings = [finding(fewest, seed) for seed in range(300)]
+    assert findings.count(Finding.PERSONALISES) < 0.06 * len(findings)
+
+
+@pytest.mark.parametrize(("num_users", "is_said"), [(24, True), (60, False)])
+def test_few_users_are_called_few(num_users: int, is_said: bool) -> None:
+    first = summarise(scores_frame(num_users=num_users), [], about={}, seed=0).conclusion.sentences[0]
+    assert (f"With {num_users} users the intervals are narrower" in first) == is_said
 
 
 def test_without_a_gain_none_is_shown() -> None:

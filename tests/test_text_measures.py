@@ -217,6 +217,9 @@ def test_faithful_texts_name_only_what_the_content_names() -> None:
     swapped = measure_faithfulness(list(cases)[:1], [japanese], ["u"], seed=0)
     assert measure_faithfulness(list(cases)[:1], [english], ["u"], seed=0).faithful.value == 1.0
     assert swapped.num_empty == 0
+    allowed = measure_faithfulness(list(cases), list(cases.values()), list("uvwxyz"), allow=["Peter Jackson"], seed=0)
+    assert allowed.faithful.value == pytest.approx(3 / 6)
+    assert allowed.foreign_names == 0.0
 
 
 def test_texts_are_measured_by_language_with_the_references_last() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -45,13 +45,15 @@ class EvaluateOutputConfig(Section):
 class EvaluationConfig(Section):
     """What is measured. Right, shuffled, mean, no soft token and constant token always are."""
 
-    methods: tuple[ExtraMethod, ...] = Field((), description="more baselines; the last three need [evaluate]")
+    methods: tuple[ExtraMethod, ...] = Field(
+        (), description="more baselines; lora and lora_profile_text need peft ([evaluate])"
+    )
     max_targets: int = Field(2000, ge=1, description="a fixed sample of so many held-out targets is scored")
     num_retrieval_texts: int = Field(200, ge=0, description="texts of which the right user is looked for; 0: none")
     num_retrieval_users: int = Field(50, ge=2, description="users that each of these texts could be for")
     num_written: int = Field(200, ge=0, description="held-out pairs for which texts are written and compared; 0: none")
     max_impressions: int = Field(300, ge=1)
-    noise: tuple[float, ...] = Field(
+    noise: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
         (0.25, 0.5, 1.0, 2.0), description="drift: Gaussian noise in standard deviations of the reference statistics"
     )
     seed: int = Field(0, ge=0)
@@ -68,6 +70,6 @@ class EvaluateConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     training: TrainingConfig = Field(TrainingConfig(), description="of the trained controls")
     compare: dict[str, Uri] = Field({}, description="by name, outputs of other evaluations to be shown beside this one")
-    checks: ChecksConfig = ChecksConfig()
+    checks: ChecksConfig = Field(ChecksConfig(), description="`allow` counts, for what is a foreign name; the rest not")
     engine: EngineConfig = EngineConfig()
     storage: StorageConfig = StorageConfig()

@@ -23,6 +23,7 @@ from e2p_ray.downstream.measures.likelihood import (
     gains_by_history,
     parts_of,
     score_methods,
+    shuffled_over_constant,
     user_totals,
 )
 from e2p_ray.downstream.measures.methods import in_order
@@ -53,13 +54,15 @@ class DriftPoint:
     """Loss of the right user's soft token after the user embeddings drifted.
 
     kind: what was done to them, such as noise, later, refit; amount: their root mean square change in standard
-    deviations.
+    deviations. Where only some of the users could be measured: how many, and the loss of these without drift.
     """
 
     kind: str
     amount: float
     nll_per_token: float
     interval: Interval | None = None
+    num_users: int | None = None
+    nll_without: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,7 @@ def summarise(
     texts: pl.DataFrame | None = None,
     ranking: pl.DataFrame | None = None,
     drift: Iterable[DriftPoint] = (),
+    allow: Sequence[str] = (),
     about: Mapping[str, str],
     seed: int,
 ) -> Evaluation:
@@ -117,7 +121,7 @@ def summarise(
     scores: method, task, language, user_id, content_id, num_tokens, nll (nats, summed over the target's tokens),
     history_size (null where unknown), the same pairs under every method. texts: method, task, language, user_id,
     content_id, text, reference, title, body. ranking: method, impression_id, user_id, content_id, score, clicked.
-    Raises RunError when there are no pairs.
+    allow: names that may stand in any text. Raises RunError when there are no pairs.
     """
     check_scores(scores)
     method_scores: list[MethodScore] = []
@@ -129,7 +133,7 @@ def summarise(
     languages = tuple(sorted(scores["language"].unique()))
     order = in_order(scores["method"])
     return Evaluation(
-        conclusion=conclude(method_scores, languages),
+        conclusion=conclude(method_scores, languages, shuffled_over_constant(totals, seed=seed)),
         languages=languages,
         num_contents=scores["content_id"].n_unique(),
         scores=tuple(method_scores),
@@ -138,7 +142,7 @@ def summarise(
         histograms=tuple(gain_histogram(totals, control) for control in controls),
         retrieval=_retrieval(retrieval, seed),
         ranking=measure_ranking(ranking, seed=seed) if ranking is not None else (),
-        texts=measure_texts(texts, seed=seed) if texts is not None else (),
+        texts=measure_texts(texts, allow=allow, seed=seed) if texts is not None else (),
         samples=choose_samples(texts, seed=seed) if texts is not None else (),
         drift=tuple(drift),
         about=dict(about),

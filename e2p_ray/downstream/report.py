@@ -20,6 +20,7 @@ from e2p_ray.downstream.samples import Sample, Samples, SampleText
 from e2p_ray.downstream.terminal import render_terminal
 from e2p_ray.errors import ConservationError, InputError, ObjectNotFoundError
 from e2p_ray.plan import Plan
+from e2p_ray.schema import Status
 from e2p_ray.storage import Storage
 
 __all__ = [
@@ -44,7 +45,7 @@ _DERIVED = (
     "estimated_saved_by_carrying_s",
     "estimated_saved_by_drafts_s",
 )
-_TEXT_COLUMNS = ["user_id", "content_id", "task", "text", "status"]
+_TEXT_COLUMNS = ["user_id", "content_id", "task", "text", "status", "reason"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Report:
     num_users: int
     num_shards: int
     statuses: dict[str, int]
-    reasons: dict[str, int]
+    reasons: dict[str, int]  # of fallbacks and suppressed rows; a marker counts ok rows after a second try, too
     arms: dict[str, int]
     tasks: dict[str, int]
     plan_dead_letters: dict[str, int]
@@ -191,10 +192,12 @@ def build_report(
     markers = read_markers(storage, run)
     generated = [marker for marker in markers if marker["stats"]["worker"]]
     lengths: Counter[tuple[str, str, int]] = Counter()
+    reasons: Counter[str] = Counter()
     samples = Samples()
     for shard_id in run.shard_ids:
         rows = _shard_rows(storage, run, shard_id)
         _count_lengths(rows, lengths)
+        reasons.update(rows.filter(pl.col("status") != str(Status.OK))["reason"].drop_nulls())
         samples.add(rows)
     spans = sorted((_seconds(marker, "started_at"), _seconds(marker, "finished_at")) for marker in generated)
     counts = plan.counts
@@ -214,7 +217,7 @@ def build_report(
         num_users=counts.num_users,
         num_shards=len(run.shard_ids),
         statuses=_sum(markers, "statuses"),
-        reasons=_sum(markers, "reasons"),
+        reasons=_ordered(reasons),
         arms=_sum(markers, "arms"),
         tasks=_sum(markers, "tasks"),
         plan_dead_letters=dict(counts.dead_letters),
@@ -260,7 +263,7 @@ def read_report(storage: Storage, run: Run) -> Report | None:
     """The report of a run, if one was written by this release."""
     try:
         return Report.from_json(storage.read_bytes(f"{run.uri}/report.json"))
-    except (ObjectNotFoundError, KeyError, TypeError):
+    except (ObjectNotFoundError, KeyError, TypeError, ValueError):  # ValueError: no JSON, so nobody's
         return None
 
 
@@ -293,7 +296,12 @@ def _nested(lengths: Mapping[tuple[str, str, int], int]) -> dict[str, dict[str, 
 
 
 def _sum(markers: Iterable[Mapping[str, Any]], name: str) -> dict[str, int]:
-    return dict(sorted(summed(markers, name).items(), key=lambda item: (-item[1], item[0])))
+    return _ordered(summed(markers, name))
+
+
+def _ordered(counts: Mapping[str, int]) -> dict[str, int]:
+    """The most frequent first."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _total(markers: Iterable[Mapping[str, Any]], name: str) -> int:

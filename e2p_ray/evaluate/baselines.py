@@ -8,11 +8,12 @@ from typing import assert_never
 
 import numpy as np
 
-from e2p_ray.config import ExtraMethod
+from e2p_ray.config import EvaluateConfig, ExtraMethod
 from e2p_ray.downstream.evaluation import MethodCost
 from e2p_ray.errors import ConfigError
-from e2p_ray.evaluate.contest import Contest, Scored, soft_token_scores
+from e2p_ray.evaluate.contest import Contest, Scored, refuse_non_finite, soft_token_scores
 from e2p_ray.evaluate.controls import num_parameters, train_on
+from e2p_ray.evaluate.data import EvaluationData
 from e2p_ray.train.baselines.adapters import AdapterKind, train_adapter
 from e2p_ray.train.baselines.profile import profile_lessons
 from e2p_ray.train.lessons import LessonTable, Target
@@ -26,7 +27,7 @@ def score_baseline(contest: Contest, method: ExtraMethod) -> Scored:
         case "profile_text":
             return _in_rows_of(
                 contest,
-                table := _profiles(contest, method, contest.data.held_out),
+                table := _profiles(contest, contest.data.held_out),
                 soft_token_scores(contest, method, table, None, contest.new_store(), 0),
             )
         case "profile_text_constant":
@@ -34,15 +35,15 @@ def score_baseline(contest: Contest, method: ExtraMethod) -> Scored:
         case "prefix_tuning" | "lora":
             return _adapter(contest, method, method, contest.lessons(contest.data.training), contest.table)
         case "lora_profile_text":
-            training = _profiles(contest, method, contest.data.training)
-            return _adapter(contest, method, "lora", training, _profiles(contest, method, contest.data.held_out))
+            training = _profiles(contest, contest.data.training)
+            return _adapter(contest, method, "lora", training, _profiles(contest, contest.data.held_out))
     assert_never(method)
 
 
 def _profile_and_constant(contest: Contest, method: str) -> Scored:
     settings = replace(contest.settings, kind="constant", layout="content_first")
-    trained = train_on(contest, _profiles(contest, method, contest.data.training), settings)
-    table = _profiles(contest, method, contest.data.held_out)
+    trained = train_on(contest, _profiles(contest, contest.data.training), settings)
+    table = _profiles(contest, contest.data.held_out)
     found = soft_token_scores(contest, method, table, trained, contest.new_store(), num_parameters(trained))
     return _in_rows_of(contest, table, found)
 
@@ -58,7 +59,7 @@ def _adapter(contest: Contest, method: str, kind: AdapterKind, training: LessonT
         device=contest.config.base_model.device,
     )
     started = time.perf_counter()
-    scores = adapter.score(table)
+    scores = refuse_non_finite(adapter.score(table))
     seconds = time.perf_counter() - started
     lefts = np.repeat(np.diff(table.lefts.starts), np.diff(table.first_row))
     rights = np.diff(table.rights.starts)
@@ -72,12 +73,24 @@ def _adapter(contest: Contest, method: str, kind: AdapterKind, training: LessonT
     return _in_rows_of(contest, table, Scored(method, scores, cost))
 
 
-def _profiles(contest: Contest, method: str, targets: tuple[Target, ...]) -> LessonTable:
-    if not contest.data.profile_of:
+def refuse_without_profiles(config: EvaluateConfig, data: EvaluationData) -> None:
+    """ConfigError where a method needs the users' taste as text and the users table has none."""
+    asked = [method for method in config.evaluation.methods if "profile_text" in method]
+    if asked and not data.profile_of:
         raise ConfigError(
-            f"evaluation.methods: {method} needs the user's taste as text: give the users table a column profile_text, "
-            "or leave the method out"
+            f"evaluation.methods: {', '.join(asked)} needs the user's taste as text: give the users table a column "
+            "profile_text, or leave it out"
         )
+
+
+def refuse_long_profiles(contest: Contest) -> None:
+    """ConfigError where a profile would leave a held-out prompt no room, before anything is trained."""
+    asked = [method for method in contest.config.evaluation.methods if "profile_text" in method]
+    if asked:
+        _places(contest, _profiles(contest, contest.data.held_out), ", ".join(asked))
+
+
+def _profiles(contest: Contest, targets: tuple[Target, ...]) -> LessonTable:
     table, _ = profile_lessons(
         contest.tokenizer,
         contest.tasks,
@@ -93,12 +106,17 @@ def _profiles(contest: Contest, method: str, targets: tuple[Target, ...]) -> Les
 
 def _in_rows_of(contest: Contest, table: LessonTable, found: Scored) -> Scored:
     """Scores in the row order of the contest's own table."""
+    rows = _places(contest, table, found.method)
+    return replace(found, scores=RowScores(found.scores.nll[rows], found.scores.num_tokens[rows]))
+
+
+def _places(contest: Contest, table: LessonTable, methods: str) -> list[int]:
+    """The row of this table for every row of the contest's own. ConfigError where there is none."""
     place_of = {int(source): row for row, source in enumerate(table.source)}
     missing = [source for source in contest.table.source.tolist() if source not in place_of]
     if missing:
         raise ConfigError(
-            f"evaluation.methods: {found.method} leaves no room for the content in {len(missing):,} prompts. "
+            f"evaluation.methods: {methods} leaves no room for the content in {len(missing):,} prompts. "
             "Shorten profile_text, or leave the method out"
         )
-    rows = [place_of[source] for source in contest.table.source.tolist()]
-    return replace(found, scores=RowScores(found.scores.nll[rows], found.scores.num_tokens[rows]))
+    return [place_of[source] for source in contest.table.source.tolist()]

@@ -17,6 +17,7 @@ from e2p_ray.engine.manifest import BaseModelFolder
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
+from e2p_ray.errors import RunError
 from e2p_ray.evaluate.data import EvaluationData
 from e2p_ray.train.controls import derangement
 from e2p_ray.train.lessons import LessonTable, Target, make_lessons
@@ -48,6 +49,8 @@ class Contest:
     settings: TrainSettings  # the projector's own shape; the controls' training
     data: EvaluationData
     table: LessonTable  # of the held-out targets
+    shown: LessonTable | None  # of the candidates of the impressions
+    skipped: Mapping[str, int]  # of the held-out targets, whatever for
     say: Say
 
     @property
@@ -56,7 +59,12 @@ class Contest:
 
     def lessons(self, targets: tuple[Target, ...]) -> LessonTable:
         """Targets as lessons in the projector's layout."""
-        return lessons_for(self, targets)
+        contents = list(self.data.contents.values())
+        positions = self.base.max_positions
+        table, _ = make_lessons(
+            self.tokenizer, self.tasks, self.data.users, contents, targets, self.settings, positions
+        )
+        return table
 
     def new_store(self) -> PrefixStore:
         """An empty store of shared prefixes, so that a method's cost includes its prefill."""
@@ -88,29 +96,35 @@ class Contest:
         )
 
 
-def lessons_for(contest: Contest, targets: tuple[Target, ...]) -> LessonTable:
-    """See `Contest.lessons`."""
-    table, _ = make_lessons(
-        contest.tokenizer,
-        contest.tasks,
-        contest.data.users,
-        list(contest.data.contents.values()),
-        targets,
-        contest.settings,
-        contest.base.max_positions,
-    )
-    return table
-
-
 def shuffled_users(user: npt.NDArray[np.int32], languages: npt.NDArray[np.str_], seed: int) -> npt.NDArray[np.int32]:
-    """Every row's user replaced by another one with rows in its language; a language's only user stays."""
+    """Every row's user replaced by another one with rows in its language, or in any where it has no other."""
     other = user.copy()
     for number, language in enumerate(sorted(set(languages.tolist()))):
         mine = languages == language
         users = np.unique(user[mine])
+        strangers = np.setdiff1d(user, users)
+        if len(users) == 1 and len(strangers):
+            other[mine] = strangers[(seed + number) % len(strangers)]
+            continue
         places = np.searchsorted(users, user[mine])
         other[mine] = users[derangement(len(users), seed=seed + number)][places]
     return other
+
+
+def finite_score(base: BaseModel, projector: Projector | None, table: LessonTable, store: PrefixStore) -> RowScores:
+    """`score`. RunError where a loss is no finite number: no measure could be taken of it."""
+    return refuse_non_finite(score(base, projector, table, store))
+
+
+def refuse_non_finite(scores: RowScores) -> RowScores:
+    """The scores as they are, or RunError."""
+    num_bad = int((~np.isfinite(scores.nll)).sum())
+    if num_bad:
+        raise RunError(
+            f"{num_bad:,} of {len(scores.nll):,} texts have a loss that is NaN or Inf. Set base_model.dtype to float32 "
+            "(float16 ends at 65,504), and look at the projector and at evaluation.noise"
+        )
+    return scores
 
 
 def soft_token_scores(
@@ -118,7 +132,7 @@ def soft_token_scores(
 ) -> Scored:
     """Score a table with a projector's soft tokens, or without any, and time it."""
     started = time.perf_counter()
-    scores = score(contest.base, projector, table, store)
+    scores = finite_score(contest.base, projector, table, store)
     seconds = time.perf_counter() - started
     num_soft = 0 if projector is None else projector.manifest.num_soft_tokens
     lefts = np.repeat(np.diff(table.lefts.starts), np.diff(table.first_row))

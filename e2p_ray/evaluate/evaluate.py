@@ -10,17 +10,17 @@ import torch
 
 from e2p_ray.config import EvaluateConfig
 from e2p_ray.downstream.evaluation import Evaluation, summarise
-from e2p_ray.engine.manifest import check_compatible, read_manifest, resolve_base_model
+from e2p_ray.engine.manifest import ProjectorManifest, check_compatible, read_manifest, resolve_base_model
 from e2p_ray.engine.model import BaseModel, pick_device
 from e2p_ray.engine.projector import Projector
 from e2p_ray.engine.prompt import load_tokenizer
 from e2p_ray.errors import ConfigError
-from e2p_ray.evaluate.baselines import score_baseline
+from e2p_ray.evaluate.baselines import refuse_long_profiles, refuse_without_profiles, score_baseline
 from e2p_ray.evaluate.contest import Contest, Say, Scored
 from e2p_ray.evaluate.controls import score_controls, train_constant
 from e2p_ray.evaluate.data import EvaluationData, read_data
-from e2p_ray.evaluate.drift import measure_drift
-from e2p_ray.evaluate.impressions import ranked_impressions
+from e2p_ray.evaluate.drift import measure_drift, read_changed
+from e2p_ray.evaluate.impressions import ranked_impressions, shown_targets
 from e2p_ray.evaluate.retrieval import retrieval_matrices
 from e2p_ray.evaluate.writing import Written, write_texts
 from e2p_ray.plan.inputs import Space
@@ -36,9 +36,13 @@ def evaluate(config: EvaluateConfig, storage: Storage, say: Say) -> Evaluation:
     Raises ConfigError, InputError or IncompatibleError for what does not fit together, before a model is loaded.
     """
     manifest = read_manifest(storage, config.projector.uri)
+    refuse_other_prompts(config, manifest)
     folder = resolve_base_model(config.base_model, storage)
     check_compatible(manifest, folder)
-    data = read_data(config, storage, Space(manifest.embedding_space, manifest.embedding_dim))
+    space = Space(manifest.embedding_space, manifest.embedding_dim)
+    data = read_data(config, storage, space)
+    refuse_without_profiles(config, data)
+    changed = read_changed(config, storage, space, data, say)
     device = pick_device(config.base_model.device)
     if device.type == "cpu" and config.engine.num_threads is not None:
         torch.set_num_threads(config.engine.num_threads)
@@ -48,6 +52,7 @@ def evaluate(config: EvaluateConfig, storage: Storage, say: Say) -> Evaluation:
         f"{contest.table.num_rows:,} held-out targets of {len(contest.table):,} contents; "
         f"{data.share_seen_contents:.0%} of them on contents that were trained on"
     )
+    refuse_long_profiles(contest)
     before = base.weights_hash()
     constant = train_constant(contest)
     scored = score_controls(contest, constant)
@@ -59,7 +64,8 @@ def evaluate(config: EvaluateConfig, storage: Storage, say: Say) -> Evaluation:
         retrieval=retrieval_matrices(contest, constant) if config.evaluation.num_retrieval_texts else (),
         texts=None if written is None else written.texts,
         ranking=ranked_impressions(contest),
-        drift=measure_drift(contest, storage),
+        drift=measure_drift(contest, changed),
+        allow=config.checks.allow,
         about=_about(contest),
         seed=config.evaluation.seed,
     )
@@ -72,14 +78,18 @@ def _contest(config: EvaluateConfig, storage: Storage, base: BaseModel, data: Ev
     folder = resolve_base_model(config.base_model, storage)
     tokenizer = load_tokenizer(folder.path)
     settings = control_settings(config, projector)
-    refuse_other_prompts(config, projector)
-    contents = list(data.contents.values())
-    table, skipped = make_lessons(
-        tokenizer, config.tasks, data.users, contents, data.held_out, settings, base.max_positions
-    )
-    for reason, count in (Counter(data.num_skipped) + Counter(skipped)).items():
+    given = (tokenizer, config.tasks, data.users, list(data.contents.values()))
+    table, unfit = make_lessons(*given, data.held_out, settings, base.max_positions)
+    skipped = Counter(data.num_skipped) + Counter(unfit)
+    for reason, count in skipped.items():
         say(f"skipped {count:,} held-out targets: {reason}")
-    return Contest(config, base, folder, tokenizer, projector, settings, data, table, say)
+    shown = None
+    if data.impressions is not None:
+        try:
+            shown, _ = make_lessons(*given, shown_targets(config, data.impressions), settings, base.max_positions)
+        except ConfigError as error:
+            raise ConfigError(f"inputs.impressions_uri: {error}. Or leave this input out") from error
+    return Contest(config, base, folder, tokenizer, projector, settings, data, table, shown, skipped, say)
 
 
 def control_settings(config: EvaluateConfig, projector: Projector) -> TrainSettings:
@@ -102,14 +112,14 @@ def control_settings(config: EvaluateConfig, projector: Projector) -> TrainSetti
     )
 
 
-def refuse_other_prompts(config: EvaluateConfig, projector: Projector) -> None:
+def refuse_other_prompts(config: EvaluateConfig, manifest: ProjectorManifest) -> None:
     """ConfigError when a task's prompts are not those that the projector was trained with, where it says them."""
-    recorded = projector.manifest.trained.get("settings", {}).get("tasks", {})
+    recorded = manifest.trained.get("settings", {}).get("tasks", {})
     for name, task in config.tasks.items():
         trained = recorded.get(name, {}).get("prompts")
         if trained is not None and trained != task.model_dump(mode="json")["prompts"]:
             raise ConfigError(
-                f"tasks.{name}.prompts: projector {projector.manifest.projector_id} was trained with other prompts. A "
+                f"tasks.{name}.prompts: projector {manifest.projector_id} was trained with other prompts. A "
                 "soft token is trained for one place in one prompt: give the prompts of its train.yaml"
             )
 
@@ -122,6 +132,13 @@ def _timed(one: Scored, written: Written | None) -> Scored:
 
 def _about(contest: Contest) -> dict[str, str]:
     manifest, settings = contest.projector.manifest, contest.settings
+    shown = contest.data.impressions
+    impressions = (
+        "none"
+        if shown is None
+        else f"{shown['impression_id'].n_unique():,}; {contest.data.num_trained_impressions:,} left out, as the "
+        "projector was trained on a pair of theirs"
+    )
     cue = "after" if any(p.cue_after for task in contest.tasks.values() for p in task.prompts.values()) else "before"
     return {
         "projector": f"{manifest.projector_id} ({manifest.kind}, {manifest.num_soft_tokens} soft token(s), "
@@ -130,7 +147,8 @@ def _about(contest: Contest) -> dict[str, str]:
         "embedding space": f"{manifest.embedding_space} ({manifest.embedding_dim} dimensions)",
         "held-out targets": f"{contest.table.num_rows:,} of {len(contest.table):,} contents, "
         f"{contest.data.share_seen_contents:.0%} on contents that were trained on",
-        "skipped": ", ".join(f"{count:,} {reason}" for reason, count in contest.data.num_skipped.items()) or "none",
+        "skipped": ", ".join(f"{count:,} {reason}" for reason, count in contest.skipped.items()) or "none",
+        "impressions": impressions,
         "trained controls": f"{len(contest.data.training):,} targets, {settings.num_steps:,} steps, learning rate "
         f"{settings.learning_rate:g}",
         "hardware": f"{contest.base.device.type}, {torch.get_num_threads()} threads",

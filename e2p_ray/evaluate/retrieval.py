@@ -9,9 +9,8 @@ import numpy as np
 from e2p_ray.downstream.measures.methods import CONSTANT, RIGHT
 from e2p_ray.downstream.measures.retrieval import LikelihoodMatrix
 from e2p_ray.engine.projector import Projector
-from e2p_ray.evaluate.contest import Contest, Ints
+from e2p_ray.evaluate.contest import Contest, Ints, finite_score
 from e2p_ray.train.lessons import LessonTable, Ragged
-from e2p_ray.train.score import score
 
 _MIN_USERS = 2
 
@@ -34,7 +33,7 @@ def retrieval_matrices(contest: Contest, constant: Projector) -> list[Likelihood
         right = np.searchsorted(users, contest.table.user[rows]).astype(np.intp)
         store = contest.new_store()
         for method, projector in ((RIGHT, contest.projector), (CONSTANT, constant)):
-            values = -score(contest.base, projector, table, store).nll.reshape(len(rows), len(users))
+            values = -finite_score(contest.base, projector, table, store).nll.reshape(len(rows), len(users))
             found.append(LikelihoodMatrix(method, language, values, right))
     return found
 

@@ -27,11 +27,19 @@ class Faithfulness:
 
 
 def measure_faithfulness(
-    texts: Sequence[str], contents: Sequence[Content], user_ids: Sequence[str], *, seed: int
+    texts: Sequence[str],
+    contents: Sequence[Content],
+    user_ids: Sequence[str],
+    *,
+    allow: Sequence[str] = (),
+    seed: int,
 ) -> Faithfulness:
-    """Every text against its own content. Texts of one content side by side are fastest."""
+    """Every text against its own content; names of `allow` may stand in any.
+
+    Texts of one content side by side are fastest.
+    """
     limits = LimitsConfig(max_chars=_NO_LIMITS, max_tokens=_NO_LIMITS, must_finish=False)
-    checks = ChecksConfig(language=False, repetition=False, foreign_contacts=False)
+    checks = ChecksConfig(language=False, repetition=False, foreign_contacts=False, allow=tuple(allow))
     reasons = [check(text, content, None, limits, checks).reason for text, content in zip(texts, contents, strict=True)]
     (faithful,) = mean_intervals(user_ids, np.array([[float(reason is None)] for reason in reasons]), seed=seed)
     counts = Counter(reasons)

@@ -163,6 +163,14 @@ def score_methods(part: str, totals: UserTotals, *, seed: int) -> tuple[MethodSc
     )
 
 
+def shuffled_over_constant(totals: UserTotals, *, seed: int) -> Interval | None:
+    """Nats a token that a shuffled user's soft token gains over the constant one; None where one is not measured."""
+    if not {SHUFFLED, CONSTANT} <= set(totals.methods):
+        return None
+    constant, shuffled = (totals.nll[:, totals.methods.index(method)] for method in (CONSTANT, SHUFFLED))
+    return ratio_interval(constant - shuffled, totals.num_tokens, seed=seed)
+
+
 def controls_of(totals: UserTotals) -> list[str]:
     """The controls whose gains are looked at user by user."""
     return [method for method in (SHUFFLED, CONSTANT) if {method, RIGHT} <= set(totals.methods)]

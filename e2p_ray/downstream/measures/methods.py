@@ -10,6 +10,8 @@ SHUFFLED = "shuffled"
 CONSTANT = "constant"
 MEAN = "mean"
 NO_SOFT_TOKEN = "no_soft_token"
+GAIN = "gain"  # of a candidate's text: its likelihood with a soft token less that without one
+GAIN_SHUFFLED = "gain_shuffled"
 REFERENCE = "reference"  # the users' own texts, measured as a method's texts are
 
 
@@ -34,6 +36,8 @@ METHOD_WORDS = {
     "prefix_tuning": MethodWords("prefix tuning", "learned keys and values for all users in every layer"),
     "lora": MethodWords("LoRA", "low-rank changes of the base model, for all users"),
     "lora_profile_text": MethodWords("LoRA + profile", "the same, trained with the user's taste in words"),
+    GAIN: MethodWords("right user's gain", "likelihood with the right user's soft token less that without one"),
+    GAIN_SHUFFLED: MethodWords("shuffled user's gain", "the same with the soft token of another user"),
     REFERENCE: MethodWords("users' own texts", "the references, measured in the same way"),
 }
 

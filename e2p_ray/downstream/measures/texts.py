@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -45,8 +46,11 @@ class SampleTexts:
     texts: dict[str, str]  # by method
 
 
-def measure_texts(texts: pl.DataFrame, *, seed: int) -> tuple[TextMeasures, ...]:
-    """All measures of every method, and of the references as a last method; by language, task, then method."""
+def measure_texts(texts: pl.DataFrame, *, allow: Sequence[str] = (), seed: int) -> tuple[TextMeasures, ...]:
+    """All measures of every method, and of the references as a last method; by language, task, then method.
+
+    allow: names that are no foreign ones in any text.
+    """
     for name in _COLUMNS:
         assert texts.schema.get(name) == pl.String, f"texts.{name} is {texts.schema.get(name)}, not a string"
         assert texts[name].null_count() == 0, f"texts.{name} is never null"
@@ -55,13 +59,15 @@ def measure_texts(texts: pl.DataFrame, *, seed: int) -> tuple[TextMeasures, ...]
         methods = in_order(rows["method"])
         for method in methods:
             own = rows.filter(method=method).sort("content_id", "user_id")
-            found.append(_measure(own, method, str(task), str(language), seed))
+            found.append(_measure(own, method, str(task), str(language), allow, seed))
         own = rows.filter(method=methods[0]).sort("content_id", "user_id").with_columns(text="reference")
-        found.append(_measure(own, REFERENCE, str(task), str(language), seed))
+        found.append(_measure(own, REFERENCE, str(task), str(language), allow, seed))
     return tuple(found)
 
 
-def _measure(rows: pl.DataFrame, method: str, task: str, language: str, seed: int) -> TextMeasures:
+def _measure(
+    rows: pl.DataFrame, method: str, task: str, language: str, allow: Sequence[str], seed: int
+) -> TextMeasures:
     texts, references, user_ids = (rows[name].to_list() for name in ("text", "reference", "user_id"))
     contents = [Content(*row) for row in rows.select("content_id", "title", "body", "language").iter_rows()]
     compared = method != REFERENCE
@@ -73,7 +79,7 @@ def _measure(rows: pl.DataFrame, method: str, task: str, language: str, seed: in
         overlap=measure_overlap(texts, references, user_ids, language=language, seed=seed) if compared else None,
         likeness=measure_likeness(texts, references, user_ids, seed=seed) if compared else None,
         variety=measure_variety(rows["content_id"].to_list(), texts, seed=seed),
-        faithfulness=measure_faithfulness(texts, contents, user_ids, seed=seed),
+        faithfulness=measure_faithfulness(texts, contents, user_ids, allow=allow, seed=seed),
     )
 
 

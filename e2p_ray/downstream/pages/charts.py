@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from e2p_ray.downstream.pages.figures import short_text
+
 _WIDTH, _HEIGHT = 520, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 12, 34
 _MIN_BARS, _MAX_BARS = 16, 40
@@ -58,10 +60,11 @@ def _line(y: float, text: str) -> str:
 
 def number_text(value: float) -> str:
     """A figure in a few characters."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):,.3g}{unit}"
-    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.1f}"
+    if value >= 1e4:
+        return short_text(value)
+    if value >= 10 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def stacked(shares: Sequence[tuple[str, str, float]], *, label: str) -> str:

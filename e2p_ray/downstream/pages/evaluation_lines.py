@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from e2p_ray.downstream.measures.likelihood import part_label, scores_of
 from e2p_ray.downstream.measures.methods import label_of
 from e2p_ray.downstream.pages.columns import aligned
+from e2p_ray.downstream.pages.evaluation_tables import some_users
 from e2p_ray.downstream.pages.figures import count_text, gain_text, level_text, percent, score_text, share_text
 
 if TYPE_CHECKING:
@@ -116,10 +117,9 @@ def _text_lines(evaluation: Evaluation) -> list[str]:
 
 
 def _drift_lines(evaluation: Evaluation) -> list[str]:
-    rows = [
-        (point.kind, f"{point.amount:.3g}", f"{point.nll_per_token:.3f}", level_text(point.interval)[1])
-        if point.interval
-        else (point.kind, f"{point.amount:.3g}", f"{point.nll_per_token:.3f}", "–")
-        for point in evaluation.drift
-    ]
+    rows = []
+    for point in evaluation.drift:
+        bounds = level_text(point.interval)[1] if point.interval else "–"
+        kind = ", ".join(filter(None, (point.kind, some_users(point))))
+        rows.append((kind, f"{point.amount:.3g}", f"{point.nll_per_token:.3f}", bounds))
     return _table(("drift", "amount", "nats/token", "95 % interval"), rows) if rows else []

@@ -57,14 +57,16 @@ Users are ranked by the likelihood they give the text, less their mean over all 
 every text does not win. Raw: without taking that mean. Equal likelihoods share their ranks.
 """
 _RANKING_NOTE = """
-The candidates of each impression, ranked by the method's own likelihood. Impressions of one class are left out.
+The candidates of each impression, ranked by the mean log-likelihood of their texts a token. Gain: what a soft token
+adds to that without one, since a text that is likely anyway says nothing about the user. Impressions of one class are
+left out.
 """
 _TEXTS_NOTE = """
 ROUGE and BLEU count words; in Japanese characters, with runs of Latin letters and digits kept whole. Length: mean
 difference from the user's own text, and the correlation of users' mean lengths. Habits: agreement with the user's own
 text on questions, exclamations, quotations, numbers and colons. Different: 0 % when all users of a content get one
 text, 100 % when no two get the same. Distance: 1 − ROUGE-L between two users' texts. Distinct-2: different pairs of
-words among all of one content. Faithful: all numbers and names occur in the content.
+words among all of one content. Faithful: all numbers and names occur in the content, or are allowed by checks.allow.
 """
 _DRIFT_NOTE = """
 Dashed: the losses without drift. Intervals are in the table only: they show how users differ, which is the same for

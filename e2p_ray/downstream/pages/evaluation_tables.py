@@ -31,6 +31,13 @@ def drift_label(kind: str) -> str:
     return _DRIFT_WORDS.get(kind, kind)
 
 
+def some_users(point: DriftPoint) -> str:
+    """On how many users a point was measured, and what they lose without drift; nothing where it was on all."""
+    if point.num_users is None or point.nll_without is None:
+        return ""
+    return f"{point.num_users:,} users, {point.nll_without:.3f} without drift"
+
+
 def methods_table(evaluation: Evaluation, part: str) -> str:
     """Quality beside cost, a line a method."""
     head = ["method", "loss", "right user gains", "users who gain", "trained", "prompt tokens", "rows/s", "latency"]
@@ -167,7 +174,7 @@ def drift_table(points: Iterable[DriftPoint]) -> str:
     """Every point that was measured."""
     rows = [
         [
-            escape(drift_label(point.kind)),
+            over(drift_label(point.kind), some_users(point)),
             f"{point.amount:.3g}",
             over(f"{point.nll_per_token:.3f}", level_text(point.interval)[1] if point.interval else ""),
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from e2p_ray.downstream.measures.bootstrap import Interval
 
 ABSENT = "–"
+_UNITS = {1e3: "k", 1e6: "M", 1e9: "G"}
 
 
 def level_text(interval: Interval) -> tuple[str, str]:
@@ -16,7 +17,13 @@ def gain_text(gain: Interval | None) -> tuple[str, str]:
     """A signed difference and its interval: +0.0121 and +0.0090 to +0.0152."""
     if gain is None:
         return ABSENT, ""
-    return f"{gain.value:+.4f}", f"{gain.low:+.4f} to {gain.high:+.4f}"
+    return signed_text(gain.value), f"{signed_text(gain.low)} to {signed_text(gain.high)}"
+
+
+def signed_text(value: float) -> str:
+    """A difference with four decimals; one that has none of them is 0.0000, without a sign."""
+    text = f"{value:+.4f}"
+    return text if float(text) else "0.0000"
 
 
 def share_text(share: Interval | None) -> tuple[str, str]:
@@ -44,7 +51,12 @@ def count_text(number: float | None) -> str:
     """A count in few characters: 12, 4.5k, 1.2M."""
     if number is None:
         return ABSENT
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{unit}"
+    if abs(number) >= 1e3:
+        return short_text(number)
     return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:.1f}"
+
+
+def short_text(number: float) -> str:
+    """A number from a thousand on in three digits and a letter: what three digits make a thousand has the next one."""
+    unit = next(unit for unit in (1e3, 1e6, 1e9) if unit == 1e9 or abs(number) < 999.5 * unit)
+    return f"{number / unit:.3g}{_UNITS[unit]}"

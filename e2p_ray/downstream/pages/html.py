@@ -178,7 +178,7 @@ def _throughput(report: Report) -> str:
         ("prompt tokens, if nothing were shared", f"{report.num_prompt_tokens:,}"),
         ("prompt tokens run through the model", f"{report.num_computed_tokens:,}"),
         ("output tokens", f"{report.num_output_tokens:,}"),
-        ("texts whose content was cut", f"{report.num_truncated:,}"),
+        ("completions whose content was cut, second tries and unpersonalised ones too", f"{report.num_truncated:,}"),
         ("groups / shards", f"{report.num_groups:,} / {report.num_shards:,}"),
         ("workers", f"{report.num_workers:,}"),
         ("seconds at work", f"{report.generating_s:,.1f}"),

@@ -104,6 +104,8 @@ def render_terminal(report: TrainingReport) -> str:
         )
     skipped = [f"{name} {kind} {number:,}" for name, kind, number in _skips(lessons)]
     lines.append("skipped: " + ("; ".join(skipped) or "nothing"))
+    if num_truncated := sum(lessons["num_truncated"].values()):
+        lines.append(_truncated_said(num_truncated))
     if report.gain is None:
         lines.append("nothing was held out: whether it personalises is not measured")
         return "\n".join(lines)
@@ -120,6 +122,10 @@ def render_terminal(report: TrainingReport) -> str:
 
 def _said(interval: Interval) -> str:
     return f"{interval.value:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
+
+
+def _truncated_said(num_truncated: int) -> str:
+    return f"{num_truncated:,} targets were longer than training.max_target_tokens: only their heads were learned"
 
 
 def _skips(lessons: Mapping[str, Any]) -> list[tuple[str, str, int]]:
@@ -207,6 +213,8 @@ def _rows(report: TrainingReport) -> str:
     if skipped:
         parts.append(table(("set", "skipped because", "targets"), skipped, num_texts=2))
     unused = f'<p class="note">{lessons["num_contents_without_target"]:,} contents without a target were not used.</p>'
+    if num_truncated := sum(lessons["num_truncated"].values()):
+        unused += f'<p class="note">{_truncated_said(num_truncated)}.</p>'
     return section("What it learned from", grid(parts) + unused)
 
 
