@@ -18,7 +18,8 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 from e2p_ray.engine.gpu.attend import GpuRows
 from e2p_ray.engine.gpu.blocks import TILES, Blocks, blocks_of, tiles_of
 from e2p_ray.engine.gpu.likeliest import likeliest_of
-from e2p_ray.engine.gpu.tables import PassTables, aligned
+from e2p_ray.engine.gpu.row_kernels import turn_heads
+from e2p_ray.engine.gpu.tables import PassTables, SlotTable, aligned, slot_numbers
 from e2p_ray.engine.readers import Readers
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.engine.shared_prefix import Prefix, SuffixSlots
@@ -108,6 +109,35 @@ def test_attention(shape: str, num_heads: int, num_kv_heads: int, head_dim: int,
     assert difference(found, world.wanted()) < TOLERANCES[dtype]
     if shape != "nothing_before":  # there, a token's own key may be its only one
         assert difference(found, world.wanted(without_last_own=True)) > 2 * TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("slot_of_last", [-1, 1])
+def test_turned_heads_and_a_token_in_no_slot(slot_of_last: int) -> None:
+    """A captured pass is padded with such tokens: what they kept would be before the first slot, another wave's."""
+    num_heads, num_kv_heads, head_dim = 4, 2, 16
+    heads = random(3, num_heads + 2 * num_kv_heads, head_dim, seed=0)
+    slots, places, positions = [1, 0, slot_of_last], [3, 0, 2], [30, 7, 2]
+    keys, values = (torch.zeros(4, num_kv_heads, 5, head_dim, device=DEVICE) for _ in range(2))
+    table = SlotTable(torch.from_numpy(slot_numbers([keys[2:]], [values[2:]])).to(DEVICE))
+    frequencies = 100.0 ** (-torch.arange(head_dim // 2, device=DEVICE) * 2 / head_dim)
+    queries = torch.empty(3, num_heads, head_dim, device=DEVICE)
+    turn_heads[3, 1](
+        heads, queries, *(torch.tensor(ints, dtype=torch.int32, device=DEVICE) for ints in (slots, places, positions)),
+        table.addresses[0], table.num_tokens, frequencies, frequencies, frequencies, 1.0, 0.0,
+        NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, BLOCK_HEADS=16, BLOCK_HALF=8,
+        HAS_NORMS=False,
+    )  # fmt: skip
+
+    angles = torch.tensor(positions, device=DEVICE)[:, None, None] * frequencies.double()
+    pairs = torch.complex(*heads.double().tensor_split(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+    turned = torch.cat([pairs.real, pairs.imag], dim=-1)
+    assert difference(queries, turned[:, :num_heads]) < 1e-5
+    wanted_keys, wanted_values = torch.zeros_like(keys), torch.zeros_like(values)
+    for token in range(2):
+        wanted_keys[2 + slots[token], :, places[token]] = turned[token, num_heads : num_heads + num_kv_heads].float()
+        wanted_values[2 + slots[token], :, places[token]] = heads[token, num_heads + num_kv_heads :]
+    kept_nothing = difference(keys, wanted_keys) < 1e-5 and difference(values, wanted_values) == 0
+    assert kept_nothing == (slot_of_last < 0), "control: in a slot it is found there"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

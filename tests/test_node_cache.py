@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,6 +169,33 @@ def test_a_cache_that_others_may_write_is_refused(model: Model, monkeypatch: pyt
         model.resolve()
 
 
+def test_a_link_that_another_user_left_in_the_usual_place_is_refused(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    link = tmp_path / f"e2p_ray-models-{os.getuid()}"
+    link.symlink_to(tmp_path / "mine")
+    config = BaseModelConfig(uri=model.uri)
+    assert resolve_base_model(config, model.storage).path.parent == link, "control: one's own is followed"
+    try:
+        os.chown(link, os.getuid() + 1, -1, follow_symlinks=False)
+    except PermissionError:
+        pytest.skip("only root gives a link away")
+    with pytest.raises(ConfigError, match=r"another user.*base_model\.cache_folder"):
+        resolve_base_model(config, model.storage)
+
+
+def test_a_disk_without_a_place_for_the_lock_is_said(model: Model, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    said = r"\.lock: No space left on device.*cache_folder"
+    with small_disk(disk, WEIGHTS_BYTES, num_files=1), pytest.raises(StorageError, match=said):
+        model.resolve(disk)
+    with small_disk(disk, WEIGHTS_BYTES * 2):
+        assert model.num_requests(disk) == 1 + len(model.names)
+
+
 def test_nobody_else_may_look_into_a_cache_that_is_made(model: Model) -> None:
     model.resolve(model.cache / "deep")
     assert (model.cache / "deep").stat().st_mode & 0o777 == 0o700
@@ -185,8 +213,10 @@ def test_a_full_disk_is_said_and_nothing_is_left_on_it(model: Model, tmp_path: P
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path, num_bytes: int) -> Iterator[None]:
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={num_bytes},mode=700", "tmpfs", str(folder)]
+def small_disk(folder: Path, num_bytes: int, num_files: int = 0) -> Iterator[None]:
+    """At most so many files besides it: none is no bound."""
+    options = f"size={num_bytes},nr_inodes={num_files},mode=700"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     try:
         subprocess.run(mount, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):

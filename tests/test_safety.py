@@ -25,13 +25,15 @@ from e2p_ray.config import BaseModelConfig, JobConfig, load_config
 from e2p_ray.engine.manifest import read_manifest, resolve_base_model
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.projector import Projector
-from e2p_ray.errors import ConfigError, E2PError, IncompatibleError, StorageError
+from e2p_ray.errors import ConfigError, E2PError, IncompatibleError, StorageError, UnsupportedModelError
 from e2p_ray.plan import load_plan
 from e2p_ray.storage import Storage
+from e2p_ray.train.job.prepared import prepare
 from e2p_ray.update.update import load_update
 from jobs.cli import run_job
 from tests.small_job import write_small_job
 from tests.test_imports import ROOT, danger_problems, sources
+from tests.train_world import write_train_world
 from tests.update_world import Text, make_world
 
 STORAGE = Storage()
@@ -178,6 +180,47 @@ def test_an_index_that_leads_out_of_the_folder_is_refused(tmp_path: Path, base_m
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match="outside"):
         BaseModel.load(folder, "float32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("index", ["{", "{}", "[]", "\udcff", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_a_damaged_index_is_named(tmp_path: Path, base_model: Path, index: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base_model, folder)
+    (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ConfigError, match=r"model/model\.safetensors\.index\.json: "):
+        BaseModel.load(folder, "float32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ('{"model_type": "llama5"}', UnsupportedModelError),
+        ("{}", UnsupportedModelError),
+        ("[1]", UnsupportedModelError),
+        ('{"model_type": "llama", "auto_map"', ConfigError),
+        ("null", ConfigError),
+        ('{"model_type": "llama", "hidden_size": "16"}', ConfigError),
+        ('{"model_type": "llama", "hidden_size": 17}', ConfigError),
+        ('{"model_type": "llama", "num_attention_heads": 0}', ConfigError),
+    ],
+)
+def test_a_config_that_transformers_cannot_read_is_named(
+    tmp_path: Path, base_model: Path, config: str, error: type[E2PError]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base_model, folder)
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    with pytest.raises(error, match=f"^{folder}") as caught:
+        BaseModel.load(folder, "float32", torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_training_says_the_same(tmp_path: Path) -> None:
+    config, _ = write_train_world(tmp_path)
+    assert prepare(config).max_positions == 512
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama5"}', encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match="llama5"):
+        prepare(config)
 
 
 # -- names

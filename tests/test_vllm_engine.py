@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,11 +23,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
-from e2p_ray.config import EngineConfig, TaskConfig
+from e2p_ray.config import EngineConfig, PromptTemplate, TaskConfig
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.manifest import Layout
 from e2p_ray.engine.model import BaseModel
-from e2p_ray.engine.vllm_core import read_token_embedding, start_vllm
+from e2p_ray.engine.vllm_core import num_positions, read_config, read_token_embedding, start_vllm
 from e2p_ray.engine.vllm_engine import VllmEngine
 from e2p_ray.errors import ConfigError, IncompatibleError, UnsupportedModelError
 from e2p_ray.schema import Completion, Content, ErrorCode, FinishReason, Group, Request, RequestKey
@@ -320,6 +321,55 @@ def test_what_vllm_cannot_do_is_refused(folder: Path, tmp_path: Path) -> None:
     llama = save_model_folder(tiny_models.configs()["llama"], tmp_path / "llama")
     with pytest.raises(IncompatibleError, match="width 128, the base model's tokens have 48"):
         engine_on(None, llama, {"headline": task()})
+
+
+@pytest.mark.parametrize("layout", ["content_first", "soft_first"])
+def test_prompts_of_a_long_template_are_those_of_our_engine(layout: Layout, tmp_path: Path) -> None:
+    long = PromptTemplate(head="x" * 1500, cue_before="y" * 90, cue_after="z" * 30)
+    short = PromptTemplate(head="News. ")
+    tasks = {
+        "long": TaskConfig(prompts={"en": long, "default": short}),
+        "short": TaskConfig(prompts={"default": short}, max_content_tokens=700),
+    }
+    content = Content("c", "Bridge", "river " * 200, "en")
+    lengths = []
+    for positions in (4096, 2000):  # in the smaller window the long template leaves the content less
+        folder = save_model_folder(config_of(max_position_embeddings=positions), tmp_path / str(positions))
+        theirs = engine_on(None, folder, tasks, layout=layout, num_soft_tokens=2).layout
+        base = BaseModel.load(folder, "float32", torch.device("cpu"))
+        projector = random_projector(128, layout=layout, num_soft_tokens=2)
+        ours = Engine(base, projector, byte_tokenizer(), tasks, EngineConfig()).layout
+        found = [theirs.segments(content, name) for name in tasks]
+        assert found == [ours.segments(content, name) for name in tasks]
+        lengths.append([segments.num_tokens for segments in found])
+    wide, narrow = lengths
+    assert wide[0] == 1 + 1500 + 512 + 90 + 30
+    assert narrow[0] < wide[0], "control: the window matters"
+    assert narrow[1] == wide[1]
+
+
+def test_vllm_has_room_for_the_longest_prompt_and_no_more(folder: Path) -> None:
+    tasks = {"headline": task(cue_after=":", max_new_tokens=8), "other": task(cue_before="", max_new_tokens=9)}
+    tasks["other"] = tasks["other"].model_copy(update={"max_content_tokens": 100})
+    tasks["headline"] = tasks["headline"].model_copy(update={"max_content_tokens": 100})
+    engine = engine_on(None, folder, tasks, num_soft_tokens=3)
+    content = Content("c", "", "river " * 100, "en")
+    lengths = [
+        engine.layout.segments(content, name).num_tokens + 3 + task.sampling.max_new_tokens
+        for name, task in tasks.items()
+    ]
+    assert lengths[0] == lengths[1] + 2
+    assert num_positions(read_config(folder), byte_tokenizer(), tasks, 3) == max(lengths)
+
+
+def test_a_folder_that_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors.index.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json: "):
+        read_token_embedding(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama5"}', encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match="llama5"):
+        read_config(tmp_path / "model")
 
 
 def test_token_embeddings_are_read_from_one_file_or_several(folder: Path, tmp_path: Path) -> None:

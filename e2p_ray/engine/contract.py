@@ -111,6 +111,11 @@ class ServingEngine(ScoringEngine, Protocol):
 
     listener: Listener | None  # of every `generate` from now on
 
+    @property
+    def target_prefixes(self) -> Mapping[str, str]:
+        """What stood before every text that the projector was trained on, by language, as an English text's space."""
+        ...
+
     def with_bounds(self, max_rows: int, max_prefill_tokens: int) -> Self:
         """The same engine with smaller steps, and counts and a listener of its own: for work that others interrupt.
 

@@ -48,6 +48,8 @@ _Ints = npt.NDArray[np.int64]
 # 8,192, product and choice: in fp32 45.6 ms at once, 39.2 by 128, 41.9 by 64; in bf16 24.0, 15.0 and 16.6). Twice the
 # rows of a task of our own products (GF/s of the product in fp32: 194 at once, 215 by 192, 190 to 202 by 128).
 _MAX_CPU_LOGITS = 192
+# The CPU's allocator, on Linux and on Windows; CUDA and Triton; cuBLAS.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @dataclass(slots=True, eq=False)
@@ -458,7 +460,7 @@ def _continued(wave: Wave, slots: _Ints, guesses: _Ints, width: int) -> _Ints:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out: CUDA's own type, or what the CPU allocator says."""
+    """Whether an exception means that memory ran out: a type of its own, or what a library says."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return any(words in str(error) for words in _OUT_OF_MEMORY)

@@ -79,6 +79,11 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return self._stats
 
+    @property
+    def target_prefixes(self) -> Mapping[str, str]:
+        """None: nothing was trained."""
+        return {}
+
     def prompt_id(self, task: str, language: str) -> str:
         """As the real engine's, of a projector with the soft token last."""
         if task in self._tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -51,6 +51,14 @@ class ProjectorManifest:
     trained: dict[str, Any] = field(default_factory=dict)  # provenance: prompts, steps, data, losses
     files: dict[str, str] = field(default_factory=dict)  # sha256 of the weight files
     projector_id: str = ""
+
+    @property
+    def target_prefixes(self) -> Mapping[str, str]:
+        """What stood before every target in its training, by language; none where the artifact does not say."""
+        found: Any = self.trained
+        for name in ("settings", "training", "target_prefix"):
+            found = found.get(name) if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else {}
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, sort_keys=True, ensure_ascii=False) + "\n"

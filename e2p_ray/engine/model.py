@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
 from e2p_ray.engine.attention import ATTENTION_NAME, Step, step_attention
 from e2p_ray.engine.compiled import prepare
@@ -20,7 +20,7 @@ from e2p_ray.engine.gpu.available import has_kernels
 from e2p_ray.engine.greedy import GreedyHead
 from e2p_ray.engine.packed import can_pack, pack
 from e2p_ray.engine.shared_prefix import SuffixSlots
-from e2p_ray.engine.supported import refuse_unsupported
+from e2p_ray.engine.supported import read_model_config, refuse_unsupported
 from e2p_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,11 +44,16 @@ def pick_device(device: str, *, num_gpus: float = 0) -> torch.device:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ConfigError(f"base_model.device {device!r}: use auto, cpu, cuda or cuda:N") from error
+        raise ConfigError(f"base_model.device {device!r}: use auto, cpu or cuda") from error
     if found.type == "cuda" and (found.index or 0) >= num_found:
         raise ConfigError(
             f"{socket.gethostname()}: base_model.device is {device!r}, and torch {torch.__version__} finds {num_found} "
             "GPUs in this process. Set workers.num_gpus, so that workers are on nodes with GPUs only, or another device"
+        )
+    if found.index:  # kernels are launched, and passes timed, on a process's first GPU
+        raise ConfigError(
+            f"base_model.device {device!r}: a process uses the first GPU that it sees. Set "
+            f"CUDA_VISIBLE_DEVICES={found.index} in its environment, and base_model.device to cuda"
         )
     return found
 
@@ -65,9 +70,18 @@ def _refuse_unsafe(folder: Path) -> None:
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: not a whole safetensors file ({error}). Copy the model again") from error
     for path in folder.glob("*.safetensors.index.json"):
-        named = set(json.loads(path.read_bytes())["weight_map"].values())
+        named = set(read_weight_map(path).values())
         if outside := sorted(named - {weights.name for weights in found}):
             raise ConfigError(f"{path}: names {outside[0]!r}, which is no weights file of this folder")
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The file of every weight, as the index of several says. Raises ConfigError where it does not."""
+    try:
+        found = json.loads(index.read_bytes())["weight_map"]
+        return {str(name): str(file) for name, file in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index}: not an index of weights ({error!r}). Copy the model again") from error
 
 
 class BaseModel:
@@ -105,11 +119,11 @@ class BaseModel:
     def load(cls, folder: Path, dtype: str, device: torch.device) -> BaseModel:
         """Load from a transformers folder; safetensors only, no remote code.
 
-        Raises ConfigError for a folder without safetensors, UnsupportedModelError before any weight is read.
+        Raises ConfigError for a damaged folder or one without safetensors, UnsupportedModelError before any weight is
+        read.
         """
         _refuse_unsafe(folder)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        refuse_unsupported(config, str(folder))
+        refuse_unsupported(read_model_config(folder), str(folder))
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
@@ -142,6 +156,8 @@ class BaseModel:
 
         if fits_gpu(self.model):
             self.fused = GpuDecoder(self.model)
+            # What rows may take is measured next: there the weights that were packed count until torch gives them back.
+            torch.cuda.empty_cache()
 
     @property
     def own_dtype(self) -> torch.dtype:

@@ -70,7 +70,8 @@ def _root(cache_folder: str | None) -> Path:
         raise ConfigError(
             f"{root}: no folder can be made here ({error.strerror}). Set base_model.cache_folder"
         ) from error
-    if root.stat().st_uid != os.getuid():
+    # A link in a folder that all may write to can be another user's, wherever it leads; one that was named is meant.
+    if root.stat(follow_symlinks=cache_folder is not None).st_uid != os.getuid():
         raise ConfigError(f"{root}: belongs to another user, who could change models. Set base_model.cache_folder")
     return root
 
@@ -120,7 +121,11 @@ def _fetch(storage: Storage, found: Mapping[str, ObjectInfo], path: Path) -> Non
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with path.open("wb") as file:
+    try:
+        file = path.open("wb")
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}. Make room, or set base_model.cache_folder") from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -130,8 +130,8 @@ class PromptLayout:
     def _made(
         self, content: Content, template: PromptTemplate, max_content_tokens: int, max_new_tokens: int
     ) -> Segments:
-        head = [*self._start, *self._encode(filled(template.head))]
-        before, after = self._encode(filled(template.cue_before)), self._encode(filled(template.cue_after))
+        head, before, after = _template_ids(self._tokenizer, template)
+        head = [*self._start, *head]
         used = len(head) + len(before) + len(after) + self._num_soft_tokens + max_new_tokens
         room = min(max_content_tokens, self._max_positions - used)
         if room < 1:
@@ -158,10 +158,6 @@ class PromptLayout:
             num_chars *= 2
         return (self._cut(ids, room), True) if len(ids) > room else (ids, False)
 
-    def _encode(self, text: str) -> list[int]:
-        """Our own template text: special tokens written in it are meant."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False)) if text else []
-
     def _encode_data(self, text: str) -> list[int]:
         """Content is data: a special token spelled out in it stays plain text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
@@ -173,6 +169,17 @@ class PromptLayout:
             if not str(self._tokenizer.decode(ids[:num_tokens])).endswith("\ufffd"):
                 return ids[:num_tokens]
         return ids[:room]
+
+
+def num_template_tokens(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> int:
+    """Of a prompt, without its content and soft tokens."""
+    return len(_start_tokens(tokenizer)) + sum(map(len, _template_ids(tokenizer, template)))
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> tuple[list[int], ...]:
+    """Of head, cue before and cue after. It is our own text: special tokens written in it are meant."""
+    texts = map(filled, (template.head, template.cue_before, template.cue_after))
+    return tuple(list(tokenizer.encode(text, add_special_tokens=False)) if text else [] for text in texts)
 
 
 def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

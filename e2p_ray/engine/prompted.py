@@ -61,6 +61,11 @@ class PromptedEngine:
     def embedding_dim(self) -> int:
         return self._manifest.embedding_dim
 
+    @property
+    def target_prefixes(self) -> Mapping[str, str]:
+        """See `ServingEngine.target_prefixes`."""
+        return self._manifest.target_prefixes
+
     def prompt_id(self, task: str, language: str) -> str:
         return self.layout.prompt_id(task, language)
 

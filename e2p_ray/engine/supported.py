@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
 
-from e2p_ray.errors import UnsupportedModelError
+from e2p_ray.errors import ConfigError, UnsupportedModelError
 
 # Each is proven equal to transformers' own forward in tests/test_engine_architectures.py.
 SUPPORTED_MODEL_TYPES = frozenset(
@@ -16,13 +18,26 @@ SUPPORTED_MODEL_TYPES = frozenset(
 _LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
+def read_model_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in a transformers folder; no remote code.
+
+    Raises UnsupportedModelError for a model type that transformers does not know, ConfigError for a damaged file.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:  # of several lines, the others of which advise what we do not do
+        raise _refusal(str(folder), str(error).partition("\n")[0].rstrip(". ")) from error
+    except (OSError, LookupError, TypeError, ArithmeticError, AttributeError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise ConfigError(f"{folder}: its config.json makes no sense ({said}). Copy the model again") from error
+    return config
+
+
 def refuse_unsupported(config: PreTrainedConfig, where: str) -> None:
     """Raise UnsupportedModelError naming what in this architecture the engine does not fit."""
 
     def refuse(why: str) -> None:
-        raise UnsupportedModelError(
-            f"{where}: {why}. Supported model types: {', '.join(sorted(SUPPORTED_MODEL_TYPES))}"
-        )
+        raise _refusal(where, why)
 
     if config.model_type not in SUPPORTED_MODEL_TYPES:
         refuse(f"model type {config.model_type!r} is not supported")
@@ -33,6 +48,10 @@ def refuse_unsupported(config: PreTrainedConfig, where: str) -> None:
         refuse("its attention is not causal")
     if getattr(config, "add_cross_attention", False):
         refuse("it has cross-attention")
+
+
+def _refusal(where: str, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"{where}: {why}. Supported model types: {', '.join(sorted(SUPPORTED_MODEL_TYPES))}")
 
 
 def _rope_types(parameters: Any) -> list[str]:

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from e2p_ray.config import EngineConfig, TaskConfig
+from e2p_ray.engine.model import read_weight_map
+from e2p_ray.engine.prompt import num_template_tokens
+from e2p_ray.engine.supported import read_model_config
 from e2p_ray.errors import ConfigError, UnsupportedModelError
 
 # Those whose forward takes token embeddings as they lie in the weights: Gemma's, for one, are scaled on the way.
 VLLM_MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3"})
 _EMBEDDING_NAMES = ("model.embed_tokens.weight", "embed_tokens.weight")
-_TEMPLATE_TOKENS = 1024  # room for head, cues and soft tokens
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
     """The base model's configuration. Raises UnsupportedModelError where its prompts cannot be embedded here."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = read_model_config(folder)
     if config.model_type not in VLLM_MODEL_TYPES:
         raise UnsupportedModelError(
             f"{folder}: model type {config.model_type!r} is not supported with engine.kind vllm. Use engine.kind "
@@ -31,10 +32,16 @@ def read_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def num_positions(config: PreTrainedConfig, tasks: Mapping[str, TaskConfig]) -> int:
+def num_positions(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, TaskConfig], num_soft_tokens: int
+) -> int:
     """The longest sequence that the tasks can need: vLLM wants room for one of the model's whole window otherwise."""
-    needed = max(task.max_content_tokens + task.sampling.max_new_tokens for task in tasks.values())
-    return min(int(config.max_position_embeddings), needed + _TEMPLATE_TOKENS)
+    needed = max(
+        num_template_tokens(tokenizer, template) + task.max_content_tokens + task.sampling.max_new_tokens
+        for task in tasks.values()
+        for template in task.prompts.values()
+    )
+    return min(int(config.max_position_embeddings), needed + num_soft_tokens)
 
 
 def end_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Sequence[int]:
@@ -52,7 +59,7 @@ def read_token_embedding(folder: Path) -> Tensor:
     Raises ConfigError where there are none.
     """
     index = folder / "model.safetensors.index.json"
-    files = json.loads(index.read_bytes())["weight_map"] if index.is_file() else {}
+    files = read_weight_map(index) if index.is_file() else {}
     for name in _EMBEDDING_NAMES:
         path = folder / files.get(name, "model.safetensors")
         if path.is_file():

@@ -81,7 +81,7 @@ class VllmEngine(PromptedEngine):
             config.hidden_size,
             tokenizer,
             tasks,
-            max_positions=num_positions(config, tasks),
+            max_positions=num_positions(config, tokenizer, tasks, projector.manifest.num_soft_tokens),
             retry_temperature=retry_temperature,
         )
         _refuse_penalties(tasks)
@@ -246,13 +246,14 @@ def load_vllm_engine(config: JobConfig, storage: Storage) -> VllmEngine:
     projector = Projector.from_pretrained(storage, config.projector.uri)
     if projector.manifest != manifest:
         raise IncompatibleError(f"{config.projector.uri}: replaced while it was being loaded. Run the command again")
-    max_positions = num_positions(read_config(folder.path), config.tasks)
+    model, tokenizer = read_config(folder.path), load_tokenizer(folder.path)
+    max_positions = num_positions(model, tokenizer, config.tasks, manifest.num_soft_tokens)
     return VllmEngine(
         start_vllm(folder.path, config.base_model.dtype, config.engine, max_positions),
         folder.path,
         getattr(torch, config.base_model.dtype),
         projector,
-        load_tokenizer(folder.path),
+        tokenizer,
         config.tasks,
         max_rows=config.engine.usual_rows,
         retry_temperature=config.checks.retry_temperature,

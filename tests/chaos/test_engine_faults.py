@@ -13,7 +13,7 @@ from deltalake import DeltaTable
 
 import jobs.generate
 from e2p_ray.config import JobConfig
-from e2p_ray.engine.decode import Decoder
+from e2p_ray.engine.decode import Decoder, is_out_of_memory
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.storage import Storage
@@ -149,3 +149,22 @@ def test_control_the_check_sees_another_text(
     config = write_real_job(tmp_path)
     generate_run(config)
     assert rows_of(config) != undisturbed
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."), True),
+        (torch.AcceleratorError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
+        (MemoryError(), True),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"), False),
+        (RuntimeError("Triton Error [CUDA]: invalid argument"), False),
+    ],
+)
+def test_every_way_of_saying_that_memory_ran_out_is_known(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected

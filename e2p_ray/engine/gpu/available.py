@@ -24,7 +24,12 @@ def has_kernels(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return False
     try:
-        _try_one(device)
+        from triton.errors import TritonError
+
+        try:
+            _try_one(device)
+        except TritonError as error:  # such as the bundled assembler's, for a GPU that is newer
+            raise RuntimeError(str(error) or type(error).__name__) from error
     except (RuntimeError, OSError, ImportError, subprocess.SubprocessError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

@@ -7,6 +7,7 @@ in tables at fixed places, so that a pass of another wave is the same graph; pas
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import ref
 
@@ -56,14 +57,16 @@ class Graphs:
         tile = self._tables.tile(step)
         found = self._passes.get((size, tile))
         if found is None:
-            found = self._passes[size, tile] = _Pass(self._tables, states, size, tile)
+            found = _Pass(self._tables, states, size, tile)
             found.take(states, step)
-            return self._launch(found)[: len(states)]
+            outputs = self._launch(found)
+            self._passes[size, tile] = found  # not before: where memory runs out, nothing is warm
+            return outputs[: len(states)]
         found.take(states, step)
         if found.graph is None:
-            self._capture(found)
-        assert found.graph is not None
-        assert found.outputs is not None
+            self._try_to_capture(found)
+        if found.graph is None or found.outputs is None:
+            return self._launch(found)[: len(states)]
         found.graph.replay()
         return found.outputs[: len(states)]
 
@@ -71,23 +74,39 @@ class Graphs:
         rows = self._make_rows(one.tokens, one.prefixes, one.slots, one.states.dtype)
         return self._run(one.states, rows)
 
+    def _try_to_capture(self, one: _Pass) -> None:
+        """Capture, unless memory runs out twice.
+
+        Under a capture torch gives nothing back of what it keeps of freed memory, as it does elsewhere: it has to be
+        asked before. That is, once nothing holds what a failed capture had made: an exception at hand would.
+        """
+        for _ in range(2):
+            with suppress(torch.OutOfMemoryError):
+                self._capture(one)
+            if one.graph is not None:
+                return
+            torch.cuda.empty_cache()
+
     def _capture(self, one: _Pass) -> None:
         """Not by `torch.cuda.graph`, which collects garbage and empties torch's cache each time.
 
-        All graphs share one pool of memory: one runs at a time, and what it leaves is used up before the next.
+        All graphs share one pool of memory: one runs at a time, and what it leaves is used up before the next. A pool
+        ends with its last graph, and there is no other one under its handle: it is kept from the first capture on that
+        goes well.
         """
         device = one.states.device
-        if self._pool is None or self._stream is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 one.outputs = self._launch(one)
             finally:
                 graph.capture_end()
-        one.graph = graph
+        one.graph, self._pool = graph, pool
 
 
 class _Pass:

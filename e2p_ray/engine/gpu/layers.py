@@ -39,7 +39,14 @@ def fits_gpu(model: PreTrainedModel) -> bool:
     group = config.num_attention_heads // config.num_key_value_heads
     decoder: Any = model.base_model
     head_bytes = [layer.self_attn.head_dim * model.dtype.itemsize for layer in decoder.layers]
-    return group <= _MAX_GROUP and all(num % _HEAD_BYTES == 0 for num in head_bytes)
+    if group > _MAX_GROUP or any(num % _HEAD_BYTES for num in head_bytes):
+        return False
+    return all(_tiles(layer.self_attn.head_dim, model.dtype, model.device) for layer in decoder.layers)
+
+
+def _tiles(head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[int, ...]:
+    """Those that its multiprocessors have room for."""
+    return tiles_of(block_dim_of(head_dim), dtype, shared_bytes(device))
 
 
 class GpuDecoder:
@@ -58,7 +65,7 @@ class GpuDecoder:
         self._layers: list[GpuLayer] = layers
         self._window = min((layer.shape.window for layer in layers if layer.shape.window is not None), default=None)
         first = layers[0]
-        tiles = tiles_of(block_dim_of(first.head_dim), model.dtype, shared_bytes(first.device))
+        tiles = _tiles(first.head_dim, model.dtype, first.device)
         self._tables = PassTables(len(layers), first.num_heads // first.num_kv_heads, first.device, tiles)
         self._graphs = Graphs(self._run, self._rows, self._tables) if first.device.type == "cuda" else None
 
