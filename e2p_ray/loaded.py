@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
-from e2p_ray.config import JobConfig, ProjectorConfig, SamplingConfig
+from e2p_ray.config import JobConfig, ProjectorConfig, SamplingConfig, for_language
 from e2p_ray.engine.contract import EngineStats, Listener, ServingEngine, TextEngine
 from e2p_ray.generate import Generator
 from e2p_ray.results import Result
@@ -77,6 +77,11 @@ class LoadedGenerator:
         return self._generator.fingerprint_of(request, content)
 
     # -- what serving needs besides: the engine must be a ServingEngine -----------------------------------------------
+
+    def as_trained(self, text: str, language: str) -> str:
+        """A text for `score` as the projector met such ones in its training: behind its language's prefix."""
+        prefix = for_language(self._serving.target_prefixes, language) or ""
+        return text if text.startswith(prefix) else prefix + text
 
     def score(self, groups: Sequence[Group], texts: Mapping[RequestKey, str]) -> list[TextScore]:
         """See `ScoringEngine.score`."""

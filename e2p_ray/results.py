@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.contract import TextEngine
@@ -28,6 +28,7 @@ Result = Generation | DeadLetter
 
 UNPERSONALIZED_USER_ID = ""  # stands for all users in the key of a content's unpersonalised text
 _MAX_KEPT_PARTS = 256  # hashes of contents, whose requests come one after the other
+_MAX_KEPT_SETTINGS = 256  # of tasks and languages, which an inline content may make up
 
 _MESSAGES = {
     ErrorCode.NULL_KEY: "the user id is empty",
@@ -73,9 +74,8 @@ class Results:
 
     def __init__(self, engine: TextEngine, config: JobConfig, run_id: str) -> None:
         self._engine = engine
-        self._config = config
         self._run_id = run_id
-        self._settings: dict[tuple[str, str], TextSettings] = {}
+        self._settings_of = lru_cache(_MAX_KEPT_SETTINGS)(partial(_settings, engine, config))
         self._content_part = lru_cache(_MAX_KEPT_PARTS)(content_part)
 
     def result(
@@ -138,17 +138,15 @@ class Results:
         message = _MESSAGES.get(code, code.value)
         return DeadLetter(*request.key, code, message, shard_id, self._run_id)
 
-    def _settings_of(self, task: str, language: str) -> TextSettings:
-        """Once per task and language."""
-        if (task, language) not in self._settings:
-            self._settings[task, language] = text_settings(
-                self._config,
-                task,
-                prompt_id=self._engine.prompt_id(task, language),
-                projector_id=self._engine.projector_id,
-                base_model_id=self._engine.base_model_id,
-            )
-        return self._settings[task, language]
+
+def _settings(engine: TextEngine, config: JobConfig, task: str, language: str) -> TextSettings:
+    return text_settings(
+        config,
+        task,
+        prompt_id=engine.prompt_id(task, language),
+        projector_id=engine.projector_id,
+        base_model_id=engine.base_model_id,
+    )
 
 
 def _why_not_personalized(request: Request, content: Content, own: Written | None) -> tuple[Status, Reason | None]:

@@ -8,21 +8,26 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import ray
 import yaml
 from ray import serve
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview
 
 from e2p_ray import errors
 from e2p_ray.batch.session import check_resources
 from e2p_ray.config import ServeConfig
+from e2p_ray.config.options import keys
 from e2p_ray.engine.manifest import load_manifest
-from e2p_ray.errors import E2PError
+from e2p_ray.errors import ConfigError, E2PError
 from e2p_ray.loaded import EngineFactory
 from e2p_ray.ray_session import names_no_cluster, ray_session
 from e2p_ray.serve.app import serve_file
@@ -35,14 +40,33 @@ from jobs.steps import say
 
 _OWN_ERROR = re.compile(r"^e2p_ray\.errors\.(\w+): (.+)$", re.MULTILINE)
 _LOOK_S = 0.5  # between two looks at what Serve has started; each asks its controller
+_MARGIN_S = 30.0  # beyond replica.drain_s: replicas stay reachable for a while, and then they end
 
 
 def serve_texts(config: ServeConfig, options: argparse.Namespace) -> None:
     """Print the file for `serve deploy`, or serve until told to stop."""
     if options.print_config is not None:
-        print(yaml.safe_dump(serve_file(config, options.print_config), sort_keys=False), end="")
+        values = serve_file(config, options.print_config, _handed_on(options.words))
+        print(yaml.safe_dump(values, sort_keys=False), end="")
         return
     serve_until(config, threading.Event())
+
+
+def _handed_on(words: Sequence[str]) -> dict[str, str]:
+    """The command line's options that the application needs on the cluster, as `app.build` takes them.
+
+    Not the projector, which is the deployment's own setting: another one there is swapped in, another option here is
+    another application. Nor a secret, which is said.
+    """
+    given, rest = dict[str, str](), iter(words)
+    for word in rest:
+        name, equals, value = word.removeprefix("--").partition("=")
+        given[name] = value if equals else next(rest)
+    secrets = [".".join(path) for path, field in keys(ServeConfig) if "SecretStr" in str(field.annotation)]
+    for name in [name for name in given if any(f"{secret}.".startswith(f"{name}.") for secret in secrets)]:
+        say(f"--{name} is not printed, it may hold a secret: set E2P_{name.replace('.', '__').upper()} on the cluster")
+        del given[name]
+    return {name: value for name, value in given.items() if name not in ("config", "projector.uri")}
 
 
 def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: EngineFactory | None = None) -> None:
@@ -61,16 +85,51 @@ def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: E
     with front_of_local_ray(), ray_session(config.workers.ray_address, include_dashboard=True), _set_by_signals(stop):
         if missing := check_resources(config):
             say(f"waiting: {missing}")
-        try:
-            serve.start(http_options=HTTPOptions(host=config.api.host, port=config.api.port))
-            target = serve.RunTarget(application(config, engine_factory=engine_factory), APP_NAME, "/")
-            serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+        with _running_serve(config) as way_in, _deployed(config, engine_factory):
             if _comes_up(stop):
-                say(f"serving on http://{config.api.host}:{config.api.port}; Ctrl-C stops it")
+                say(f"serving on http://{way_in.host}:{way_in.port}; Ctrl-C stops it")
                 stop.wait()
-        finally:
-            serve.shutdown()  # type: ignore[no-untyped-call]
     say("stopped")
+
+
+@contextmanager
+def _running_serve(config: ServeConfig) -> Iterator[HTTPOptions]:
+    """Ray Serve, and where it listens: one that is there already keeps its place, and is there afterwards."""
+    before = _get_global_client(raise_if_no_controller_running=False)
+    try:
+        serve.start(http_options=HTTPOptions(host=config.api.host, port=config.api.port))
+        client = _get_global_client()
+        assert client is not None, "it has started"
+        yield client.http_config
+    finally:
+        if before is None:
+            serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _deployed(config: ServeConfig, engine_factory: EngineFactory | None) -> Iterator[None]:
+    """The application, about to start; at the end it alone is taken away, once its requests are finished."""
+    made = application(config.with_absolute_places(), engine_factory=engine_factory)
+    target = serve.RunTarget(made, APP_NAME, "/")
+    try:
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+    except RayServeException as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error  # without its frames
+        remedy = "Delete what is in the way, or serve on another cluster (workers.ray_address)"
+        raise ConfigError(f"the Serve of this cluster does not take the application: {cause} {remedy}") from error
+    try:
+        yield
+    finally:
+        with suppress(RayError):  # of a Serve that has ended by itself: nothing is left to be finished
+            _finish(config.replica.drain_s)
+
+
+def _finish(drain_s: float) -> None:
+    """Let replicas finish their requests. Serve's own end would take the way in from them first."""
+    serve.delete(APP_NAME, _blocking=False)
+    over_s = time.monotonic() + drain_s + _MARGIN_S
+    while APP_NAME in serve.status().applications and time.monotonic() < over_s:
+        time.sleep(_LOOK_S)
 
 
 def _comes_up(stop: threading.Event) -> bool:
@@ -126,7 +185,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--print-config",
         metavar="PATH",
         help="print the file for `serve deploy` and for a RayService instead, with PATH as the place of the\n"
-        "configuration on the cluster",
+        "configuration on the cluster; the other options given here are in it, but no secrets",
     )
 
 

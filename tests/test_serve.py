@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import json
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,10 +31,13 @@ import jobs.generate
 from e2p_ray.config import ApiConfig, JobConfig, ServeConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.engine.manifest import ProjectorManifest, read_manifest
-from e2p_ray.errors import ConfigError, InputError
+from e2p_ray.errors import ConfigError, IncompatibleError, InputError, StorageError
+from e2p_ray.fingerprint import TextSettings
 from e2p_ray.loaded import LoadedGenerator
-from e2p_ray.schema import Reason, RequestKey, Status
+from e2p_ray.plan.inputs import Space
+from e2p_ray.schema import Content, Reason, Request, RequestKey, Status
 from e2p_ray.serve.client import (
+    Client,
     DeadlineError,
     InvalidRequestError,
     ServiceError,
@@ -43,16 +48,20 @@ from e2p_ray.serve.client import (
 )
 from e2p_ray.serve.copies import Budget, Copies
 from e2p_ray.serve.gate import TokenBucket
+from e2p_ray.serve.log import ReplicaLog
+from e2p_ray.serve.lookup import Tables
 from e2p_ray.serve.loop import ModelLoop
 from e2p_ray.serve.messages import Consent, GenerationAnswer, ProblemBody, ScoresAnswer
+from e2p_ray.serve.pauses import Pauses
 from e2p_ray.serve.problems import ProblemError
 from e2p_ray.serve.replica import Replica
-from e2p_ray.storage import Storage
+from e2p_ray.storage import ObjectInfo, Storage
 from jobs.generate import generate_run
 from tests.plan_world import with_broken
 from tests.serve_world import TOKENS, Site, serve_config, serving, slow
 from tests.small_job import DIM, SPACE, fake_engine, first_groups, write_small_job
 from tests.update_world import serial_batch
+from tests.waiting import wait_until
 
 VECTOR = np.linspace(0.1234567, 0.7654321, DIM).tolist()
 OPTED_OUT, NO_EMBEDDING, OTHER_SPACE, PLAIN = (f"user-{n:04d}" for n in range(4))
@@ -254,6 +263,120 @@ def test_copies_are_bounded_in_bytes(job: JobConfig) -> None:
         pass
 
 
+def test_a_table_that_takes_long_to_copy_makes_no_consent_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _ = write_small_job(tmp_path, num_users=6)
+    config = serve_config(config, tables={"max_staleness_s": 0.5})
+    free, space, plain = threading.Event(), Space(SPACE, DIM), Tables._refresh_published
+
+    def copied(tables: Tables) -> None:
+        free.wait(60)
+        plain(tables)
+
+    monkeypatch.setattr(Tables, "_refresh_published", copied)
+    tables = Tables(config, Storage(), ReplicaLog())
+    opening = threading.Thread(target=tables.open)
+    opening.start()
+    began_s = time.monotonic()
+    wait_until(lambda: time.monotonic() > began_s + 1.5, "it is copied for longer than consent may be old")
+    assert opening.is_alive(), "the control"
+    assert tables.user(PLAIN, space).consent is Consent.GIVEN, "while it starts"
+    free.set()
+    opening.join(30)
+    free.clear()
+    wait_until(lambda: tables.ages_s()["published"] > 1.5, "it is copied again")
+    assert tables.user(PLAIN, space).consent is Consent.GIVEN
+    assert tables.are_fresh
+    tables.close()
+    free.set()
+
+
+def test_a_table_that_cannot_be_read_keeps_no_other_one_old(tmp_path: Path) -> None:
+    config, _ = write_small_job(tmp_path, num_users=6)
+    storage, uri = Storage(), config.inputs.contents_uri
+    contents = storage.read_table(uri)
+    new = contents.slice(0, 1).set_column(0, "content_id", pa.array(["new"]))
+    with serving(serve_config(config)) as site:
+        storage.write_bytes(config.inputs.users_uri, b"this is no Parquet")
+        storage.write_table(uri, pa.concat_tables([contents, new]))
+        wait_until(lambda: site.service.tables.content("new"), "the new content")
+
+
+def test_a_table_written_anew_has_room_though_both_have_not(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is said at the start. Old users go once they are too old; published rows at once."""
+    config, _ = write_small_job(tmp_path, num_users=400)
+    storage, uri = Storage(), config.inputs.users_uri
+    with serving(serve_config(config)) as site:
+        whole = site.service.tables.budget.num_bytes
+        assert "table_without_room" not in capfd.readouterr().err, "the control"
+    config = serve_config(config, tables={"max_staleness_s": 1.0})
+    config = config.model_copy(update={"tables": config.tables.model_copy(update={"max_bytes": whole * 3 // 2})})
+    with serving(config) as site:
+        tables, space = site.service.tables, Space(SPACE, DIM)
+        (said,) = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "table_without_room" in line]
+        assert said["table"] == "users"
+        assert tables.user(PLAIN, space).consent is Consent.GIVEN
+        users = storage.read_table(uri)
+        refused = pc.and_(users["personalize"], pc.not_equal(users["user_id"], PLAIN))
+        storage.write_table(uri, users.set_column(users.schema.get_field_index("personalize"), "personalize", refused))
+        wait_until(lambda: tables.user(PLAIN, space).consent is Consent.REFUSED, "the new users")
+        assert tables.budget.num_bytes <= whole
+
+
+def test_what_may_be_forgotten_makes_room(tmp_path: Path) -> None:
+    def written(name: str, rows: int) -> ObjectInfo:
+        uri = str(tmp_path / name)
+        Storage().write_table(uri, pa.table({"user_id": [f"{name}{n}" for n in range(rows)]}))
+        info = Storage().info(uri)
+        assert info is not None
+        return info
+
+    kept, old, new, larger = (written(name, rows) for name, rows in (("k", 100), ("o", 900), ("n", 900), ("l", 5000)))
+    budget = Budget(60_000)
+    copies = Copies(Storage(), ["user_id"], ["user_id"], budget, str(tmp_path))
+    copies.refresh([kept, old])
+    taken = budget.num_bytes
+    with pytest.raises(ConfigError, match=r"tables\.max_bytes, 60,000.* twice"):
+        copies.refresh([kept, new])
+    assert copies.find("o8"), "the control: what was there goes on"
+    copies.refresh([kept, new], may_forget=True)
+    assert [bool(copies.find(key)) for key in ("k8", "o8", "n8")] == [True, False, True]
+    assert budget.num_bytes == taken
+    with pytest.raises(ConfigError):
+        copies.refresh([kept, larger], may_forget=True)
+    assert copies.find("k8"), "what stays is not given up"
+    copies.refresh([])
+    assert budget.num_bytes == 0
+
+
+def test_no_room_for_copies_is_said_with_their_place(job: JobConfig, tmp_path: Path) -> None:
+    place = str(tmp_path / "nothing")
+    with pytest.raises(StorageError, match=rf"{place}: No such file or directory\. .*tables\.folder"):
+        Tables(serve_config(job, tables={"folder": place}), Storage(), ReplicaLog()).open()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        with pytest.raises(StorageError, match=rf"{tmp_path}: File too large\. Make room there"):
+            Tables(serve_config(job, tables={"folder": str(tmp_path)}), Storage(), ReplicaLog()).open()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_looks_that_come_too_late_for_consent_are_refused(job: JobConfig) -> None:
+    with pytest.raises(ValidationError, match="below max_staleness_s"):
+        serve_config(job, tables={"refresh_s": 300.0})
+
+
+def test_languages_that_clients_make_up_are_not_kept(site: Site) -> None:
+    def num_kept() -> int:
+        return sum(type(found) is TextSettings for found in gc.get_objects())
+
+    before, loaded = num_kept(), site.service.loaded
+    request = Request(RequestKey(PLAIN, "content-000", "headline"), None)
+    found = {loaded.fingerprint_of(request, Content("content-000", "T", "B.", f"x-{n}")) for n in range(1000)}
+    assert len(found) == 1000, "the control: each counts"
+    assert num_kept() - before <= 256
+
+
 @pytest.mark.parametrize("field", ["title", "body", "user_id", "task"])
 def test_half_a_character_is_refused(field: str, site: Site) -> None:
     """JSON can say a lone surrogate, UTF-8 cannot; found by 100,000 fuzzed requests."""
@@ -414,9 +537,21 @@ def test_a_full_queue_says_when_to_come_again(job: JobConfig) -> None:
         contents = [{"title": f"Bridge {n}", "body": "The bridge opened.", "language": "en"} for n in range(4)]
         pairs = [{"user_id": PLAIN, "content": content} for content in contents]
         with site.client() as client:
-            with pytest.raises(TooManyRequestsError):
-                client.generate_batch("headline", pairs)
             assert len(client.generate_batch("headline", pairs[:3]).results) == 3, "one place, two may wait"
+
+
+def test_a_batch_that_never_fits_is_let_in_while_nobody_waits(job: JobConfig) -> None:
+    contents = [{"title": f"Bridge {n}", "body": "The bridge opened.", "language": "en"} for n in range(9)]
+    pairs = [{"user_id": PLAIN, "content": content} for content in contents]
+    config = serve_config(job, replica={"max_waiting": 2}, engine={"max_rows": 1})
+    with serving(config, slow(0.02)) as site, site.client() as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.generate_batch, "headline", pairs)
+        wait_until(lambda: site.service.loop.num_waiting, "it waits")
+        with site.client() as other, pytest.raises(TooManyRequestsError):
+            other.generate_batch("headline", pairs[:4])
+        texts = [found.text for found in first.result().results if isinstance(found, GenerationAnswer)]
+        assert len(texts) == 9
+        assert len(client.generate_batch("headline", pairs[:4]).results) == 4, "the control: nobody waits any more"
 
 
 def test_rankings_that_cannot_wait_are_told_so(job: JobConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -603,6 +738,52 @@ def test_a_request_that_makes_the_engine_fail_takes_no_other_with_it(job: JobCon
         assert (failed.value.status, failed.value.code) == (500, "internal")
 
 
+class Breaking(FakeEngine):
+    """Fails at contents of this title, and at all once it is broken."""
+
+    is_broken = False
+
+    def generate(self, groups: Any) -> Any:
+        known, groups = first_groups(groups)
+        if self.is_broken or any(group.content.title == "Poison" for group in known):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().generate(groups)
+
+
+def test_a_replica_whose_model_fails_at_everything_is_replaced_and_no_other(job: JobConfig) -> None:
+    made = list[FakeEngine]()
+
+    def engine(config: JobConfig, storage: Storage) -> FakeEngine:
+        made.append(fake_engine(config, storage))
+        made[0].__class__ = Breaking
+        return made[0]
+
+    def ask(client: Client, number: int, title: str) -> bool:
+        content = {"title": title, "body": f"The bridge opened {number} times.", "language": "en"}
+        try:
+            return bool(client.generate("headline", user_id=f"user-{number:04d}", content=content).text)
+        except UnavailableError as error:
+            return error.status != 500
+
+    with serving(serve_config(job), engine) as site, site.client() as client:
+        replica = cast(Replica, SimpleNamespace(service=site.service))
+        poison = {"title": "Poison", "body": "The bridge opened.", "language": "en"}
+        found = client.generate_batch("headline", [{"user_id": f"u{n}", "content": poison} for n in range(20)]).results
+        assert not [one for one in found if isinstance(one, GenerationAnswer)], "one content makes it fail for all"
+        assert ask(client, 0, "Bridge")
+        assert [ask(client, n % 2, "Poison") for n in range(20)] == [False] * 20, "some requests again and again"
+        for number in range(20):
+            assert not ask(client, number, "Poison")
+            if number % 5 == 0:
+                assert ask(client, number, "Bridge")
+        asyncio.run(Replica.check_health(replica))
+        made[0].is_broken = True  # type: ignore[attr-defined]
+        assert not any(ask(client, number, "Bridge") for number in range(10))
+        with pytest.raises(RuntimeError, match="failed at all"):
+            asyncio.run(Replica.check_health(replica))
+        assert httpx2.get(f"{site.url}/healthz").status_code == 503
+
+
 def test_a_model_s_thread_that_ends_by_itself_is_seen_and_nobody_waits_for_it(
     job: JobConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -624,6 +805,33 @@ def test_a_model_s_thread_that_ends_by_itself_is_seen_and_nobody_waits_for_it(
         with pytest.raises(RuntimeError, match="by itself"):
             asyncio.run(Replica.check_health(replica))
         assert httpx2.get(f"{site.url}/readyz").status_code == 200, "its tables are well"
+
+
+def test_nobody_waits_for_a_model_s_thread_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor an errand, nor a shard's call."""
+    began, over = threading.Event(), threading.Event()
+    loop = ModelLoop(max_rows=1, max_waiting=1)
+
+    def hold(_: Pauses) -> bool:
+        began.set()
+        return over.wait(30)
+
+    first = loop.run_behind(hold)
+    assert began.wait(30)
+    second, errand = loop.run_behind(lambda pauses: None), loop.run(lambda: None)
+
+    def broken(self: ModelLoop) -> None:
+        raise SystemError("a bug of ours")
+
+    monkeypatch.setattr(ModelLoop, "run_errands", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda words: None)
+    over.set()
+    assert first.result(30)
+    assert isinstance(second.exception(30), InterruptedError)
+    assert isinstance(errand.exception(30), ProblemError)
+    wait_until(lambda: not loop.is_alive, "its end")
+    with pytest.raises(ProblemError):
+        loop.run(lambda: None)
 
 
 # -- who may ask -------------------------------------------------------------------------------------------------------
@@ -658,6 +866,9 @@ def test_the_client_raises_its_own_error_for_each(site: Site) -> None:
     with Site("http://127.0.0.1:9", site.service).client() as client, pytest.raises(UnavailableError) as gone:
         client.models()
     assert gone.value.status == 0
+    with Site(f"{site.url}/page.js?", site.service).client() as client, pytest.raises(UnavailableError) as other:
+        client.models()
+    assert (other.value.status, other.value.code) == (200, "no_answer_body"), "of somebody who is not the service"
 
 
 def test_a_token_s_rate_is_its_own(job: JobConfig) -> None:
@@ -702,6 +913,10 @@ def test_no_tokens_are_refused_and_short_ones_too() -> None:
     with pytest.raises(ValidationError, match="characters or more") as caught:
         ApiConfig.model_validate({"tokens": ["tooshort"]})
     assert "tooshort" not in str(caught.value)
+    for token in (f"{TOKENS[0]} ", f"\t{TOKENS[0]}", f"{TOKENS[0]}é", f"{TOKENS[0]}\n{TOKENS[0]}"):
+        with pytest.raises(ValidationError, match="printable ASCII") as caught:
+            ApiConfig.model_validate({"tokens": [token]})
+        assert token.strip() not in str(caught.value)
     assert ApiConfig(allow_anonymous=True).tokens == ()
 
 
@@ -777,6 +992,24 @@ def test_swaps_under_load_lose_and_mix_nothing(tmp_path: Path) -> None:
     assert "nothing" in (served.swap.error or "")
     assert {answer.projector_id for answer in answers} == set(ids), "the control: all three were served"
     assert not [answer for answer in answers if not answer.text.endswith(answer.projector_id)]
+
+
+def test_a_new_replica_that_cannot_take_its_projector_over_does_not_begin(job: JobConfig, tmp_path: Path) -> None:
+    """Beside others it would serve the old one; one that has begun goes on with what it has."""
+    nothing, there = {"projector_uri": str(tmp_path / "nothing")}, {"projector_uri": job.projector.uri}
+    begun: list[list[dict[str, Any]]] = [[], [there], [{}]]
+    for before in begun:
+        with serving(serve_config(job)) as site:
+            replica = cast(Replica, SimpleNamespace(service=site.service, _is_configured=False))
+            for settings in before:
+                asyncio.run(Replica.reconfigure(replica, settings))
+            if before:
+                asyncio.run(Replica.reconfigure(replica, nothing))
+            else:
+                with pytest.raises(IncompatibleError, match=str(tmp_path / "nothing")):
+                    asyncio.run(Replica.reconfigure(replica, nothing))
+            assert site.service.swap_state is not None
+            assert not site.service.swap_state.done
 
 
 # -- what nobody may learn ---------------------------------------------------------------------------------------------

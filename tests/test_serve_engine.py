@@ -26,7 +26,7 @@ from e2p_ray.errors import IncompatibleError
 from e2p_ray.loaded import LoadedGenerator
 from e2p_ray.plan import make_plan, read_shard
 from e2p_ray.results import UNPERSONALIZED_USER_ID
-from e2p_ray.schema import Completion, DeadLetter, ErrorCode, Generation, Group, RequestKey, Status
+from e2p_ray.schema import Completion, Content, DeadLetter, ErrorCode, Generation, Group, Request, RequestKey, Status
 from e2p_ray.serve import call as call_module
 from e2p_ray.serve.call import Call, Job
 from e2p_ray.serve.messages import GenerationAnswer
@@ -239,12 +239,12 @@ def tiny_job(folder: Path, num_users: int, num_contents: int, per_user: int) -> 
     return config
 
 
-def save_projector(config: JobConfig, uri: str, seed: int) -> str:
-    """A random projector for the job's base model; returns its id."""
+def save_projector(config: JobConfig, uri: str, seed: int, **trained: Any) -> str:
+    """A random projector for the job's base model, of a training of which this is told; returns its id."""
     base = resolve_base_model(config.base_model, Storage())
     made = random_projector(LLAMA.hidden_size, seed=seed)
     values = {name: getattr(made.manifest, name) for name in made.manifest.__slots__}
-    values |= {"base_model_id": base.base_model_id, "tokenizer_hash": base.tokenizer_hash}
+    values |= {"base_model_id": base.base_model_id, "tokenizer_hash": base.tokenizer_hash, "trained": trained}
     projector = Projector(made.manifest.__class__(**values), made.reference)
     projector.load_state_dict(made.state_dict())
     return projector.save_pretrained(Storage(), uri).projector_id
@@ -318,3 +318,33 @@ def test_online_texts_are_the_batch_s_and_a_swap_changes_them_all_at_once(
         assert back.text == answers[key].text
         scored = client.scores(key.task, [{"content_id": key.content_id, "text": back.text}], user_id=key.user_id)
         assert scored.scores[0].mean_logprob is not None
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "wanted"), [({"en": " "}, " A bridge"), ({"default": "- "}, "- A bridge"), ({"ja": " "}, "A bridge")]
+)
+def test_candidates_are_scored_as_texts_began_in_training(
+    prefixes: dict[str, str], wanted: str, tmp_path: Path
+) -> None:
+    """Titles and given texts; one that begins so already stays as it is."""
+    torch.set_num_threads(1)
+    config = tiny_job(tmp_path, num_users=6, num_contents=2, per_user=1)
+    save_projector(config, config.projector.uri, 1, settings={"training": {"target_prefix": prefixes}})
+    content = Content("bridge", "A bridge", "The city opened a bridge.", "en-US")
+    vector = np.linspace(-1, 1, EMBEDDING_DIM, dtype=np.float32)
+    keys = [RequestKey(name, "bridge", "headline") for name in ("nobody", "user")]
+    requests = (Request(keys[0], None), Request(keys[1], vector))
+    loaded = LoadedGenerator(config, Storage(), "run", engine_factory=load_engine)
+
+    def gain(text: str) -> float:
+        scores = loaded.score([Group(content, "headline", requests)], dict.fromkeys(keys, text))
+        found = {score.key: score.mean_logprob for score in scores}
+        return found[keys[1]] - found[keys[0]]
+
+    assert abs(gain(wanted) - gain(f"* {wanted}")) > 1e-3, "the control: what stands before it counts"
+    inline = {"content_id": "bridge", "content": {"title": content.title, "body": content.body, "language": "en-US"}}
+    with serving(serve_config(config), None) as site, site.client() as client:
+        candidates = [inline, inline | {"text": content.title}, inline | {"text": wanted}]
+        user = {"embedding": vector.tolist(), "embedding_space": "space-1"}
+        found = client.scores("headline", candidates, **user).scores
+    assert [score.gain for score in found] == [pytest.approx(gain(wanted), abs=1e-4)] * 3

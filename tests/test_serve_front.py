@@ -234,6 +234,9 @@ def test_unused_ports_are_none_that_somebody_has_or_is_given_by_chance(monkeypat
 def test_haproxy_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     sleep = shutil.which("sleep")
     assert sleep is not None
+    folder = tmp_path / "a b's"  # as a venv's may be
+    folder.mkdir()
+    sleep = str(shutil.copy(sleep, folder))
     start = "import subprocess, sys; print(subprocess.Popen([sys.argv[1], '600']).pid, flush=True); sys.stdin.read()"
     for program, is_left in ((_mortal(sleep, tmp_path), False), (sleep, True)):
         with subprocess.Popen(

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import httpx2
 import psutil
 import pytest
 import yaml
+from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
@@ -122,6 +124,65 @@ def test_a_real_serve_answers_streams_swaps_and_stops(tmp_path: Path) -> None:
         client.models()
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_runs_is_finished_when_it_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # its places are the job's, whatever folder replicas have
+    config, _ = write_small_job(Path("job"), num_users=6)
+    (port,), stop = unused_ports(1), threading.Event()
+    served = serve_config(config, api={"port": port})
+    job = threading.Thread(target=serve_until, args=(served, stop), kwargs={"engine_factory": slow(1.0)})
+    job.start()
+    try:
+        with Client(f"http://127.0.0.1:{port}", TOKENS[0], timeout_s=60) as client:
+            until(client, lambda models: True)
+            events = client.stream("headline", user_id="user-0003", content_id="content-001")
+            assert isinstance(next(events), Token)
+            stop.set()
+            *tokens, done = events
+            assert len(tokens) == 3, "the control: much was left to be written"
+            assert isinstance(done, GenerationAnswer)
+    finally:
+        stop.set()
+        job.join(90)
+    assert not job.is_alive()
+    with Client(f"http://127.0.0.1:{port}", TOKENS[0]) as client, pytest.raises(UnavailableError):
+        client.models()
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0})
+class Shop:
+    """Somebody else's application."""
+
+    def __call__(self) -> str:
+        return "open"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_other_applications_of_a_cluster_s_serve_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, _ = write_small_job(tmp_path, num_users=6)
+    (port, ours), stop = unused_ports(2), threading.Event()
+    served = serve_config(config, api={"port": ours})
+    shop = cast(Any, Shop).bind()
+    serve.start(http_options={"port": port})
+    try:
+        serve.run(shop, name="shop", route_prefix="/shop")
+        job = threading.Thread(target=serve_until, args=(served, stop), kwargs={"engine_factory": slow(0.01)})
+        job.start()
+        with Client(f"http://127.0.0.1:{port}", TOKENS[0], timeout_s=60) as client:
+            until(client, lambda models: True)
+        wait_until(lambda: f"serving on http://127.0.0.1:{port};" in capsys.readouterr().err, "where it is reached")
+        stop.set()
+        job.join(90)
+        assert {name: app.status for name, app in serve.status().applications.items()} == {"shop": "RUNNING"}
+        serve.run(shop, name="shop", route_prefix="/")
+        with pytest.raises(ConfigError, match=r'Prefix / is being used by application "shop"\. .*workers\.ray_address'):
+            serve_until(served, threading.Event(), engine_factory=slow(0.01))
+        assert httpx2.get(f"http://127.0.0.1:{port}/").text == "open"
+    finally:
+        stop.set()
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
 def test_the_file_for_serve_deploy_is_whole_and_holds_no_secret(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -141,6 +202,33 @@ def test_the_file_for_serve_deploy_is_whole_and_holds_no_secret(
     scaling = deployment._deployment_config.autoscaling_config
     assert scaling is not None
     assert (scaling.min_replicas, scaling.max_replicas) == (0, 4)
+
+
+def test_options_are_in_the_file_for_serve_deploy_but_no_secret_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is the projector, whose change would be another application's, with new replicas."""
+    config, path = write_small_job(tmp_path, num_users=1)
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) | {"api": {"tokens": list(TOKENS)}}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    options = {"replica.max_replicas": "4", "replica.max_waiting": "7", "projector.uri": config.projector.uri}
+    words = ["--config", str(path), "--engine.max_rows=8", "--print-config", str(path)]
+    words += [word for name, value in options.items() for word in (f"--{name}", value)]
+    secrets = {"api.tokens": '["a-token-of-the-command-line"]', "storage.secret_access_key": "key-of-the-command-line"}
+    for given in ({}, secrets):
+        said = [word for name, value in given.items() for word in (f"--{name}", value)]
+        assert run_job(JOB, [*words, *said]) == 0
+        printed = capsys.readouterr()
+        assert "of-the-command-line" not in printed.out + printed.err
+        for name in given:
+            assert f"--{name} is not printed" in printed.err
+        (found,) = ServeDeploySchema.model_validate(yaml.safe_load(printed.out)).applications
+        assert found.args == {
+            "config": str(path), "replica.max_replicas": "4", "replica.max_waiting": "7", "engine.max_rows": "8",
+        }  # fmt: skip
+        deployed = build(found.args)._bound_deployment._deployment_config
+        assert deployed.autoscaling_config is not None
+        assert (deployed.autoscaling_config.max_replicas, deployed.max_ongoing_requests) == (4, 2 * (7 + 8))
 
 
 def test_what_cannot_be_served_is_refused_before_anything_is_started(

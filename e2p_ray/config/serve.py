@@ -34,7 +34,13 @@ class ApiConfig(Section):
             raise ValueError("no tokens: set E2P_API__TOKENS, or allow_anonymous where something else checks")
         if any(len(token.get_secret_value()) < _MIN_TOKEN_CHARS for token in self.tokens):
             raise ValueError(f"tokens have {_MIN_TOKEN_CHARS} characters or more")
+        if any(not _can_be_sent(token.get_secret_value()) for token in self.tokens):
+            raise ValueError("tokens are printable ASCII without blanks at their ends: no header has others")
         return self
+
+
+def _can_be_sent(token: str) -> bool:
+    return token.isascii() and token.isprintable() and token == token.strip()
 
 
 class ReplicaConfig(Section):
@@ -52,7 +58,7 @@ class ReplicaConfig(Section):
         description="texts that wait for one of engine.max_rows places; further ones get 429. A quarter as many as "
         "places: with half as many, ten times too many requests tripled the time of those that were accepted. After a "
         "refusal, for a while, only who may expect a place very soon waits. As many candidates may wait to be scored, "
-        "or one ranking",
+        "or one ranking; a batch of more pairs than places and this together waits while nobody else does",
     )
     shard_rows: int = Field(
         32,
@@ -77,8 +83,19 @@ class TablesConfig(Section):
 
     refresh_s: float = Field(15.0, gt=0, description="pause between two looks for changes")
     max_staleness_s: float = Field(60.0, gt=0, description="older consent counts as unknown: unpersonalised")
-    max_bytes: int = Field(8 << 30, ge=1 << 20, description="on the local disk, of one replica; more is refused")
+    max_bytes: int = Field(
+        8 << 30,
+        ge=1 << 20,
+        description="on the local disk, of one replica; more is refused. A file that is written anew is there twice "
+        "while it is copied: twice the largest table has to fit",
+    )
     folder: str | None = Field(None, description="where they lie; null: the system's folder for temporary files")
+
+    @model_validator(mode="after")
+    def _looks_in_time(self) -> Self:
+        if self.refresh_s >= self.max_staleness_s:
+            raise ValueError("refresh_s has to be below max_staleness_s: consent would be too old between two looks")
+        return self
 
 
 class ProfileConfig(Section):

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx2
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from e2p_ray.errors import E2PError
 from e2p_ray.serve.messages import BatchAnswer, GenerationAnswer, ModelsAnswer, ScoresAnswer
@@ -107,7 +107,7 @@ class Client:
                     case "restart":
                         restart = True
                     case "done":
-                        yield GenerationAnswer.model_validate_json(data)
+                        yield _understood(data, GenerationAnswer)
                         return
                     case "error":
                         raise _error(int(json.loads(data)["status"]), data.encode())
@@ -147,7 +147,14 @@ def _events(lines: Iterator[str]) -> Iterator[tuple[str, str]]:
 def _read(response: httpx2.Response, kind: type[M]) -> M:
     if response.status_code != 200:
         raise _error(response.status_code, response.content)
-    return kind.model_validate_json(response.content)
+    return _understood(response.content, kind)
+
+
+def _understood(data: str | bytes, kind: type[M]) -> M:
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError:  # of whatever stands before the service; its own message would say values
+        raise UnavailableError(200, "no_answer_body", "the answer is not one of this service's") from None
 
 
 def _error(status: int, body: bytes) -> ServiceError:

@@ -7,6 +7,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from e2p_ray.commit.spool import hash_key, hash_rows
-from e2p_ray.errors import ConfigError
+from e2p_ray.errors import ConfigError, StorageError
 from e2p_ray.storage import ObjectInfo, Storage
 from e2p_ray.storage.utf8 import require_utf8
 
@@ -34,13 +35,18 @@ class Budget:
     def num_bytes(self) -> int:
         return self._num_bytes
 
+    def has_room(self, num_bytes: int) -> bool:
+        """Whether so many more may be taken."""
+        return self._num_bytes + num_bytes <= self._max_bytes
+
     def take(self, num_bytes: int) -> None:
         """Count what is about to be written."""
         with self._lock:
-            if self._num_bytes + num_bytes > self._max_bytes:
+            if not self.has_room(num_bytes):
                 raise ConfigError(
                     f"the local copies of users, contents and published rows need more than tables.max_bytes, "
-                    f"{self._max_bytes:,}. Raise it, or serve smaller tables"
+                    f"{self._max_bytes:,}. Raise it, or serve smaller tables; a file that is written anew is there "
+                    "twice while it is copied"
                 )
             self._num_bytes += num_bytes
 
@@ -91,8 +97,27 @@ class Copies:
     def num_rows(self) -> int:
         return sum(len(copy.places) for copy in self._copies.values())
 
-    def refresh(self, files: Sequence[ObjectInfo]) -> None:
-        """Become these files: copy those that are new, forget those that are gone."""
+    @property
+    def num_bytes(self) -> int:
+        """What all of them take."""
+        return sum(copy.num_bytes for copy in self._copies.values())
+
+    def refresh(self, files: Sequence[ObjectInfo], *, may_forget: bool = False) -> None:
+        """Become these files: copy those that are new, forget those that are gone.
+
+        Until then the rows are those of before; with `may_forget`, the gone ones are given up first where the new ones
+        have no room beside them. Errors: ConfigError without room, StorageError where the disk does not take them.
+        """
+        try:
+            self._become(files)
+        except ConfigError:
+            staying = [info for info in self._copies if info in files]
+            if not may_forget or len(staying) == len(self._copies):
+                raise
+            self._become(staying)
+            self._become(files)
+
+    def _become(self, files: Sequence[ObjectInfo]) -> None:
         before = self._copies
         if before.keys() == set(files):
             return
@@ -130,7 +155,11 @@ class Copies:
         taken, num_before, hashes = 0, 0, [np.zeros((0, 2), np.uint64)]
         try:
             # A file without a name from the beginning: a process that is killed meanwhile leaves no user embeddings.
-            with tempfile.TemporaryFile(dir=self._folder) as sink, self._storage.open_parquet(info) as file:
+            with (
+                _local_disk(self._folder),
+                tempfile.TemporaryFile(dir=self._folder) as sink,
+                self._storage.open_parquet(info) as file,
+            ):
                 self._check(file.schema_arrow, info.uri)
                 schema = _plain(self._change(file.schema_arrow.empty_table().select(self._columns)).schema)
                 with pa.ipc.new_file(sink, schema) as writer:
@@ -153,6 +182,17 @@ class Copies:
         found = np.concatenate(hashes)
         order = np.lexsort((found[:, 1], found[:, 0]))
         return _Copy(mapped, found[order, 0], found[order, 1], order, taken)
+
+
+@contextmanager
+def _local_disk(folder: str | None) -> Iterator[None]:
+    """A full disk, or a folder that is not there, is named with the setting that says which one it is."""
+    try:
+        yield
+    except OSError as error:  # no storage's: theirs have names already
+        place = tempfile.gettempdir() if folder is None else folder
+        remedy = "Make room there, or set tables.folder to a place that can be written to"
+        raise StorageError(f"local copies of tables in {place}: {error.strerror or error}. {remedy}") from error
 
 
 @lru_cache(_MAX_HASHES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shlex
 import shutil
 import socket
 import tempfile
@@ -123,6 +124,7 @@ def _mortal(program: str, folder: Path) -> str:
     if setpriv is None:
         return program
     path = folder / "haproxy"
-    path.write_text(f'#!/bin/sh\nexec {setpriv} --pdeathsig KILL {program} "$@"\n', encoding="utf-8")
+    command = shlex.join([setpriv, "--pdeathsig", "KILL", program])
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n', encoding="utf-8")
     path.chmod(0o700)
     return str(path) if os.access(path, os.X_OK) else program  # a folder may be mounted without programs

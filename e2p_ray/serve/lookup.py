@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from e2p_ray.commit import read_published
 from e2p_ray.commit.published import open_table
 from e2p_ray.config import ServeConfig
-from e2p_ray.errors import E2PError, StorageError
+from e2p_ray.errors import ConfigError, E2PError, StorageError
 from e2p_ray.plan.inputs import COLUMNS, Space, content_rows, latest, user_rows
 from e2p_ray.schema import GENERATIONS, Content, Reason, UserEmbedding, validate_schema
 from e2p_ray.serve.copies import Budget, Copies, Freshness
@@ -26,6 +26,8 @@ from e2p_ray.storage import ObjectInfo, Storage
 # A row found is kept as it was made of Arrow, which takes milliseconds: some MiB of users of 256 dimensions.
 _MAX_KEPT_USERS = 4096
 _MAX_KEPT_CONTENTS = 1024
+# Pauses of a table without room double up to so many: each try copies what fits before it fails.
+_MAX_PAUSES = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ class Published:
 
 
 class Tables:
-    """The copies of the three tables, and the thread that keeps them fresh."""
+    """The copies of the three tables, and the threads that keep them fresh: no table waits for another one's copy."""
 
     def __init__(self, config: ServeConfig, storage: Storage, log: ReplicaLog) -> None:
         self._config, self._storage, self._log = config, storage, log
@@ -70,20 +72,21 @@ class Tables:
         self.version: int | None = None  # of the published table
         self._user: Callable[[str, Space, int], User] = lru_cache(_MAX_KEPT_USERS)(self._read_user)
         self._content: Callable[[str, int], Content | None] = lru_cache(_MAX_KEPT_CONTENTS)(self._read_content)
-        # Users first: consent is what must not be old.
         self._refreshes = {
             "users": self._refresh_users,
             "contents": self._refresh_contents,
             "published": self._refresh_published,
         }
         self._fresh = {name: Freshness() for name in self._refreshes}
+        self._looking = {name: threading.Lock() for name in self._refreshes}
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._keep_fresh, name="tables", daemon=True)
 
     def open(self) -> None:
-        """Copy everything, then keep it fresh; raises what is wrong with a table."""
-        self.refresh()
-        self._thread.start()
+        """Copy everything, and keep each table fresh from its copy on; raises what is wrong with a table."""
+        for name in self._refreshes:
+            self._refresh(name)
+            threading.Thread(target=self._keep_fresh, args=(name,), name=f"table-{name}", daemon=True).start()
+        self._say_what_has_no_room()
 
     def close(self) -> None:
         """Stop refreshing."""
@@ -91,10 +94,8 @@ class Tables:
 
     def refresh(self) -> None:
         """Look for changes, and take them over."""
-        for name, refresh in self._refreshes.items():
-            began_s = self._fresh[name].now_s()
-            refresh()
-            self._fresh[name].looked(began_s)
+        for name in self._refreshes:
+            self._refresh(name)
 
     def ages_s(self) -> dict[str, float]:
         """How old what is known of each table can be."""
@@ -147,17 +148,36 @@ class Tables:
 
     # -- refreshing --------------------------------------------------------------------------------------------------
 
-    def _keep_fresh(self) -> None:
-        while not self._over.wait(self._config.tables.refresh_s):
+    def _refresh(self, name: str) -> None:
+        with self._looking[name]:
+            began_s = self._fresh[name].now_s()
+            self._refreshes[name]()
+            self._fresh[name].looked(began_s)
+
+    def _keep_fresh(self, name: str) -> None:
+        num_pauses = 1
+        while not self._over.wait(num_pauses * self._config.tables.refresh_s):
             try:
-                self.refresh()
+                self._refresh(name)
+                num_pauses = 1
             except E2PError as error:  # what is known grows older, and says so
-                self._log.error("tables_not_refreshed", error_type=type(error).__name__, message=str(error))
-            except Exception as error:  # noqa: BLE001 - a file that is half written today is whole in a while
-                self._log.error("tables_not_refreshed", error_type=type(error).__name__)
+                num_pauses = min(2 * num_pauses, _MAX_PAUSES) if isinstance(error, ConfigError) else 1
+                self._log.error("table_not_refreshed", table=name, error_type=type(error).__name__, message=str(error))
+            except BaseException as error:  # noqa: BLE001 - half written today, whole in a while; polars' panics are none
+                num_pauses = 1
+                self._log.error("table_not_refreshed", table=name, error_type=type(error).__name__)
+
+    def _say_what_has_no_room(self) -> None:
+        """A table that, written anew, would not fit beside its old copies, while that can still be helped."""
+        for name, copies in {"users": self._users, "contents": self._contents}.items():
+            if not self.budget.has_room(copies.num_bytes):
+                message = f"once {name} are written anew, old and new copies need more than tables.max_bytes. Raise it"
+                self._log.error("table_without_room", table=name, num_bytes=copies.num_bytes, message=message)
 
     def _refresh_users(self) -> None:
-        self._users.refresh(self._storage.parquet_files(self._config.inputs.users_uri))
+        # Too old, they are nobody's consent any more: the new ones may have their room.
+        are_of_use = self._fresh["users"].age_s <= self._config.tables.max_staleness_s
+        self._users.refresh(self._storage.parquet_files(self._config.inputs.users_uri), may_forget=not are_of_use)
 
     def _refresh_contents(self) -> None:
         self._contents.refresh(self._storage.parquet_files(self._config.inputs.contents_uri))
@@ -172,7 +192,8 @@ class Tables:
             self._published.refresh([])
             self.version = None
         else:
-            self._published.refresh(self._infos(table.file_uris))
+            # Without a row its text is written again: no row is needed so much that the new ones could not come.
+            self._published.refresh(self._infos(table.file_uris), may_forget=True)
             self.version = table.version
 
     def _infos(self, uris: Sequence[str]) -> list[ObjectInfo]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from e2p_ray.results import Result
+from e2p_ray.schema import RequestKey
 from e2p_ray.serve.call import Call, Job
 from e2p_ray.serve.pauses import Pauses, interrupted
 from e2p_ray.serve.problems import ProblemError, ended, queue_full
@@ -26,6 +27,9 @@ _MAX_RETRY_AFTER_S = 30
 _CROWDED_WAIT = 0.1
 _CROWDED_TEXTS = 4.0
 _USUAL_TEXT_S = 0.1  # before there was any
+# After so many requests, about two contents at least, at which the model failed one by one with no text between them,
+# the model is to blame and not a request: a GPU that had an error has it for ever.
+_MAX_FAILED = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +70,16 @@ class ModelLoop:
         self._score_s, self._next_score_s = 0.0, -math.inf  # what the last call took; when it is the next one's turn
         self._text_s: float | None = None  # what a text takes, smoothed
         self._refused_s = -math.inf  # when somebody was, at last
+        self._failed = deque[RequestKey](maxlen=_MAX_FAILED)  # at which the model did since its last text
         self.num_cancelled = 0  # jobs that their clients left
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread is there; where it ended by itself, its process is of no use any more."""
-        return self._thread.is_alive()
+        """Whether the thread is there and still makes texts; where not, its process is of no use any more."""
+        fails = len(self._failed) == _MAX_FAILED and len({key.content_id for key in [*self._failed]}) > 1
+        return self._thread.is_alive() and not fails
 
     @property
     def num_waiting(self) -> int:
@@ -99,7 +105,9 @@ class ModelLoop:
             job.future.add_done_callback(lambda future, job=job: self._forget(future, job))  # type: ignore[misc]
 
     def may_wait(self, num_texts: int = 1) -> bool:
-        """Whether so many more texts may."""
+        """Whether so many more texts may. A batch of more than ever may wait together does while nobody else waits."""
+        if num_texts > self._max_rows + self._max_waiting:
+            return not self._waiting
         free = max(self._max_rows - self.num_running, 0)  # places that the first who wait are about to take
         num_before = len(self._waiting) - free
         fits = num_before + num_texts <= self._max_waiting
@@ -126,6 +134,8 @@ class ModelLoop:
         """Make a call on the model's thread, before what waits."""
         errand = _Errand(call)
         with self._changed:
+            if not self._thread.is_alive():
+                raise ended()
             self._errands.append(errand)
             self._changed.notify_all()
         return errand.future
@@ -181,15 +191,17 @@ class ModelLoop:
         self._give_up()
 
     def _give_up(self) -> None:
-        """Who still waits is told so."""
+        """Who still waits is told so, whatever for."""
         with self._changed:
-            left, scores = [*self._waiting], [*self._scores]
-            self._scores.clear()
+            left, errands, behind = [*self._waiting], [*self._errands, *self._scores], [*self._behind]
+            for queue in (self._errands, self._scores, self._behind):
+                queue.clear()
         for job in left:
             job.future.cancel()
-        for errand in scores:
-            if errand.future.set_running_or_notify_cancel():
-                errand.future.set_exception(ended())
+        for those, error in ((errands, ended), (behind, interrupted)):
+            for errand in those:
+                if errand.future.set_running_or_notify_cancel():
+                    errand.future.set_exception(error())
 
     def _forget(self, future: Future[Result], job: Job) -> None:
         if future.cancelled():
@@ -245,7 +257,10 @@ class ModelLoop:
     def run_errands(self) -> None:
         """What is to be done before further texts: errands, and one call that scores if it is its turn."""
         while self._errands:
-            self._errands.popleft().run()
+            with self._changed:  # whoever gives up empties it
+                errand = self._errands.popleft() if self._errands else None
+            if errand is not None:
+                errand.run()
         self._score_next()
 
     def _score_next(self) -> None:
@@ -273,6 +288,8 @@ class ModelLoop:
                 self._write(left[:middle])
                 self._write(left[middle:])
             elif left and left[0].future.set_running_or_notify_cancel():
+                if (key := left[0].request.key) not in self._failed:
+                    self._failed.append(key)
                 left[0].future.set_exception(error)
         finally:
             self._call = outer
@@ -296,6 +313,7 @@ class ModelLoop:
 
     def took(self, seconds_s: float) -> None:
         """A text took so long, from the queue to its end."""
+        self._failed.clear()
         self._text_s = seconds_s if self._text_s is None else self._text_s + 0.2 * (seconds_s - self._text_s)
 
 

@@ -177,7 +177,12 @@ class BatchRequest(Message):
 class Candidate(ContentPart):
     """A content to be ranked."""
 
-    text: Text | None = Field(None, min_length=1, max_length=2000, description="what is scored; absent: the title")
+    text: Text | None = Field(
+        None,
+        min_length=1,
+        max_length=2000,
+        description="what is scored, behind the training.target_prefix that the projector learned; absent: the title",
+    )
 
 
 class ScoresRequest(UserPart):

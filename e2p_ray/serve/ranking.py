@@ -32,7 +32,7 @@ async def ranked(service: Service, body: ScoresRequest, began_s: float) -> Score
         if asked.request.user_embedding is not None:
             requests.append(Request(_key(asked, place, "user"), asked.request.user_embedding))
         groups.append(Group(asked.content, body.task, tuple(requests)))
-        texts |= {request.key: text for request in requests}
+        texts |= dict.fromkeys((request.key for request in requests), loaded.as_trained(text, asked.content.language))
     found = await service.score(groups, texts, loaded)
     scores = [_scored(asked, place, found) for place, asked in enumerate(all_asked)]
     scores.sort(key=lambda score: (-_merit(score), score.place))

@@ -14,6 +14,7 @@ from ray.serve import Application
 from e2p_ray.batch.tally import ShardOutcome
 from e2p_ray.commit import Run
 from e2p_ray.config import JobConfig, ServeConfig
+from e2p_ray.errors import IncompatibleError
 from e2p_ray.loaded import EngineFactory, engine_variables
 from e2p_ray.serve.api import make_api
 from e2p_ray.serve.gate import App
@@ -35,6 +36,7 @@ class Replica:
     def __init__(self, config: ServeConfig, engine_factory: EngineFactory | None = None) -> None:
         self.service = Service(config, Storage(config.storage), engine_factory=engine_factory)
         self._desk = ShardDesk(self.service)
+        self._is_configured = False
         # What is loaded stays. A full collection over its half a million objects stops everything for 120 to 230 ms,
         # half the time of a text (measured).
         gc.collect()
@@ -47,16 +49,23 @@ class Replica:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Swap the projector between requests. What cannot be taken over is logged, and GET /v1/models says it.
 
-        It raises nothing: Serve would end the replica, and with it the projector that works.
+        Then it raises nothing: Serve would end the replica, and with it the projector that works. But one that has
+        served nobody yet must not begin with another projector than the replicas beside it: IncompatibleError, and
+        Serve tries again with a new one.
         """
         uri = user_config.get("projector_uri")
-        if uri is not None:
-            await self.service.swap(str(uri))
+        if uri is not None and not await self.service.swap(str(uri)) and not self._is_configured:
+            state = self.service.swap_state
+            raise IncompatibleError(f"projector.uri {uri}: {state.error if state else 'not taken over'}")
+        self._is_configured = True
 
     async def check_health(self) -> None:
         """Serve asks this now and then, and replaces the replica where it raises."""
         if not self.service.loop.is_alive:
-            raise RuntimeError("the model's thread has ended by itself; its traceback is in this replica's log")
+            raise RuntimeError(
+                "the model's thread has ended by itself, or has failed at all of the last texts; this replica's log "
+                "has the kind of error"
+            )
 
     async def served_texts(self) -> dict[str, Any]:
         """What a batch asks before it sends its shards: the fields of `ServedTexts`."""
