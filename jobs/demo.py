@@ -85,7 +85,8 @@ def _evaluate_once(config: EvaluateConfig, *, again: bool) -> None:
 
 
 def _published(config: JobConfig) -> pa.Table:
-    return DeltaTable(config.output.table_uri).to_pyarrow_table()
+    uri = config.output.table_uri
+    return DeltaTable(uri, storage_options=Storage(config.storage).delta_options(uri)).to_pyarrow_table()
 
 
 def _print_samples(table: pa.Table, truth: Truth, folder: Path) -> None:
@@ -129,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {PROG}", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--folder", type=Path, default=Path("demo-run"), help="where it all goes (default: demo-run)")
     options, rest = parser.parse_known_args(argv)
-    return guarded(lambda: demo(options.folder, rest), PROG)
+    # The job files are for any working directory, and Ray may have been started in another one.
+    return guarded(lambda: demo(options.folder.absolute(), rest), PROG)
 
 
 if __name__ == "__main__":

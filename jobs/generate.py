@@ -9,8 +9,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from e2p_ray.batch import BatchSummary, EngineFactory, run_batch
-from e2p_ray.commit import PublishedTable, PublishedVersion, Run, as_of_last_change, load_run, publish, read_published
+from e2p_ray.commit import (
+    PublishedTable,
+    PublishedVersion,
+    Run,
+    as_of_last_change,
+    load_run,
+    pending_shards,
+    publish,
+    read_published,
+    verify,
+)
 from e2p_ray.commit.audit import published_ids, record
+from e2p_ray.commit.published import as_if_published
+from e2p_ray.commit.verify import check_gates
 from e2p_ray.config import JobConfig
 from e2p_ray.downstream.report import Report, build_report, read_report, render_terminal, with_consent, write_report
 from e2p_ray.errors import ConfigError, GateError
@@ -18,7 +30,7 @@ from e2p_ray.plan import Plan
 from e2p_ray.update import Changes, Limits, Priority, defer_shards, make_update
 from jobs.cli import Job, run_job
 from jobs.progress import ProgressLine
-from jobs.steps import Setup, full_run, opened_run, planned, say, set_up, source_id_of, update_job, update_run
+from jobs.steps import Setup, full_run, opened_run, planned, say, set_up, source_id_of, update_job, update_runs
 
 
 @dataclass(frozen=True)
@@ -77,10 +89,7 @@ def generate_run(
     batch = partial(
         batch, engine_factory=engine_factory, max_dead_letters=max_dead_letters if work.changes is None else None
     )
-    report = _done(config, setup, work, publish_it, batch, limits)
-    if report.version is not None:
-        record(setup.storage, config.output.uri, action, published_ids(work.run, report.version))
-    return report
+    return _done(config, setup, work, action if publish_it else None, batch, limits)
 
 
 def _work(
@@ -90,24 +99,61 @@ def _work(
     table = table and as_of_last_change(setup.storage, table)
     if full or (table is None and not limits):
         return Work(full_run(config, setup, plan, again=table), plan)
-    run = update_run(config, setup, plan, table, limits)
+    run, base = _run_and_base(config, setup, plan, table, limits)
     # The update's requests are those of the plan, so that the plan's dead letters weigh in it as much.
     update = make_update(
-        update_job(config, setup, plan, table), run, limits, say, before_writing=lambda: dead_letters_left(config, plan)
+        update_job(config, setup, plan, base), run, limits, say, before_writing=lambda: dead_letters_left(config, plan)
     )
     if update is None:
         return None
     return Work(replace(run, shard_ids=update.shard_ids), update.plan, update.changes)
 
 
+def _run_and_base(
+    config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None, limits: Limits
+) -> tuple[Run, PublishedTable | None]:
+    """The run of an update, and what it is an update of: the table, or a limited run that a gate keeps out of it.
+
+    The table is as it was when that run began, so a run from there would be the same one and be refused again.
+    """
+    storage, runs = setup.storage, update_runs(config, setup, plan, table, limits)
+    run, refused = next(runs), None
+    while limits and storage.exists(run.record_uri):
+        following = next(runs)
+        if not (storage.exists(following.record_uri) or _can_go_on(config, setup, run)):
+            break
+        run, refused = following, run
+    if refused is None:
+        return run, table
+    say(f"run {refused.run_id} is complete, but a gate keeps it out of the table: run {run.run_id} goes on from it")
+    return run, as_if_published(storage, load_run(storage, config.output.uri, refused.run_id), table)
+
+
+def _can_go_on(config: JobConfig, setup: Setup, run: Run) -> bool:
+    """Whether a recorded run is complete and refused by a gate that what its limit left could open."""
+    run = load_run(setup.storage, config.output.uri, run.run_id)
+    if pending_shards(setup.storage, run):
+        return False
+    summary = verify(setup.storage, run)
+    # Further texts make no dead letter less: their share is of all that is planned, now as in the end.
+    if not summary.num_deferred or summary.dead_letter_share > config.gates.max_dead_letter_share:
+        return False
+    try:
+        check_gates(summary, config.gates)
+    except GateError:
+        return True
+    return False
+
+
 def _done(
     config: JobConfig,
     setup: Setup,
     work: Work,
-    publish_it: bool,
+    action: str | None,
     batch: Callable[..., BatchSummary],
     limits: Limits,
 ) -> Report:
+    """Generate, report and, with the name of the action for the audit log, publish."""
     run, storage = opened_run(config, setup, work.run), setup.storage
     num_requests = work.changes.num_to_write if work.changes else work.plan.counts.num_requests
     say(f"run {run.run_id}: {num_requests:,} requests in {len(work.plan.shards):,} shards")
@@ -120,8 +166,10 @@ def _done(
     )
     report = with_consent(storage, report, config.inputs.users_uri)
     write_report(storage, run, report)
-    if publish_it:
-        version = _published(config, setup, run)
+    if action is not None:
+        version = _published(config, setup, run, limits)
+        # First of all: should what follows fail, the same command finds nothing to do any more.
+        record(storage, config.output.uri, action, published_ids(run, version))
         report = report.with_version(version)
         if version.num_files_suppressed:  # some of these users may have opted out since the report was built
             report = with_consent(storage, report, config.inputs.users_uri)
@@ -158,11 +206,14 @@ def _defer(setup: Setup, run: Run, summary: BatchSummary) -> None:
     say(f"the time is over: {num_requests:,} requests in {len(summary.left):,} shards are left for a later run")
 
 
-def _published(config: JobConfig, setup: Setup, run: Run) -> PublishedVersion:
+def _published(config: JobConfig, setup: Setup, run: Run, limits: Limits) -> PublishedVersion:
     try:
         return publish(setup.storage, run, config.gates, config.inputs.users_uri)
     except GateError as error:
-        raise GateError(f"{error}. The report: {run.uri}/report.html") from error
+        said = f"{error}. The report: {run.uri}/report.html"
+        if limits and _can_go_on(config, setup, run):
+            said += ". Run the same command again: it goes on with what the limit left"
+        raise GateError(said) from error
 
 
 def _nothing_to_do(config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable) -> Report:
@@ -225,7 +276,8 @@ JOB = Job(
     description="Plan, generate, publish and report in one go. Where a table is published, only requests are written\n"
     "whose fingerprint changed; the other rows are carried over, rows that are wanted no more are removed, and one\n"
     "new version is published. `jobs.plan` says beforehand what would change. What a limit leaves keeps its old row\n"
-    "(or is a dead letter `deferred` until it has one); the same command goes on with it.\n"
+    "(or is a dead letter `deferred` until it has one); the same command goes on with it, also after a closed gate\n"
+    "that further texts could open.\n"
     "Interrupted at any point, the same command resumes: only shards that are not committed yet are generated.\n"
     "Exit code 4: complete but not published (a gate, or the table was changed meanwhile), or not begun (the\n"
     "plan has more dead letters than gates.max_dead_letter_share allows, also for --no-publish); 5: shards are left.",

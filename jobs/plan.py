@@ -16,7 +16,7 @@ from e2p_ray.plan import Plan, read_shard
 from e2p_ray.update import Changes, Limits, shows_already, survey
 from jobs.cli import Job, run_job
 from jobs.generate import dead_letters_left
-from jobs.steps import Setup, full_run, planned, say, set_up, source_id_of, update_job, update_run
+from jobs.steps import Setup, full_run, planned, say, set_up, source_id_of, update_job, update_runs
 from jobs.tables import bytes_text, duration_text, print_pairs, print_table
 
 _SAMPLE_SHARDS, _SAMPLE_GROUPS = 4, 200
@@ -104,7 +104,7 @@ def _run_id(config: JobConfig, setup: Setup, made: Plan, table: PublishedTable |
         return full_run(config, setup, made).run_id
     if shows_already(table, changes):
         return f"none: version {table.version} shows this already"
-    return update_run(config, setup, made, as_of_last_change(setup.storage, table), Limits()).run_id
+    return next(update_runs(config, setup, made, as_of_last_change(setup.storage, table), Limits())).run_id
 
 
 def _print_changes(table: PublishedTable, changes: Changes) -> None:

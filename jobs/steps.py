@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -70,14 +70,18 @@ def full_run(config: JobConfig, setup: Setup, plan: Plan, *, again: PublishedTab
     return _run(config, setup, run_id, source_id, plan.uri, plan.embedding_space, shard_ids, again)
 
 
-def update_run(config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None, limits: Limits) -> Run:
-    """The run of an update, still without shards."""
-    source_id = source_id_of(config, setup, plan)
+def update_runs(
+    config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None, limits: Limits
+) -> Iterator[Run]:
+    """The run of an update, still without shards; then, as long as anybody asks, the run that goes on from the last."""
+    source_id, after = source_id_of(config, setup, plan), ""
     found = priorities_digest(setup.storage, config.inputs.candidates_uri, limits.priority) if limits.priority else ""
-    update_id = update_id_of(source_id, table, limits, found)
-    run_id = run_id_of(update_id, config.text_hash(), setup.manifest.projector_id, setup.base.base_model_id)
-    uri = f"{config.output.uri}/updates/{update_id}"
-    return _run(config, setup, run_id, source_id, uri, plan.embedding_space, (), table)
+    while True:
+        update_id = update_id_of(source_id, table, limits, found, after)
+        run_id = run_id_of(update_id, config.text_hash(), setup.manifest.projector_id, setup.base.base_model_id)
+        uri = f"{config.output.uri}/updates/{update_id}"
+        yield _run(config, setup, run_id, source_id, uri, plan.embedding_space, (), table)
+        after = run_id
 
 
 def update_job(config: JobConfig, setup: Setup, plan: Plan, table: PublishedTable | None) -> UpdateJob:

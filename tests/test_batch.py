@@ -306,6 +306,19 @@ def test_a_worker_whose_engine_hangs_is_replaced(with_lock: bool, tmp_path: Path
         assert_published(job, num_users=60, num_dead_letters=0)
 
 
+def test_shards_that_take_longer_than_a_stall_may_name_what_helps(tmp_path: Path, tries: Path) -> None:
+    job = opened(tmp_path, workers={"max_shard_attempts": 1, "max_stall_s": 2, "max_poison_requests": 0})
+    slow = Following(tries, max_wait_s=600)
+    with pytest.raises(IncompleteRunError) as caught:
+        run_batch(job.config, job.storage, job.run, engine_factory=slow)
+    lines = str(caught.value).splitlines()
+    assert {line.split(": ", 1)[1] for line in lines[1:6]} == {
+        "TimeoutError: no shard ended within workers.max_stall_s, 2 s. Where shards take longer, raise it, or lower "
+        "plan.requests_per_shard"
+    }
+    assert "same command again" in lines[-1]
+
+
 def test_too_many_dead_letters_stop_a_run_within_a_shard(tmp_path: Path) -> None:
     job = opened(tmp_path)
     with pytest.raises(GateError, match=r"non_finite_logits .*/dead_letters; nothing") as caught:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from e2p_ray.config import EvaluateConfig, JobConfig, TrainConfig, load_config
@@ -228,6 +229,22 @@ def test_the_base_model_follows_the_angle_word() -> None:
                 shown += shown_angle(text, markers) == angle.angle
                 total += 1
         assert shown >= 0.8 * total, f"{language}: {shown} of {total}"
+
+
+@pytest.mark.parametrize("name", ["a #1", "run: 2", "[x]", "- a", "%20", "$output", 'a "b"', "a\\nb", "記事 😀"])
+def test_the_job_files_name_any_folder(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    found = write_configs(folder, world=folder / "world", base_model=folder / "base")
+    job, train, evaluate = (
+        yaml.safe_load(path.read_text("utf-8")) for path in (found.generate, found.train, found.evaluate)
+    )
+    for config in (job, train, evaluate):
+        assert config["inputs"]["users_uri"] == f"{folder}/world/users.parquet"
+        assert config["base_model"]["uri"] == f"{folder}/base"
+    outputs = [config["output"]["uri"] for config in (job, train, evaluate)]
+    assert outputs == [f"{folder}/{name}" for name in ("output", "training", "evaluation")]
+    assert job["projector"]["uri"] == evaluate["projector"]["uri"] == f"{folder}/training/projector"
 
 
 def test_the_job_files_are_valid_configurations(world: World, tmp_path: Path) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pytest
 import yaml
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 from e2p_ray.demo import configs, world
 from e2p_ray.demo.newsroom import LANGUAGES
 from e2p_ray.storage import Storage
 from jobs import demo
 from jobs.evaluate import read_evaluation
+from tests.s3 import S3Server
+from tests.small_job import write_small_job
 
 BASE_MODEL = Path(os.environ.get("E2P_TEST_BASE_MODEL", configs.BASE_MODEL))
 NUM_SERVED = 40  # readers who get recommendations: four articles each, with two tasks
@@ -77,11 +80,13 @@ def _demo(folder: Path) -> Shown:
 
 @pytest.fixture(scope="module")
 def shown(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    """A smaller demo, from nothing."""
+    """A smaller demo, from nothing, in a folder that is given as people may give it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "write_world", _small_world)
         patch.setattr(demo, "write_configs", _small_configs)
-        return _demo(tmp_path_factory.mktemp("demo") / "demo-run")
+        patch.chdir(tmp_path_factory.mktemp("demo"))
+        shown = _demo(Path("demo: run 1"))
+        return replace(shown, folder=shown.folder.absolute())
 
 
 @needs_base_model
@@ -98,6 +103,8 @@ def test_demo_from_nothing(shown: Shown) -> None:
     assert set(table["task"].to_pylist()) == {"headline", "explanation"}
     assert len(set(table["user_id"].to_pylist())) == NUM_SERVED
     assert len(list((shown.folder / "output" / "runs").glob("*/report.html"))) == 1
+    places = yaml.safe_load((shown.folder / "job.yaml").read_text("utf-8"))["inputs"].values()
+    assert {Path(place).parent for place in places} == {shown.folder / "world"}, "good from any working directory"
 
 
 @needs_base_model
@@ -122,6 +129,13 @@ def test_the_same_again_does_nothing_again(shown: Shown) -> None:
     assert "trains the constant token" not in again.err
     assert "trains the constant token" in shown.err, "control: this is how it is said"
     assert again.table.version() == 0
+
+
+def test_the_published_table_may_be_on_s3(s3_server: S3Server, tmp_path: Path) -> None:
+    config, _ = write_small_job(tmp_path, place=s3_server.new_bucket(), storage=s3_server.config)
+    uri, rows = config.output.table_uri, pa.table({"task": ["headline"]})
+    write_deltalake(uri, rows, storage_options=Storage(config.storage).delta_options(uri))
+    assert demo._published(config).to_pylist() == rows.to_pylist()
 
 
 def test_options_of_the_configuration_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 import yaml
 from deltalake import DeltaTable
 
@@ -168,6 +169,27 @@ def test_the_speed_that_is_expected_is_that_of_the_last_run_which_wrote_anything
     assert plan.last_rows_per_s(config, setup) == (5.0, "as run b")
 
 
+def test_relative_places_are_the_jobs_whatever_folder_its_workers_have(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the workers are where their Ray was started
+    assert ray.get(ray.remote(lambda: os.getcwd()).remote()) != os.getcwd(), "the control"
+    planned_by_ray = {"requests_per_shard": 40, "single_node_bytes": 0, "num_partitions": 2}
+    config, _ = write_small_job(Path("job"), plan=planned_by_ray)
+    assert config.output.uri == "job/out"
+    report = generate.generate_run(config, engine_factory=fake_engine)
+    assert keys_of(published(config)) == expected_keys()
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    Path("job").rename(moved / "job")
+    monkeypatch.chdir(moved)
+    again = generate.generate_run(config, engine_factory=fake_engine)
+    assert again.version is not None
+    assert again.version.already_published, "the plan and the run have the same names in a folder that was moved"
+    assert again.run_id == report.run_id
+    assert len(list(Path("job/out/plans").iterdir())) == 1
+
+
 def test_gates_close_after_the_report_is_written(
     tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,7 +202,9 @@ def test_gates_close_after_the_report_is_written(
     assert "not published" in Path(place).read_text(encoding="utf-8")
     assert not Path(config.output.table_uri, "_delta_log").exists()
     assert run_job(publish.JOB, ["--config", str(path)]) == 4
-    assert run_job(publish.JOB, ["--config", str(path), "--gates.max_fallback_share", "1"]) == 0
+    opened = ["--config", str(path), "--gates.max_fallback_share", "1"]
+    assert run_job(publish.JOB, [*opened, "--run", ""]) == 2, "not another run than was asked for"
+    assert run_job(publish.JOB, opened) == 0
     assert keys_of(published(config)) == expected_keys()
 
 

@@ -17,11 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from deltalake import DeltaTable, write_deltalake
 
+from e2p_ray.commit.consent import refusing
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import IncompatibleError, InputError, ShardError
 from e2p_ray.plan import Plan, ShardSize, inputs, largest_first, load_plan, make_plan, read_shard
 from e2p_ray.plan.inputs import stable_hash
+from e2p_ray.plan.pairs import ContentJoin
+from e2p_ray.plan.shards import count_requests
 from e2p_ray.schema import DEAD_LETTERS, Group, Reason, planned_schema
 from e2p_ray.storage import Storage
 from tests.plan_world import (
@@ -333,22 +337,62 @@ def test_kinds_of_vector_columns(kind: str, element: pa.DataType, tmp_path: Path
     }
 
 
-def test_files_of_one_table_may_differ_in_kind(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "moment",
+    [pa.timestamp("ms"), *(pa.timestamp("us", zone) for zone in ("+05:30", "-03:30", "JST", "Asia/Tokyo"))],
+    ids=str,
+)
+def test_files_of_one_table_may_differ_in_kind(moment: pa.DataType, tmp_path: Path) -> None:
     """Large and small strings, dictionaries, wide and narrow floats, zones: each file is read as what it is."""
-    world = World([user("u1"), user("u2")], [content("c")], [candidate("u1", "c"), candidate("u2", "c")])
+    hour = timedelta(hours=1)
+    copies = [user("u1", updated_at=START - hour, personalize=False), user("u2", updated_at=START + hour)]
+    users = [*copies, user("u1"), user("u2", personalize=False)]
+    world = World(users, [content("c")], [candidate("u1", "c"), candidate("u2", "c")])
     world.write(tmp_path / "in", num_files=2)
     path = sorted((tmp_path / "in" / "users").iterdir())[1]
     kinds = {
         "user_id": pa.large_string(), "embedding": pa.large_list(pa.float64()),
-        "embedding_space": pa.dictionary(pa.int32(), pa.string()), "updated_at": pa.timestamp("ms"),
+        "embedding_space": pa.dictionary(pa.int32(), pa.string()), "updated_at": moment,
     }  # fmt: skip
-    table = world.tables()["users"].slice(1)
+    table = world.tables()["users"].slice(2)
+    assert table.num_rows == 2
     for name, kind in kinds.items():
-        values = pa.array(table[name].to_pylist(), kind)
+        values = table[name].cast(kind) if name == "updated_at" else pa.array(table[name].to_pylist(), kind)
         table = table.set_column(table.schema.get_field_index(name), name, values)
     pq.write_table(table, path)
     plan = plan_of(job(tmp_path / "in", tmp_path / "out", requests_per_shard=5))
     assert_as_reference(plan, world)
+
+
+def test_of_delta_tables_the_current_version_is_planned(tmp_path: Path) -> None:
+    """What was overwritten or deleted still lies in their folders, until somebody vacuums."""
+    old = World(
+        [user(f"u{at}") for at in range(4)],
+        [content("c", title="old"), content("d")],
+        [candidate(f"u{at}", name) for at in range(4) for name in "cd"],
+    )
+    now = World(old.users[:3], [content("c", title="new"), content("d")], [candidate(f"u{at}", "c") for at in range(4)])
+    folder = tmp_path / "in"
+    for name in ("users", "contents", "candidates"):
+        write_deltalake(folder / name, old.tables()[name])
+    for name in ("contents", "candidates"):
+        write_deltalake(folder / name, now.tables()[name], mode="overwrite")
+    DeltaTable(folder / "users").delete("user_id = 'u3'")
+    assert all(len([*(folder / name).glob("*.parquet")]) == 2 for name in now.tables()), "control: old files are there"
+    plan = plan_of(job(folder, tmp_path / "out"))
+    assert_as_reference(plan, now)
+    with pytest.raises(AssertionError):
+        assert_as_reference(plan, old)
+    assert refusing(STORAGE, ["u2", "u3"], f"{folder}/users") == {"u3"}
+
+
+def test_characters_of_many_requests_are_counted_in_full() -> None:
+    num_requests, num_chars = 500_000, 10_000  # more than 2 ** 32 together
+    contents = pl.DataFrame({"content": [0], "title": ["橋" * 4], "body": ["x" * (num_chars - 4)]})
+    requests = pl.DataFrame({"content": [0] * num_requests, "reason": [None] * num_requests})
+    counts = count_requests(ContentJoin(requests, contents, dead=contents.clear()), TASKS)
+    assert counts["request_chars"] == num_requests * num_chars * len(TASKS) > 2**32
+    assert counts["content_chars"] == num_chars
 
 
 def test_a_file_with_another_schema_is_named(tmp_path: Path) -> None:

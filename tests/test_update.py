@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections import Counter
@@ -22,10 +23,11 @@ from deltalake import write_deltalake
 import e2p_ray.plan.shards
 import e2p_ray.update.update
 import jobs.generate
-from e2p_ray.commit import PublishedTable, PublishedVersion, load_run, publish, read_published
+from e2p_ray.commit import PublishedTable, PublishedVersion, Run, load_run, publish, read_published
+from e2p_ray.commit.audit import verify_log
 from e2p_ray.commit.spool import HashSpool, hash_rows
 from e2p_ray.config import JobConfig
-from e2p_ray.downstream.report import Report
+from e2p_ray.downstream.report import Report, write_report
 from e2p_ray.errors import (
     ConfigError,
     ConservationError,
@@ -33,11 +35,13 @@ from e2p_ray.errors import (
     IncompatibleError,
     InputError,
     PublishConflictError,
+    StorageError,
 )
 from e2p_ray.plan import ShardSize, read_shard
 from e2p_ray.schema import ErrorCode, Group, RequestKey
 from e2p_ray.storage import Storage, parquet_bytes
 from e2p_ray.update import Changes, Limits, Priority, UpdateJob, priorities_digest, update_id_of
+from e2p_ray.update.buckets import BucketSpool
 from e2p_ray.update.survey import _order
 from e2p_ray.update.write import ShardWriter, write_carried
 from jobs import plan as plan_job
@@ -872,6 +876,50 @@ def test_control_each_planned_key_once_and_no_other(wanted: str, found: str) -> 
         e2p_ray.update.update._require_same(planned_keys, results, run)
 
 
+def test_a_spool_that_is_closed_holds_no_file_open() -> None:
+    rows = pa.table({"content_id": [f"content-{n}" for n in range(200)]})
+    with BucketSpool(rows.schema, 16) as spool:
+        before = len(os.listdir("/proc/self/fd"))
+        spool.add(rows)
+        spool.close()
+        assert len(os.listdir("/proc/self/fd")) == before
+        found = pa.concat_tables(spool.rows(bucket) for bucket in range(16))
+    assert found.sort_by("content_id") == rows.sort_by("content_id")
+
+
+def test_no_room_to_spool_rows_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    rows = pa.table({"content_id": ["content"]})
+    said = rf"temporary files in {tmp_path}: .*No space left on device.* TMPDIR .*same command"
+    spool = BucketSpool(rows.schema, 1)
+    (folder,) = tmp_path.iterdir()
+    (folder / "0.arrows").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=said), spool:
+        spool.add(rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_publish_is_in_the_audit_log_whatever_becomes_of_its_report(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = verify_log(world.storage, world.config.output.uri).entries
+
+    def failing(storage: Storage, run: Run, report: Report) -> None:
+        if report.version is not None:
+            raise StorageError("no room for it")
+        write_report(storage, run, report)
+
+    _projector(world)
+    monkeypatch.setattr(jobs.generate, "write_report", failing)
+    with pytest.raises(StorageError, match="no room"):
+        world.run()
+    assert world.table().version() == 1, "control: it is published"
+    monkeypatch.setattr(jobs.generate, "write_report", write_report)
+    assert_nothing_to_do(world)
+    (entry,) = verify_log(world.storage, world.config.output.uri).entries[len(before) :]
+    assert (entry.action, entry.ids["version"]) == ("generate", 1)
+
+
 # -- limits
 
 
@@ -1232,6 +1280,72 @@ def test_control_a_dead_letter_of_a_purged_run_is_one_to_try(hopeless: World) ->
         hopeless.storage.delete(info.uri)
     _runs(hopeless, limits)
     assert set(hopeless.rows()) == _keys(hopeless) - dead
+
+
+def _closed_then(world: World, limits: Limits) -> tuple[list[str], Report]:
+    """What the same command is refused with again and again, and the first report that there is."""
+    refusals, calls = list[str](), set[Key]()
+    for _ in range(9):
+        try:
+            report = world.run(limits)
+        except GateError as error:
+            refusals.append(str(error))
+        else:
+            return refusals, report
+        finally:
+            assert not calls & set(world.calls), "nothing is written twice"
+            calls |= set(world.calls)
+    raise AssertionError("it never gets on")
+
+
+@pytest.mark.parametrize("limits", [Limits(7, priority=Priority("score", True)), Limits(max_seconds=1e-9)])
+def test_a_limited_run_that_no_gate_let_through_is_gone_on_from(hopeless: World, limits: Limits) -> None:
+    hopeless.users = {user: User(vector(number)) for number, user in enumerate(hopeless.users)}
+    hopeless.candidates = {pair: 1.0 + (pair[1] == "content-00") for pair in hopeless.candidates}
+    if limits.max_requests is None:  # without a priority the first shard is of the content with the least hash
+        hopeless.contents = {name: replace(text, language="fr") for name, text in hopeless.contents.items()}
+        hopeless.contents["content-00"] = content(0)
+    dead, everything = _dead(hopeless), _keys(hopeless)
+    gates = hopeless.config.gates.model_copy(update={"max_dead_letter_share": len(dead) / len(everything)})
+    hopeless.config = hopeless.config.model_copy(update={"gates": gates})
+    refusals, report = _closed_then(hopeless, limits)
+    assert refusals
+    assert all("no text at all" in one and one.endswith("it goes on with what the limit left") for one in refusals)
+    assert set(hopeless.rows()) | set(_letters(hopeless, report)) == everything
+    _runs(hopeless, limits)
+    assert set(hopeless.rows()) == everything - dead
+
+
+def test_old_rows_hold_a_gate_closed_until_enough_of_them_are_written_anew(world: World) -> None:
+    limits, users = Limits(max_requests=14), dict(world.users)
+    world.users = {user: replace(found, vector=None) for user, found in users.items()}
+    world.run()
+    world.users = users
+    version, changed = world.table().version(), world.changed()
+    gates = world.config.gates.model_copy(update={"max_fallback_share": 0.5})
+    world.config = world.config.model_copy(update={"gates": gates})
+    refusals, report = _closed_then(world, limits)
+    assert len(refusals) > 1
+    assert world.table().version() == version + 1
+    assert report.num_deferred == len(changed) - 14 * (len(refusals) + 1)
+    _runs(world, limits)
+    rows = world.rows()
+    assert set(rows) == set(world.wanted())
+    world.run(full=True)
+    assert {key: row["text"] for key, row in rows.items()} == {key: row["text"] for key, row in world.rows().items()}
+
+
+def test_control_a_gate_that_no_further_text_opens_costs_nothing_again(hopeless: World) -> None:
+    """Dead letters are counted among all that is planned: their share only grows."""
+    hopeless.users = {user: User(vector(number)) for number, user in enumerate(hopeless.users)}
+    gates = hopeless.config.gates.model_copy(update={"max_dead_letter_share": 0.15})
+    hopeless.config = hopeless.config.model_copy(update={"gates": gates})
+    limits = Limits(max_requests=7, priority=Priority.parse("score"))
+    with pytest.raises(GateError):
+        hopeless.run(limits)
+    for _ in range(2):
+        with pytest.raises(GateError, match=r"report.html$"):
+            hopeless.run(limits, engine=no_engine)
 
 
 # -- what would change

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from e2p_ray import errors
@@ -24,6 +25,7 @@ from e2p_ray.batch.worker import ShardWorker
 from e2p_ray.batch.write import last_line
 from e2p_ray.commit import Run, pending_shards
 from e2p_ray.config import JobConfig
+from e2p_ray.config.uris import absolute
 from e2p_ray.errors import E2PError, IncompleteRunError, RunError
 from e2p_ray.loaded import EngineFactory, engine_variables
 from e2p_ray.plan import largest_first
@@ -66,12 +68,13 @@ def run_batch(
     notes = FailureNotes(storage, run, tally)
     limit.check(tally)
     variables, is_alone = engine_variables(config), False  # variables: that workers are still to be given
+    order = config.with_absolute_places(), storage, _with_absolute_places(run)
 
     def outcomes(pieces: Sequence[Mapping[str, Any]]) -> Generator[ShardOutcome]:
         left_s = None if max_seconds is None else max_seconds - tally.progress().generating_s
         if through_serve is not None:
-            return _replicas()(through_serve, (config, storage, run), pieces, left_s)
-        arguments = config, storage, run, engine_factory, left_s
+            return _replicas()(through_serve, order, pieces, left_s)
+        arguments = *order, engine_factory, left_s
         return _pool()(config, arguments, tally, pieces, variables, is_alone=is_alone)
 
     def still_pending() -> list[str]:
@@ -105,6 +108,10 @@ def run_batch(
     if pending and not (tally.num_late and tally.done):
         raise IncompleteRunError(_what_is_left(run, pending, tally))
     return tally.summary(pending)
+
+
+def _with_absolute_places(run: Run) -> Run:
+    return replace(run, uri=absolute(run.uri), table_uri=absolute(run.table_uri), plan_uri=absolute(run.plan_uri))
 
 
 def _pool() -> Callable[..., Generator[ShardOutcome]]:

@@ -1,7 +1,8 @@
 """Structured logs of generator actors: one JSON object a line on the actor's stderr, which Ray keeps in its log folder.
 
-A line holds ids of runs, shards and artifacts, counts, times and error classes; never a text, a user id, a content id
-or a user embedding. Messages of errors have been through `write._said`.
+A line holds ids of runs, shards and artifacts, counts, times and error classes; never a text or a user embedding, nor a
+user id or a content id, but where a message names the keys of requests that a shard has lost or has twice. Messages of
+errors have been through `write._said`.
 """
 
 from __future__ import annotations

@@ -14,12 +14,14 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.exceptions import ExecutionTimeoutError
 
 from e2p_ray.batch.alone import no_actors_for_others
 from e2p_ray.batch.pace import Pace, steps_wait_for_nothing
 from e2p_ray.batch.session import check_resources
 from e2p_ray.batch.tally import ShardOutcome, Tally
 from e2p_ray.batch.worker import ShardWorker
+from e2p_ray.batch.write import stalled
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError
 from e2p_ray.ray_session import quiet_ray_data_log
@@ -54,12 +56,14 @@ def pool_outcomes(
             for block in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
                 for row in pa.table(block).to_pylist():
                     yield ShardOutcome(**row)
-        except Exception:
+        except Exception as error:
             if tally.waits_for and (missing := check_resources(config)):
                 raise ConfigError(
                     f"{missing}, and none that has came within workers.max_stall_s, {config.workers.max_stall_s:g} s. "
                     "Lower them, or add such a node"
                 ) from None
+            if isinstance(error, ExecutionTimeoutError):  # it names an option of Ray Data
+                raise stalled(config) from None
             raise
 
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from e2p_ray.batch.tally import ShardOutcome
-from e2p_ray.batch.write import last_line, other_artifact
+from e2p_ray.batch.write import last_line, other_artifact, stalled
 from e2p_ray.commit import Run
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError, IncompatibleError
@@ -80,7 +80,7 @@ def replica_outcomes(
                 running[pool.submit(response.result)] = piece["shard_id"], response
             done, _ = wait(running, config.workers.max_stall_s, FIRST_COMPLETED)
             if not done and running:
-                raise TimeoutError(f"no shard ended within workers.max_stall_s, {config.workers.max_stall_s:g} s")
+                raise stalled(config)
             for future in done:
                 shard_id, _ = running.pop(future)
                 try:

@@ -19,6 +19,7 @@ from e2p_ray.batch.tally import ShardOutcome
 from e2p_ray.commit import Run, ShardStats, commit_shard
 from e2p_ray.commit.failures import cut_between_words
 from e2p_ray.commit.run import ARTIFACTS
+from e2p_ray.config import JobConfig
 from e2p_ray.engine.contract import Artifacts, EngineStats
 from e2p_ray.errors import E2PError, IncompatibleError, RunError
 from e2p_ray.loaded import LoadedGenerator
@@ -196,6 +197,14 @@ def _said(error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     first = cut_between_words((str(error).splitlines() or [""])[0], _MAX_CHARS)
     return f"{_NUMBERS.sub('[numbers]', first)} ({os.path.basename(frame.filename)}:{frame.lineno})"
+
+
+def stalled(config: JobConfig) -> TimeoutError:
+    """No shard of an attempt ended for as long as one may take."""
+    return TimeoutError(
+        f"no shard ended within workers.max_stall_s, {config.workers.max_stall_s:g} s. Where shards take longer, raise "
+        "it, or lower plan.requests_per_shard"
+    )
 
 
 def last_line(error: Exception) -> str:

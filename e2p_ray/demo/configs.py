@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -33,7 +34,8 @@ def demo_tasks() -> dict[str, TaskConfig]:
 def write_configs(folder: Path, *, world: Path, base_model: Path = BASE_MODEL) -> JobFiles:
     """Write train.yaml, evaluate.yaml and job.yaml into a folder; job.yaml comes last."""
     places = {"world": world, "output": folder, "base_model": base_model}
-    filled = {name: str(place) for name, place in places.items()}
+    # The templates have them in double quotes, between which YAML reads what JSON writes.
+    filled = {name: json.dumps(str(place), ensure_ascii=False)[1:-1] for name, place in places.items()}
     job = Template(_text("job")).substitute(filled)
     tasks = yaml.safe_dump({"tasks": yaml.safe_load(job)["tasks"]}, allow_unicode=True, sort_keys=False)
     found = JobFiles(folder / "train.yaml", folder / "evaluate.yaml", folder / "job.yaml")

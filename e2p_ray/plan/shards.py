@@ -153,7 +153,8 @@ def write_shard(
 
 def count_requests(join: ContentJoin, tasks: Sequence[str]) -> Counter[str]:
     """The parts of PlanCounts that are known once contents are joined."""
-    chars = join.contents.select("content", chars=pl.col("title").str.len_chars() + pl.col("body").str.len_chars())
+    num_chars = (pl.col("title").str.len_chars() + pl.col("body").str.len_chars()).cast(pl.Int64)  # a sum is as wide
+    chars = join.contents.select("content", chars=num_chars)
     pair_chars = join.requests.select("content").join(chars, on="content")["chars"].sum()
     counts = Counter(
         num_requests=join.requests.height * len(tasks),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
+from e2p_ray.config.uris import absolute
 from e2p_ray.plan.dataflow import Job, Outcome, write_dead, write_part
 from e2p_ray.plan.inputs import FRAMES, InputTable, Piece, read_pieces, stable_hash
 from e2p_ray.plan.pairs import PAIRS, bucket_of, check_space, join_contents, join_users
@@ -31,7 +33,8 @@ def plan_by_shuffles(
 ) -> Outcome:
     """For tables that no one machine holds; rows never come to this process, only what each partition came to."""
     with quiet_ray_data():
-        return _shuffle(job, inputs, num_partitions, say)
+        # The tasks of a Ray that was found have a working folder of their own.
+        return _shuffle(replace(job, uri=absolute(job.uri)), inputs, num_partitions, say)
 
 
 def _shuffle(job: Job, inputs: dict[str, InputTable], num_partitions: int, say: Callable[[str], None]) -> Outcome:
@@ -64,7 +67,8 @@ def _map_partitions(
 
 
 def _pieces(pieces: Sequence[Piece]) -> ray.data.Dataset:
-    return ray.data.from_items([{"piece": json.dumps(piece)} for piece in pieces], override_num_blocks=len(pieces))
+    placed = [piece._replace(info=piece.info._replace(uri=absolute(piece.info.uri))) for piece in pieces]
+    return ray.data.from_items([{"piece": json.dumps(piece)} for piece in placed], override_num_blocks=len(placed))
 
 
 def _read(job: Job, pieces: pa.Table) -> Iterator[tuple[str, pl.DataFrame]]:

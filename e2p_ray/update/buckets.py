@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 
 from e2p_ray.commit import PublishedTable
-from e2p_ray.commit.spool import HashSpool, hash_rows
+from e2p_ray.commit.spool import HashSpool, hash_rows, temporary_files
 from e2p_ray.errors import IncompatibleError
 from e2p_ray.plan.inputs import stable_hash
 from e2p_ray.plan.pairs import bucket_of
@@ -27,30 +27,34 @@ class BucketSpool:
     def __init__(self, schema: pa.Schema, num_buckets: int) -> None:
         self.schema, self.num_buckets = schema, num_buckets
         self._stack = ExitStack()
-        self._folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="e2p_ray-")))
+        with temporary_files():
+            self._folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="e2p_ray-")))
+        self._open = self._stack.enter_context(ExitStack())  # files and their writers, until all is written
         self._writers: dict[int, pa.RecordBatchStreamWriter] = {}
 
     def __enter__(self) -> BucketSpool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        with temporary_files():
+            self._stack.close()
 
     def add(self, rows: pa.Table) -> None:
         """Put rows of the spool's schema in; they have a column `content_id`."""
         buckets = bucket_of(stable_hash(pl.Series(rows["content_id"], dtype=pl.String)), self.num_buckets)
         ordered = rows.take(np.argsort(buckets, kind="stable"))
         start = 0
-        for bucket, size in enumerate(np.bincount(buckets, minlength=self.num_buckets).tolist()):
-            if size:
-                self._writer(bucket).write_table(ordered.slice(start, size))
-            start += size
+        with temporary_files():
+            for bucket, size in enumerate(np.bincount(buckets, minlength=self.num_buckets).tolist()):
+                if size:
+                    self._writer(bucket).write_table(ordered.slice(start, size))
+                start += size
 
     def _writer(self, bucket: int) -> pa.RecordBatchStreamWriter:
         if bucket not in self._writers:
-            file = self._stack.enter_context(pa.OSFile(str(self._path(bucket)), "wb"))
+            file = self._open.enter_context(pa.OSFile(str(self._path(bucket)), "wb"))
             options = pa.ipc.IpcWriteOptions(compression="lz4")
-            self._writers[bucket] = self._stack.enter_context(pa.ipc.new_stream(file, self.schema, options=options))
+            self._writers[bucket] = self._open.enter_context(pa.ipc.new_stream(file, self.schema, options=options))
         return self._writers[bucket]
 
     def _path(self, bucket: int) -> Path:
@@ -58,14 +62,14 @@ class BucketSpool:
 
     def close(self) -> None:
         """End writing, so that rows can be read."""
-        for writer in self._writers.values():
-            writer.close()
+        with temporary_files():
+            self._open.close()
 
     def rows(self, bucket: int) -> pa.Table:
         """All rows of one bucket."""
         if bucket not in self._writers:
             return self.schema.empty_table()
-        with pa.OSFile(str(self._path(bucket)), "rb") as file:
+        with temporary_files(), pa.OSFile(str(self._path(bucket)), "rb") as file:
             return pa.ipc.open_stream(file).read_all()
 
 

@@ -40,10 +40,13 @@ class Update:
         return (*(shard.shard_id for shard in self.plan.shards), *self.carried_ids)
 
 
-def update_id_of(source_id: str, table: PublishedTable | None, limits: Limits, priorities: str = "") -> str:
+def update_id_of(
+    source_id: str, table: PublishedTable | None, limits: Limits, priorities: str = "", after: str = ""
+) -> str:
     """The id of the update of these, 16 hex digits. How many seconds a run may take is no part of it.
 
-    `priorities` is the digest of what `limits.priority` reads: a plan, and so its id, knows nothing of it.
+    `priorities` is the digest of what `limits.priority` reads: a plan, and so its id, knows nothing of it. `after` is
+    the id of the run that it goes on from in place of the table.
     """
     parts = [
         _FORMAT,
@@ -52,6 +55,7 @@ def update_id_of(source_id: str, table: PublishedTable | None, limits: Limits, p
         limits.max_requests,
         limits.max_seconds is not None,
         [limits.priority.column, limits.priority.descending, priorities] if limits.priority else None,
+        *([after] if after else []),  # without: the names that updates had before
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
