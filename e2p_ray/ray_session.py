@@ -75,7 +75,7 @@ def start_ray(
 
     A local one has no dashboard unless asked for: nobody knows its port. Without it, it has only the processes and
     keeps only the figures that a job needs. `meanwhile` is called while its processes start; it may not be, where Ray
-    was found. ConfigError where no Ray answers at an address.
+    was found. ConfigError where no Ray answers at an address, or where it is none.
     """
     debug = bool(os.environ.get("E2P_DEBUG"))
     of_ray = _NO_WAITING
@@ -97,8 +97,19 @@ def start_ray(
                 log_to_driver=debug,
                 logging_level=logging.INFO if debug else logging.ERROR,
             )
-    except ConnectionError as error:
-        raise ConfigError(f"workers.ray_address {address!r}: no Ray cluster answers there ({error})") from error
+    except (ConnectionError, ValueError) as error:
+        if isinstance(error, ValueError) and names_no_cluster(address):
+            raise  # of something else: no address is wrong that nobody gave
+        raise ConfigError(f"{_named(address)}: no Ray cluster answers there ({error})") from error
+
+
+def _named(address: str | None) -> str:
+    """An address by what it was set with."""
+    if address is not None:
+        return f"workers.ray_address {address!r}"
+    if of_environment := os.environ.get("RAY_ADDRESS"):
+        return f"RAY_ADDRESS {of_environment!r}"
+    return "the Ray that was last started on this machine (`ray stop` makes it forgotten)"
 
 
 def _started_here() -> bool:

@@ -22,18 +22,19 @@ _RESUME = "interrupted. What is committed stays; run the same command again and 
 
 @dataclass(frozen=True)
 class Job(Generic[C]):
-    """A verb: its name, what --help says of it, its configuration, its own options, and the call."""
+    """A verb: its name, what --help says of it, its configuration, its own options, the call, and what Ctrl-C says."""
 
     prog: str
     description: str
     config: type[C]
     call: Callable[[C, argparse.Namespace], None]
     add_options: Callable[[argparse.ArgumentParser], None] | None = None
+    on_interrupt: str = _RESUME
 
 
 def run_job(job: Job[C], argv: Sequence[str] | None = None) -> int:
     """Parse the options and make the call; the exit code is the error's (130 for Ctrl-C)."""
-    return guarded(lambda: _call(job, argv), job.prog)
+    return guarded(lambda: _call(job, argv), job.prog, on_interrupt=job.on_interrupt)
 
 
 def guarded(call: Callable[[], None], prog: str, *, on_interrupt: str = _RESUME) -> int:
@@ -69,4 +70,5 @@ def _call(job: Job[C], argv: Sequence[str] | None) -> None:
         options_help = parser.format_help()
     options, rest = parser.parse_known_args(argv)
     config = load_config(job.config, rest, prog=job.prog, description=job.description, options_help=options_help)
+    options.words = rest  # those of the configuration, for who hands them on
     job.call(config, options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -59,7 +58,7 @@ def entrypoint(settings: ClusterSettings, job: str, config: str) -> list[str]:
     group = settings.generate_workers
     words = ["python", "-m", f"jobs.{job}", "--config", config, "--workers.num_gpus", str(min(group.gpus, 1))]
     if job == "train":
-        return [*words, "--workers.num_cpus", _actor_cpus(group), "--workers.num_workers", str(group.max_nodes)]
+        return [*words, "--workers.num_cpus", _actor_cpus(group), "--workers.num_workers", str(_num_actors(group))]
     sizes = ["--workers.min_size", str(max(group.min_nodes, 1)), "--workers.max_size", str(_num_actors(group))]
     return [*words, "--workers.num_cpus", _actor_cpus(group), *sizes]
 
@@ -196,17 +195,23 @@ def _places(settings: ClusterSettings, job: str) -> dict[str, Any]:
 
 
 def _job(path: Path, model: type[C], *words: str) -> tuple[str, C]:
-    """The configuration as text, and read with these options; ConfigError where it is refused or holds secrets."""
-    config = load_config(model, ["--config", str(path), *words], prog="jobs.cluster", description="")
+    """The configuration as text, and read with these options; ConfigError where it is refused or holds secrets.
+
+    The pods have no E2P_ variables of this machine: what counts is what the file says.
+    """
+    arguments = ["--config", str(path), *words]
+    config = load_config(model, arguments, prog="jobs.cluster", description="", reads_environment=False)
     text = path.read_text(encoding="utf-8")
     values = yaml.safe_load(text) or {}
     for section, names in _SECRETS.items():
         if any((values.get(section) or {}).get(name) is not None for name in names):
             remedy = "put AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and E2P_API__TOKENS into the Secret of the settings"
             raise ConfigError(f"{path}: {section} holds keys, and a ConfigMap is no place for them; {remedy}")
-    local = [uri for uri in _uris(config.resolved()) if not re.match(r"^[a-z0-9]+://", uri)]
-    if local:
+    resolved = config.resolved()
+    if local := [uri for uri in _uris(resolved) if not uri.startswith("s3://")]:
         raise ConfigError(f"{path}: no other machine sees {', '.join(local)}; use s3:// places on a cluster")
+    if (address := resolved["workers"]["ray_address"]) not in (None, "auto"):
+        raise ConfigError(f"{path}: workers.ray_address {address!r} is another Ray than that of the pods; leave it out")
     return text, config
 
 

@@ -67,7 +67,7 @@ class ClusterSettings(Section):
     secret: str = Field(min_length=1)
     schedule: str = Field(pattern=r"^\S+ \S+ \S+ \S+ \S+$")
     time_zone: str = Field(min_length=1)
-    max_hours: float = Field(gt=0)
+    max_hours: float = Field(ge=0.01, allow_inf_nan=False)
     max_retries: int = Field(ge=0)
     head: HeadSettings
     plan_workers: GroupSettings

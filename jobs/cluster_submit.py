@@ -37,7 +37,10 @@ class Api:
             raise ConfigError(f"--server {self.server!r}: not http://HOST:PORT or https://HOST")
 
     def call(self, method: str, path: str, body: object = None) -> dict[str, Any] | None:
-        """The answer; None for 404. E2PError for anything else that is not 2xx, ConfigError outside a pod."""
+        """The answer; None where what is asked for, or deleted, is not there.
+
+        E2PError for anything else that is not 2xx, ConfigError outside a pod.
+        """
         token, tls = self._credentials()
         request = urllib.request.Request(f"{self.server}{path}", method=method)
         request.add_header("Authorization", f"Bearer {token}")
@@ -48,10 +51,12 @@ class Api:
                 found: dict[str, Any] = json.load(answer)
                 return found
         except urllib.error.HTTPError as error:
-            if error.code == 404:
+            if error.code == 404 and method != "POST":
                 return None
             said = error.read(2000).decode(errors="replace")
-            raise E2PError(f"{method} {path}: Kubernetes says {error.code}: {_message(said)}") from error
+            # What a POST makes cannot be absent: it is the kind, or the namespace, that is unknown.
+            remedy = ". Is the KubeRay operator installed, with its CRDs?" if error.code == 404 else ""
+            raise E2PError(f"{method} {path}: Kubernetes says {error.code}: {_message(said)}{remedy}") from error
         except ValueError as error:
             raise E2PError(f"{method} {path}: {self.server} answers as no Kubernetes does ({error})") from error
         except OSError as error:
@@ -104,4 +109,4 @@ def _message(said: str) -> str:
     try:
         return str(json.loads(said)["message"])
     except (ValueError, KeyError, TypeError):
-        return said[:200]
+        return said[:200].strip()

@@ -1,7 +1,8 @@
 """What Kubernetes 1.27+ and the KubeRay operator (1.6 to 1.7) take of the fields that our manifests use: JSON schemas.
 
-Written for these manifests: a field that is not here is refused, whether the operator knows it or not. The operator's
-own schemas are checked as well where E2P_TEST_KUBERAY_CRDS names the folder with its `ray.io_*.yaml`.
+A RayCronJob is of 1.7: its timeZone is new there. Written for these manifests: a field that is not here is refused,
+whether the operator knows it or not. The operator's own schemas are checked as well where E2P_TEST_KUBERAY_CRDS names
+the folder with its `ray.io_*.yaml`.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ CONTAINER = closed(
     volumeMounts=listed(closed("name mountPath", name=LABEL, mountPath={"type": "string", "pattern": "^/"})),
 )
 POD = closed(
-    "containers serviceAccountName securityContext",
+    "containers serviceAccountName securityContext enableServiceLinks",
     serviceAccountName=LABEL,
+    enableServiceLinks={"const": False},
     restartPolicy={"enum": ["Never", "OnFailure"]},
     securityContext=closed(
         "runAsNonRoot",

@@ -93,6 +93,7 @@ SIZES = [
     (),
     ("--generate_workers.gpus", "0", "--generate_workers.spot", "false", "--plan_workers.max_nodes", "1"),
     ("--generate_workers.gpus", "8", "--generate_workers.cpus", "96", "--spot_taint", "example.com/spot"),
+    ("--namespace", "123", "--service_account", "4", "--secret", "5"),  # names that YAML could take for numbers
 ]
 
 
@@ -221,6 +222,11 @@ def test_actors_fill_their_nodes(gpus: int, cpus: int, actor_gpus: int, actor_cp
     assert options["--workers.num_gpus"] == str(actor_gpus)
     assert options["--workers.num_cpus"] == str(actor_cpus)
     assert options["--workers.max_size"] == str(num_actors)
+    command = entrypoint(load_settings(SETTINGS, words), "train", "train.yaml")
+    options = dict(zip(command[3::2], command[4::2], strict=True))
+    assert options["--workers.num_gpus"] == str(actor_gpus)
+    assert options["--workers.num_cpus"] == str(actor_cpus)
+    assert options["--workers.num_workers"] == str(num_actors)
 
 
 def test_a_service_builds_what_the_settings_say(configs: dict[Kind, Path], tmp_path: Path) -> None:
@@ -416,6 +422,12 @@ def image_problems(dockerfile: str, dockerignore: str) -> list[str]:
     users = re.findall(r"(?m)^USER (\S+)", dockerfile)
     if not users or users[-1] in ("0", "root"):
         found.append("it runs as root")
+    (packages,) = re.findall(r"apt-get install -y --no-install-recommends (.+) \\", dockerfile)
+    missing = {"openssh-client", "rsync", "wget"} - set(
+        packages.split()
+    )  # the last for KubeRay's probes of a RayService
+    if missing:
+        found.append(f"commands that clusters call are not there: {missing}")
     allowed = {line[1:] for line in dockerignore.splitlines() if line.startswith("!")}
     for words in re.findall(r"(?m)^COPY (?:--\S+ )?(.+) \S+$", dockerfile):
         for source in words.split():
@@ -445,7 +457,8 @@ def test_the_image_is_made_of_what_the_project_pins() -> None:
         ("USER 1000", "USER root"),
         ("COPY jobs jobs", "COPY shared shared"),
         ("EXTRAS=cpu", "EXTRAS=gpu"),
-        ("openssh-client", "ray==2.9.0"),
+        ("libgomp1", "ray==2.9.0"),
+        ("wget ", ""),
     ],
 )
 def test_control_an_image_of_something_else_is_found(old: str, new: str) -> None:
@@ -473,6 +486,8 @@ def test_the_project_brings_all_that_ray_clusters_need() -> None:
         (("--plan_workers.min_nodes", "9"), "min_nodes 9 is more than max_nodes 4"),
         (("--name", "Ünique"), "name: "),
         (("--schedule", "daily"), "schedule: "),
+        (("--max_hours", "inf"), "max_hours: "),
+        (("--max_hours", "0.0001"), "max_hours: "),
     ],
 )
 def test_wrong_settings_are_named(words: tuple[str, ...], problem: str) -> None:
@@ -484,6 +499,11 @@ def test_wrong_settings_are_named(words: tuple[str, ...], problem: str) -> None:
     ("changes", "problem"),
     [
         ({"output": {"uri": "/home/me/out"}}, "no other machine sees /home/me/out"),
+        ({"output": {"uri": "file:///home/me/out"}}, "no other machine sees file:///home/me/out"),
+        (
+            {"workers": {"ray_address": "10.0.0.5:6379"}},
+            "ray_address '10.0.0.5:6379' is another Ray than that of the pods",
+        ),
         ({"storage": {"secret_access_key": "canary"}}, "a ConfigMap is no place"),
         ({"api": {"tokens": ["canary canary canary"]}}, "a ConfigMap is no place"),
         ({"worker": {}}, "did you mean workers"),
@@ -498,6 +518,21 @@ def test_a_configuration_that_no_cluster_can_run_is_refused(
     printed = capsys.readouterr()
     assert re.search(problem, printed.err)
     assert "canary" not in printed.out + printed.err
+
+
+def test_variables_of_this_machine_do_not_count(
+    configs: dict[Kind, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = rendered("generate", configs), rendered("serve", configs)
+    monkeypatch.setenv("E2P_API__PORT", "1234")
+    monkeypatch.setenv("E2P_OUTPUT__URI", "/home/me/out")
+    monkeypatch.setenv("E2P_OUTPUT_URI", "no key of anything")
+    assert (rendered("generate", configs), rendered("serve", configs)) == before
+    without = tmp_path / "without.yaml"
+    without.write_text(yaml.safe_dump({**JOB, "output": {}}), encoding="utf-8")
+    monkeypatch.setenv("E2P_OUTPUT__URI", "s3://bucket/out")
+    with pytest.raises(ConfigError, match=r"output\.uri: Field required"):
+        rendered("generate", {**configs, "generate": without})
 
 
 def test_every_kind_is_rendered_by_the_command(configs: dict[Kind, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,12 +46,15 @@ class Kubernetes:
     calls: list[tuple[str, str]] = field(default_factory=list)
     num_polls_until_gone: int = 2
     forbidden: frozenset[str] = frozenset()
+    has_operator: bool = True
     token: str = "token-1"
 
     def answer(self, method: str, path: str, token: str, body: Any) -> tuple[int, dict[str, Any]]:
         self.calls.append((method, path))
         if token != f"Bearer {self.token}":
             return 401, {"message": "Unauthorized"}
+        if not self.has_operator:
+            return 404, {"message": "404 page not found"}
         if method in self.forbidden:
             return 403, {"message": f"rayjobs is forbidden: cannot {method.lower()}"}
         if method == "POST":
@@ -162,6 +165,13 @@ def test_control_a_refusal_is_told_and_nothing_is_lost(kubernetes: Kubernetes, m
     with pytest.raises(E2PError, match="403: rayjobs is forbidden"):
         submit(manifest, api(kubernetes, manifest))
     assert kubernetes.objects == {f"{FOLDER}/e2p-generate": ended}
+
+
+def test_without_the_operator_nothing_is_said_to_be_submitted(kubernetes: Kubernetes, manifest: Path) -> None:
+    kubernetes.has_operator = False
+    with pytest.raises(E2PError, match=f"POST {FOLDER}: .* 404: .* Is the KubeRay operator installed, with its CRDs"):
+        submit(manifest, api(kubernetes, manifest))
+    assert [method for method, _ in kubernetes.calls] == ["GET", "POST"]
 
 
 def test_errors_are_messages_with_an_exit_code(

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
+from deltalake import DeltaTable, write_deltalake
 
 from e2p_ray.config import Config, EvaluateConfig, JobConfig, ServeConfig, TrainConfig, load_config
 from e2p_ray.config.options import describe, keys
@@ -137,6 +139,7 @@ def test_a_near_miss_in_the_environment_is_not_ignored(job_yaml: Path, monkeypat
         (["--tasks.headline.sampling.seed"], "--tasks.headline.sampling.seed needs a value"),
         (["--dry-rum"], "unknown option --dry-rum; did you mean --dry-run?"),
         (["--bogus", "--engine.max_rows", "1"], "unknown option --bogus"),
+        (["--engine.max_rows", "4", "--engine", '{"drafts": false}'], "--engine would replace what is given below it"),
         ([], "no --config FILE given"),
     ],
 )
@@ -154,7 +157,14 @@ def test_wrong_words_are_explained(arguments: list[str], said: str) -> None:
         ("s3://bucket/a%20b", True),
         ("s3://bucket/a?b", True),
         ("s3://bucket/a#b", True),
-        ("/x/a b#c?d", False),
+        ("/x/a #1", True),
+        ("/x/a?d", True),
+        ("/x/[a]", True),
+        ("/x/a]", True),
+        ("/x/a^b", True),
+        ("/x/a|b", True),
+        ("/x/a\nb", True),
+        ("/x/a !\"$&'()*+,-.:;<=>@_`{}~b", False),
         ("/x/100%", False),
         ("/x/日本", False),
         ("s3://bucket/a b/日本%", False),
@@ -165,6 +175,20 @@ def test_an_output_that_delta_would_look_for_elsewhere_is_refused(uri: str, is_r
         assert "Delta Lake would look elsewhere" in refused("--config", job_yaml, "--output.uri", uri)
     else:
         assert load("--config", job_yaml, "--output.uri", uri).output.uri == uri
+        if "://" not in uri:
+            assert _num_versions_seen(job_yaml.parent, uri) == 1
+
+
+@pytest.mark.parametrize("name", ["a #1", "a?d"])
+def test_control_such_a_table_has_no_history(name: str, tmp_path: Path) -> None:
+    assert _num_versions_seen(tmp_path, name) == 0
+
+
+def _num_versions_seen(folder: Path, name: str) -> int:
+    """Of a Delta table of one version below a folder of this name."""
+    place = str(folder / name.lstrip("/") / "table")
+    write_deltalake(place, pa.table({"x": [1]}))
+    return len(DeltaTable(place).history())
 
 
 @pytest.mark.parametrize(
@@ -250,6 +274,31 @@ def test_variables_of_other_jobs_are_left_alone(
         read()
 
 
+def test_variables_of_kubernetes_services_are_left_alone(job_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load("--config", job_yaml)
+    for service in ("E2P_SERVE_SERVE_SVC", "E2P_API", "E2P"):  # of services e2p-serve-serve-svc, e2p-api and e2p
+        for name, value in {
+            "SERVICE_PORT": "8000",
+            "SERVICE_PORT_SERVE": "8000",
+            "PORT": "tcp://10.0.0.7:8000",
+            "PORT_8000_TCP": "tcp://10.0.0.7:8000",
+            "PORT_8000_TCP_PROTO": "tcp",
+            "PORT_8000_TCP_PORT": "8000",
+            "PORT_8000_TCP_ADDR": "10.0.0.7",
+        }.items():
+            monkeypatch.setenv(f"{service}_{name}", value)
+            assert f"{service}_{name}: unknown" in refused("--config", job_yaml), (
+                "the control: there is no such service"
+            )
+            monkeypatch.setenv(f"{service}_SERVICE_HOST", "10.0.0.7")
+            assert load("--config", job_yaml) == before
+            monkeypatch.delenv(f"{service}_SERVICE_HOST")
+            monkeypatch.delenv(f"{service}_{name}")
+    monkeypatch.setenv("E2P_OUTPUT_SERVICE_HOST", "10.0.0.7")
+    monkeypatch.setenv("E2P_OUTPUT_URI", "s3://bucket/out")
+    assert "1 problem(s)\n  E2P_OUTPUT_URI: unknown; did you mean E2P_OUTPUT__URI?" in refused("--config", job_yaml)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
@@ -286,9 +335,11 @@ PROMPT = "tasks.headline.prompts.en"
         ("inputs.users_uri", "https://host/users", "unknown scheme 'https'"),
         ("output.uri", "s3://", "not s3://bucket/..."),
         ("output.uri", "s3:/bucket/out", "not s3://bucket/..."),
+        ("output.uri", " s3://bucket/out", "begins or ends with a blank"),
+        ("base_model.uri", "s3://bucket/model\n", "begins or ends with a blank"),
         ("base_model.uri", "file:///models/x", "unknown scheme 'file': give a local folder, s3://"),
-        ("base_model.device", "gpu", "use auto, cpu, cuda or cuda:N"),
-        ("base_model.device", "cuda:", "use auto, cpu, cuda or cuda:N"),
+        ("base_model.device", "gpu", "use auto, cpu or cuda"),
+        ("base_model.device", "cuda:", "use auto, cpu or cuda"),
         (f"{PROMPT}.content", "{title} {text}", "{text} would not be replaced"),
         (f"{PROMPT}.content", "{ body }", "{ body } would not be replaced"),
         (f"{PROMPT}.content", "{title} by {著者}", "{著者} would not be replaced"),
@@ -332,6 +383,27 @@ def test_values_like_them_that_work_are_not(key: str, value: str, job_yaml: Path
     for part in key.split("."):
         found = found[part] if isinstance(found, dict) else getattr(found, part)
     assert str(found) == value
+
+
+@pytest.mark.parametrize("uri", ["/", "//", "file:///"])
+def test_the_root_is_a_place(uri: str, job_yaml: Path) -> None:
+    assert load("--config", job_yaml, f"--output.uri={uri}").output.uri == "/"
+
+
+def test_nothing_is_said_alike_in_a_file_the_environment_and_on_the_command_line(
+    job_yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_file = tmp_path / "null.yaml"
+    given = {"workers": {"ray_address": None}, "engine": {"max_rows": None}, "storage": {"region": None}}
+    in_file.write_text(yaml.safe_dump({**BASE, **given}), encoding="utf-8")
+    places = [(section, name) for section, names in given.items() for name in names]
+    words = [f"--{section}.{name}=null" for section, name in places]
+    expected = load("--config", in_file)
+    assert [getattr(getattr(expected, section), name) for section, name in places] == [None] * 3
+    assert load("--config", job_yaml, *words) == expected
+    for section, name in places:
+        monkeypatch.setenv(f"E2P_{section}__{name}".upper(), "null")
+    assert load("--config", job_yaml) == expected
 
 
 def test_the_pool_is_as_large_as_its_minimum_unless_said_otherwise(job_yaml: Path) -> None:

@@ -7,12 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import ray
+from ray._private import services
 
 from e2p_ray import idle_agent
-from e2p_ray.ray_session import ray_session
+from e2p_ray.errors import ConfigError
+from e2p_ray.ray_session import in_place, ray_session, start_ray
 from tests.waiting import wait_until
 
 # A process of its own: the one of the tests has a Ray.
@@ -83,10 +87,48 @@ def test_workers_of_a_ray_that_was_found_have_to_be_given_them() -> None:
     assert "E2P_X" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("address", "variable", "said"),
+    [
+        ("localhost", None, r"workers\.ray_address 'localhost': .*Invalid address format"),
+        ("", None, r"workers\.ray_address '': .*Invalid address format"),
+        (None, "nonsense", r"RAY_ADDRESS 'nonsense': .*Invalid address format"),
+        ("10.0.0.5:6379", "10.0.0.6:6379", r"workers\.ray_address '10\.0\.0\.5:6379': no Ray .*Failed to connect"),
+        (None, "10.0.0.6:6379", r"RAY_ADDRESS '10\.0\.0\.6:6379': no Ray .*Failed to connect"),
+        (None, None, r"last started on this machine \(`ray stop` .*Failed to connect"),
+    ],
+)
+def test_an_address_without_a_ray_is_named_with_who_gave_it(
+    address: str | None, variable: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+
+    def init(address: Any, **_: object) -> None:
+        """Ray's own, up to where it would wait for an answer."""
+        found = services.canonicalize_bootstrap_address(address)
+        raise ConnectionError(f"Failed to connect to Ray cluster at {found}")
+
+    with in_place([(ray, "init", init)]), pytest.raises(ConfigError, match=said):
+        start_ray(address)
+
+
+def test_an_error_of_something_else_than_an_address_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def init(**_: object) -> None:
+        raise ValueError("of what is done meanwhile")
+
+    with in_place([(ray, "init", init)]), pytest.raises(ValueError, match="meanwhile"):
+        start_ray(None)
+
+
 _BATCH = """
 import json, sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 import psutil
 from e2p_ray.batch import pool, run_batch
 from tests.small_job import fake_engine

@@ -19,6 +19,7 @@ from e2p_ray.config.sections import (
     StorageConfig,
     TaskConfig,
     WorkersConfig,
+    for_language,
 )
 from e2p_ray.config.serve import ApiConfig, ProfileConfig, ReplicaConfig, ServeConfig, TablesConfig
 from e2p_ray.config.train import ShapeConfig, TrainConfig, TrainingConfig, TrainInputsConfig, TrainWorkersConfig
@@ -54,5 +55,6 @@ __all__ = [
     "TrainWorkersConfig",
     "TrainingConfig",
     "WorkersConfig",
+    "for_language",
     "load_config",
 ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
+from typing import Self
 
 from pydantic import Field
 
@@ -21,6 +23,7 @@ from e2p_ray.config.sections import (
     TaskConfig,
     WorkersConfig,
 )
+from e2p_ray.config.uris import absolute
 
 
 class JobConfig(Config):
@@ -48,3 +51,20 @@ class JobConfig(Config):
         if self.engine.kind != "native":
             parts["engine"] = self.engine.kind  # it samples from other random streams
         return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+    def with_absolute_places(self) -> Self:
+        """For workers of a Ray that was found: their working folder is the one in which that was started.
+
+        Not for this process: plans and updates are named after their places as they are written.
+        """
+        base_model = self.base_model
+        if Path(base_model.uri).is_dir():  # else it is on S3, or a hub id
+            base_model = base_model.model_copy(update={"uri": absolute(base_model.uri)})
+        inputs = {name: absolute(uri) for name, uri in self.inputs.model_dump().items()}
+        changes = {
+            "inputs": self.inputs.model_copy(update=inputs),
+            "output": self.output.model_copy(update={"uri": absolute(self.output.uri)}),
+            "base_model": base_model,
+            "projector": self.projector.model_copy(update={"uri": absolute(self.projector.uri)}),
+        }
+        return self.model_copy(update=changes)

@@ -26,9 +26,15 @@ _OTHER_VARIABLES = ("E2P_DEBUG", "E2P_TEST_")  # names or beginnings: ours, but 
 
 
 def load_config(
-    model: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str, options_help: str = ""
+    model: type[C],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str,
+    options_help: str = "",
+    reads_environment: bool = True,
 ) -> C:
-    """Read `--config FILE`, the environment and `--section.key VALUE` options, the later winning.
+    """Read `--config FILE`, the environment (unless told not to) and `--section.key VALUE` options, the later winning.
 
     Raises ConfigError naming the file and every wrong key; prints help (`options_help` in it) and exits for --help.
     """
@@ -39,8 +45,9 @@ def load_config(
     path, rest = _take_config_path(arguments, prog)
     words = options.parse_words(rest, prog, options.all_options(model, options_help))
     in_file = {} if path is None else read_file(path)
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(_OTHER_VARIABLES)}
-    options.check_environment(model, _ALL, variables)
+    if reads_environment:
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(_OTHER_VARIABLES)}
+        options.check_environment(model, _ALL, variables)
     seen: dict[str, dict[str, Any]] = {"command line": words}
 
     class _Sources(model):  # type: ignore[misc, valid-type]
@@ -53,8 +60,10 @@ def load_config(
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            seen["environment"] = env_settings()
             given, file = (InitSettingsSource(settings_cls, values) for values in (words, in_file))
+            if not reads_environment:
+                return given, file
+            seen["environment"] = env_settings()
             return given, env_settings, file
 
     try:

@@ -21,6 +21,8 @@ from e2p_ray.errors import ConfigError
 
 _ANY_NAME = "NAME"  # stands for a key of a dictionary
 _WIDTH, _COLUMN = 118, 50
+# A pod has variables of all services of its namespace: those of a service called e2p-... begin as ours do.
+_OF_A_SERVICE = re.compile(r"(.+?)_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)")
 _JSON = {"LIST": 'a list, like ["one", "another"]', "JSON": 'an object, like {"key": "value"}'}  # by kind
 
 
@@ -47,6 +49,8 @@ def parse_words(words: Sequence[str], prog: str, known: Collection[str]) -> dict
             place = place.setdefault(folder, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{prog}: --{name} and one of its parents are both given")
+        if isinstance(place.get(last), dict):
+            raise ConfigError(f"{prog}: --{name} would replace what is given below it before: give --{name} first")
         place[last] = _value(text)
     return found
 
@@ -85,7 +89,7 @@ def check_environment(
     problems = []
     for name, value in sorted(environment.items()):
         upper = name.upper()
-        if not upper.startswith(prefix.upper()):
+        if not upper.startswith(prefix.upper()) or _is_of_a_service(name, environment):
             continue
         if upper in sections or upper.startswith(tuple(f"{section}{delimiter}" for section in sections)):
             kind = _type_at(model, name[len(prefix) :].lower().split(delimiter))
@@ -95,6 +99,11 @@ def check_environment(
             problems.append(f"  {name}: unknown{_nearest(upper, elsewhere | known)}")
     if problems:
         raise ConfigError("\n".join([f"environment: {len(problems)} problem(s)", *problems]))
+
+
+def _is_of_a_service(name: str, environment: Mapping[str, str]) -> bool:
+    found = _OF_A_SERVICE.fullmatch(name)
+    return found is not None and f"{found[1]}_SERVICE_HOST" in environment
 
 
 def _type_at(kind: Any, path: Iterable[str]) -> Any:

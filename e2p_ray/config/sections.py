@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from e2p_ray.config.braces import taken_apart
 from e2p_ray.config.uris import DeltaUri, HttpUrl, ModelUri, Uri
+
+_T = TypeVar("_T")
 
 _FILLED_IN = ("{title}", "{body}")
 
@@ -20,7 +23,12 @@ class Config(BaseSettings):
     """The configuration of one kind of job: its sections."""
 
     model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix="E2P_", env_nested_delimiter="__", hide_input_in_errors=True
+        extra="forbid",
+        frozen=True,
+        env_prefix="E2P_",
+        env_nested_delimiter="__",
+        env_parse_none_str="null",  # as in a file and on the command line
+        hide_input_in_errors=True,
     )  # no message shows a value: it may be a secret
 
     def resolved(self) -> dict[str, Any]:
@@ -36,12 +44,12 @@ class Section(BaseModel):
 
 def _device(device: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
-        raise ValueError("use auto, cpu, cuda or cuda:N")
+        raise ValueError("use auto, cpu or cuda")
     return device
 
 
 class InputsConfig(Section):
-    """Where the input tables are: a Parquet file or a folder of Parquet files each; links are followed."""
+    """Where the input tables are: each a Parquet file, a folder of them or a Delta table; links are followed."""
 
     users_uri: Uri
     contents_uri: Uri
@@ -77,7 +85,7 @@ class BaseModelConfig(Section):
     uri: ModelUri
     revision: str | None = Field(None, description="hub revision; a commit hash is best")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: Annotated[str, AfterValidator(_device)] = Field("auto", description="auto, cpu or cuda, the first GPU seen")
     cache_folder: str | None = Field(
         None, description="where each node keeps models from s3://; null: the machine's folder for temporary files"
     )
@@ -154,6 +162,12 @@ class LimitsConfig(Section):
         return self
 
 
+def for_language(values: Mapping[str, _T], language: str) -> _T | None:
+    """What is given for the language, else for its base language ('en' for 'en-US'), else by default, or None."""
+    base = re.split(r"[-_]", language, maxsplit=1)[0]
+    return next((values[name] for name in (language, base, "default") if name in values), None)
+
+
 class TaskConfig(Section):
     """One kind of text: its prompt in every language, how it is sampled, what bounds it keeps."""
 
@@ -164,8 +178,7 @@ class TaskConfig(Section):
 
     def prompt_for(self, language: str) -> PromptTemplate | None:
         """The language's own template, its base language's ('en' for 'en-US'), the default's, or None."""
-        base = re.split(r"[-_]", language, maxsplit=1)[0]
-        return self.prompts.get(language) or self.prompts.get(base) or self.prompts.get("default")
+        return for_language(self.prompts, language)
 
     def prompt_id(self, language: str, layout: str, num_soft_tokens: int) -> str:
         """Stable hash of everything about a prompt but the content and the user, also of there being none."""
@@ -280,5 +293,5 @@ class GatesConfig(Section):
     max_fallback_share: float = Field(0.5, ge=0, le=1)
     max_dead_letter_share: float = Field(0.05, ge=0, le=1)
     max_same_text_share: float = Field(
-        0.5, ge=0, le=1, description="share of all texts of one task and language that may be one and the same text"
+        0.5, ge=0, le=1, description="share of the personalised texts of one task that may be one and the same text"
     )

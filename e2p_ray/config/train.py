@@ -54,14 +54,16 @@ class TrainingConfig(Section):
     warmup_steps: int = Field(20, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 64)  # as many as torch tells apart
     max_target_tokens: int = Field(64, ge=2)
     max_prefix_bytes: int = Field(1 << 30, ge=1 << 20, description="kept keys and values of contents, per worker")
     validation_share: float = Field(0.1, ge=0, lt=1, description="of the contents, when no validation_uri is given")
     validate_every: int = Field(50, ge=1, description="steps")
     patience: int | None = Field(None, ge=1, description="validations without a better loss; null: never stop early")
     checkpoint_every: int = Field(50, ge=1, description="steps")
-    target_prefix: dict[str, str] = Field({}, description="by language, what stands before every target: often ' '")
+    target_prefix: dict[str, str] = Field(
+        {}, description="by language as prompts are, what stands before every target: often ' '"
+    )
 
 
 class TrainWorkersConfig(Section):
