@@ -102,8 +102,15 @@ def _running_serve(config: ServeConfig) -> Iterator[HTTPOptions]:
         assert client is not None, "it has started"
         yield client.http_config
     finally:
-        if before is None:
+        if before is None and not _other_applications():
             serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def _other_applications() -> set[str]:
+    """Those that somebody else deployed meanwhile."""
+    with suppress(RayError):
+        return set(serve.status().applications) - {APP_NAME}
+    return set()
 
 
 @contextmanager

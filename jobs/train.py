@@ -32,17 +32,20 @@ def train_projector(config: TrainConfig, *, again: bool = False) -> TrainingRepo
     output = prepared.config.output
     record_uri = f"{output.uri}/training.json"
     manifest = finished_manifest(prepared, record_uri)
-    if manifest is not None and again:
-        # Without its record it is not finished: interrupted from here on, the same command resumes.
-        forget(prepared)
-        prepared.storage.delete(record_uri)
-    elif manifest is not None:
+    if manifest is not None and not again:
         say(f"training {prepared.train_id} is finished: projector {manifest.projector_id} in {output.projector_uri}")
         say("--again trains it once more")
         return None
+
+    def begin() -> None:
+        if manifest is not None:
+            # Without its record it is not finished: interrupted from here on, the same command resumes.
+            forget(prepared)
+            prepared.storage.delete(record_uri)
+
     say(f"training {prepared.train_id}")
     with TrainLine() as line:
-        outcome = run_training(prepared, say=line.say, on_progress=line)
+        outcome = run_training(prepared, say=line.say, on_progress=line, begin=begin)
     report = _report(outcome, output.projector_uri)
     prepared.storage.write_bytes(f"{output.uri}/report.html", render_html(report).encode())
     # Last, because with it the training counts as finished.

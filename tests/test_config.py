@@ -71,6 +71,9 @@ def test_one_key_of_a_task_is_set_without_the_others(job_yaml: Path, monkeypatch
     task = config.tasks["headline"]
     assert (task.sampling.seed, task.sampling.top_p, task.sampling.stop) == (7, 0.5, ("。", "\n"))
     assert task.prompts["en"].cue_before == "Headline:"
+    objects = ("--engine", '{"drafts": false}', "--engine.max_rows", "4", "--workers", '{"max_size": 2}')
+    config = load("--config", job_yaml, *objects, "--workers", '{"max_size": 3}', "--engine.max_rows", "5")
+    assert (config.engine.drafts, config.engine.max_rows, config.workers.max_size) == (False, 5, 3), "the last"
     config = load("--config", job_yaml, "--tasks.summary.prompts.ja.cue_before", "要約：")
     assert set(config.tasks) == {"headline", "summary"}
 
@@ -370,7 +373,7 @@ def test_values_that_cannot_work_are_refused(key: str, value: str, said: str, jo
         ("output.uri", "a folder:with signs"),
         ("base_model.uri", "s3://bucket/model"),
         ("base_model.uri", "org/model"),
-        ("base_model.device", "cuda:11"),
+        ("base_model.device", "cuda:0"),
         (f"{PROMPT}.content", 'As {"title": "{title}"}, {} or { a b }'),
         (f"{PROMPT}.head", 'Answer as {"headline": "..."} or {1, 2}'),
         (f"{PROMPT}.head", '{{name}} is {"a": {"b": {}}}'),

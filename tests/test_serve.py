@@ -279,13 +279,13 @@ def test_a_table_that_takes_long_to_copy_makes_no_consent_old(tmp_path: Path, mo
     began_s = time.monotonic()
     wait_until(lambda: time.monotonic() > began_s + 1.5, "it is copied for longer than consent may be old")
     assert opening.is_alive(), "the control"
-    assert tables.user(PLAIN, space).consent is Consent.GIVEN, "while it starts"
+    wait_until(lambda: tables.user(PLAIN, space).consent is Consent.GIVEN, "it is known while it starts")
     free.set()
     opening.join(30)
     free.clear()
     wait_until(lambda: tables.ages_s()["published"] > 1.5, "it is copied again")
-    assert tables.user(PLAIN, space).consent is Consent.GIVEN
-    assert tables.are_fresh
+    wait_until(lambda: tables.user(PLAIN, space).consent is Consent.GIVEN, "it is known meanwhile")
+    wait_until(lambda: tables.are_fresh, "so are contents")
     tables.close()
     free.set()
 

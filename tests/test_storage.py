@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import polars as pl
@@ -365,7 +366,7 @@ def test_a_server_that_starts_again_is_waited_for(monkeypatch: pytest.MonkeyPatc
                 threading.Thread(target=server.serve_forever, daemon=True).start()
                 stack.callback(server.shutdown)
 
-        monkeypatch.setattr("e2p_ray.storage.s3.time.sleep", sleep)
+        monkeypatch.setattr("e2p_ray.storage.s3.time", SimpleNamespace(sleep=sleep))
         num_away, storage = 3, Storage(config)
         assert storage.read_bytes("s3://bucket/x") == b"here"
         assert len(waits) == 3

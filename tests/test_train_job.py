@@ -418,6 +418,9 @@ def test_training_once_more_is_resumed_by_the_same_command(ray_cluster: None, tm
     code, _, said = _run(path)
     assert (code, storage.info(uri)) == (0, finished), "control: it is finished"
     assert "resumes" not in said
+    code, _, said = _run(path, "--again", "--workers.num_cpus", "1000")
+    assert code != 0, said
+    assert (_run(path)[0], storage.info(uri)) == (0, finished), "what cannot begin unmakes nothing"
 
     _killed_after_a_checkpoint(config, path, log, "--again")
     code, _, said = _run(path, "--again")
@@ -736,7 +739,15 @@ def test_rows_that_deletion_vectors_delete_are_not_trained_on(tmp_path: Path) ->
     assert _targets_at(config, uri).num_rows == len(target_rows())
     features = {"readerFeatures": ["deletionVectors"], "writerFeatures": ["deletionVectors"]}
     protocol = {"protocol": {"minReaderVersion": 3, "minWriterVersion": 7} | features}
-    (uri / "_delta_log" / f"{1:020d}.json").write_text(json.dumps(protocol) + "\n", encoding="utf-8")
+    log = uri / "_delta_log"
+    (log / f"{1:020d}.json").write_text(json.dumps(protocol) + "\n", encoding="utf-8")
+    assert _targets_at(config, uri).num_rows == len(target_rows()), "the control: a table that may have some has none"
+    actions = map(json.loads, (log / f"{0:020d}.json").read_text(encoding="utf-8").splitlines())
+    (added,) = (action["add"] for action in actions if "add" in action)
+    vector = {"storageType": "u", "pathOrInlineDv": "ab^-aqEH.-t@S}K{vb[*k^", "offset": 4, "sizeInBytes": 40}
+    removed = {name: added[name] for name in ("path", "partitionValues", "size")} | {"dataChange": True}
+    lines = ({"remove": removed}, {"add": added | {"deletionVector": vector | {"cardinality": 1}}})
+    (log / f"{2:020d}.json").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     with pytest.raises(InputError, match=f"{re.escape(str(uri))}: has deletion vectors.*Purge them"):
         _targets_at(config, uri)
 

@@ -130,7 +130,7 @@ def _goal(storage: Storage, output_uri: str, users_uri: str, version: int, commi
         raise InputError(f"version {version} cannot be read", uri=table_uri, remedy=remedy) from error
     assert table is not None, "it was there a moment ago"
     if has_deletion_vectors(table):
-        remedy = "Purge the table with the engine that wrote them, then roll back."
+        remedy = "Choose a version before them, or one after they were purged and the feature dropped."
         raise InputError(f"version {version} may have deletion vectors", uri=table_uri, remedy=remedy)
     before = data_files(table)
     _refuse_missing(storage, table_uri, version, before)

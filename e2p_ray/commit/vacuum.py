@@ -109,7 +109,7 @@ def _live(storage: Storage, table_uri: str, cutoff_s: float) -> Live:
     if table is None:
         return Live(None)
     if has_deletion_vectors(table):
-        remedy = "Purge them with the engine that wrote them, then run this again"
+        remedy = "Purge them with the engine that wrote them and drop the feature deletionVectors, then run this again"
         raise IncompatibleError(
             f"{table_uri} has deletion vectors, whose files this cannot tell from orphans. {remedy}"
         )

@@ -164,8 +164,8 @@ def _check_shard(storage: Storage, run: Run, shard_id: str) -> _Checked:
             return _Checked(shard_id, "has other dead letters than its dead letter file")
     except ObjectNotFoundError:
         return _Checked(shard_id, "or its dead letter file is missing")
-    except ShardError:
-        return _Checked(shard_id, "cannot be read")
+    except ShardError as error:
+        return _Checked(shard_id, f"cannot be read: {error}")
     if foreign := _foreign(run, shard.rows):
         return _Checked(shard_id, f"has rows of another {foreign}")
     file = DataFile(shard_id, run.data_path(shard_id), len(data), shard.rows.num_rows, file_statistics(shard.rows))

@@ -56,7 +56,7 @@ class EvaluationConfig(Section):
     noise: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = Field(
         (0.25, 0.5, 1.0, 2.0), description="drift: Gaussian noise in standard deviations of the reference statistics"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 64)
 
 
 class EvaluateConfig(Config):

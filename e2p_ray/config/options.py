@@ -32,6 +32,7 @@ def parse_words(words: Sequence[str], prog: str, known: Collection[str]) -> dict
     `known` are the options that there are: where a value is missing, the option may be another one misspelt.
     """
     found: dict[str, Any] = {}
+    whole = set[str]()  # given as one value, with nothing below it since
     rest = iter(words)
     for word in rest:
         if not word.startswith("--") or len(word) == 2:
@@ -49,9 +50,10 @@ def parse_words(words: Sequence[str], prog: str, known: Collection[str]) -> dict
             place = place.setdefault(folder, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"{prog}: --{name} and one of its parents are both given")
-        if isinstance(place.get(last), dict):
+        if isinstance(place.get(last), dict) and name not in whole:
             raise ConfigError(f"{prog}: --{name} would replace what is given below it before: give --{name} first")
         place[last] = _value(text)
+        whole = {other for other in whole if not name.startswith(f"{other}.")} | {name}
     return found
 
 

@@ -58,7 +58,7 @@ class ReplicaConfig(Section):
         description="texts that wait for one of engine.max_rows places; further ones get 429. A quarter as many as "
         "places: with half as many, ten times too many requests tripled the time of those that were accepted. After a "
         "refusal, for a while, only who may expect a place very soon waits. As many candidates may wait to be scored, "
-        "or one ranking; a batch of more pairs than places and this together waits while nobody else does",
+        "or one ranking; a batch of more pairs waits while nobody else does",
     )
     shard_rows: int = Field(
         32,

@@ -187,21 +187,23 @@ class Admission:
     def wave_for(self, fitting: Fitting, num_pending: int, wave: Wave | None) -> Wave:
         """A wave with room for these rows besides its own, and for as many of the pending ones as may come in later.
 
-        Beside their prefixes there is no room for as many as without.
+        Beside prefixes there is no room for as many as without.
         """
-        rows, num_prefix_bytes = fitting.rows, fitting.num_prefix_bytes
+        rows = fitting.rows
         max_new = max(row.sampling.max_new_tokens for row in rows)
         max_tokens = max(map(self._num_slot_tokens, rows))
         if wave is None:
-            max_rows = self._max_rows(max_tokens, len(rows), num_pending, num_prefix_bytes)
-            spare = self._spare_slots(max_rows, max_tokens, num_prefix_bytes)
+            prefix_bytes = fitting.num_prefix_bytes // len(rows)
+            max_rows = self._max_rows(max_tokens, len(rows), num_pending, prefix_bytes)
+            spare = self._spare_slots(max_rows, max_tokens, prefix_bytes)
             return Wave(spare or self._base.slots(max_rows, max_tokens), max_new)
         slots, num_rows = wave.slots, len(wave) + len(rows)
         max_tokens, max_new = max(max_tokens, slots.max_tokens), max(max_new, wave.max_new_tokens)
         if num_rows > slots.max_rows or max_tokens > slots.max_tokens or max_new > wave.max_new_tokens:
             # Twice as many, because who comes one by one would have everything copied for each.
             wanted = max(2 * num_rows, slots.max_rows)
-            wave.grow(self._max_rows(max_tokens, num_rows, wanted, num_prefix_bytes), max_tokens, max_new)
+            max_rows = self._max_rows(max_tokens, num_rows, wanted, fitting.num_prefix_bytes // num_rows)
+            wave.grow(max_rows, max_tokens, max_new)
         return wave
 
     def ended(self, wave: Wave) -> None:
@@ -212,22 +214,25 @@ class Admission:
         if self._base.device.type == "cpu":
             self._spare = wave.slots
 
-    def _spare_slots(self, max_rows: int, max_tokens: int, num_prefix_bytes: int) -> SuffixSlots | None:
+    def _spare_slots(self, max_rows: int, max_tokens: int, prefix_bytes: int) -> SuffixSlots | None:
         """What an ended wave left, where it has enough rows, not too many, and such long ones; else it is freed."""
         spare, self._spare = self._spare, None
         if spare is None:
             return None
-        most = max(self._affordable(spare.max_tokens, num_prefix_bytes), max_rows)
+        most = max(self._affordable(spare.max_tokens, prefix_bytes), max_rows)
         if not max_rows <= spare.max_rows <= most:
             return None
         return spare if max_tokens <= spare.max_tokens <= _MAX_LONGER * max_tokens else None
 
-    def _max_rows(self, max_tokens: int, least: int, wanted: int, num_prefix_bytes: int) -> int:
-        return max(min(self.bounds.max_rows, wanted, self._affordable(max_tokens, num_prefix_bytes)), least)
+    def _max_rows(self, max_tokens: int, least: int, wanted: int, prefix_bytes: int) -> int:
+        return max(min(self.bounds.max_rows, wanted, self._affordable(max_tokens, prefix_bytes)), least)
 
-    def _affordable(self, max_tokens: int, num_prefix_bytes: int) -> int:
-        """Rows of so many own tokens that there are bytes for beside the prefixes."""
-        return (self.bounds.max_bytes - num_prefix_bytes) // self._num_bytes(1, 1, max_tokens)
+    def _affordable(self, max_tokens: int, prefix_bytes: int) -> int:
+        """Rows that there are bytes for, of so many own tokens each, and of prefixes so many bytes to a row.
+
+        Those that come later bring some as well: slots that took all that is left would keep them out.
+        """
+        return self.bounds.max_bytes // (self._num_bytes(1, 1, max_tokens) + prefix_bytes)
 
     def run_along(self, rows: Sequence[Row], num_running: int) -> bool:
         """Whether the first pass of new rows may take those that run along: a pass for all costs less than two.

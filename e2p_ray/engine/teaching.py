@@ -24,7 +24,7 @@ from e2p_ray.engine.shared_prefix import Prefix
 # At once, where nothing is learned: 64 MiB in float32, and as much again for the cross-entropy. That is 128 tokens of
 # a vocabulary of 128,000: products over fewer would read a head's weights too often.
 _MAX_LOGITS = 1 << 24
-# The same of attention scores, where the library has no kernel that keeps none: 64 MiB, and as much again of weights.
+# The same of attention scores, for where the library has no kernel that keeps none: 64 MiB, and as much of weights.
 _MAX_SCORES = 1 << 24
 
 
@@ -114,7 +114,9 @@ def _in_parts(
     """
     n, num_heads, q, _ = queries.shape
     size = q if torch.is_grad_enabled() else max(_MAX_SCORES // (n * num_heads * keys.shape[2]), 1)
-    masks = [None] * -(-q // size) if visible is None else [part[None, None] for part in torch.split(visible, size)]
+    if size >= q:
+        return attention(queries, keys, values, shape, visible=visible)
+    masks = [None] * -(-q // size) if visible is None else torch.split(visible, size)
     parts = zip(torch.split(queries, size, dim=2), masks, strict=True)
     found = [attention(part, keys, values, shape, visible=mask) for part, mask in parts]
     return torch.cat([output for output, _ in found], dim=2), torch.cat([lse for _, lse in found], dim=2)

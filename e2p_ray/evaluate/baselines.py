@@ -116,7 +116,7 @@ def _places(contest: Contest, table: LessonTable, methods: str) -> list[int]:
     missing = [source for source in contest.table.source.tolist() if source not in place_of]
     if missing:
         raise ConfigError(
-            f"evaluation.methods: {methods} leaves no room for the content in {len(missing):,} prompts. "
-            "Shorten profile_text, or leave the method out"
+            f"evaluation.methods: {methods} leaves no room for the content or the target in {len(missing):,} "
+            "prompts. Lower tasks.*.max_content_tokens or training.max_target_tokens, or leave the method out"
         )
     return [place_of[source] for source in contest.table.source.tolist()]

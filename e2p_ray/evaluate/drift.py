@@ -98,6 +98,7 @@ def measure_drift(contest: Contest, changed: Mapping[str, UserTable]) -> list[Dr
     """
     table, evaluation = contest.table, contest.config.evaluation
     std = contest.projector.reference.std.cpu().numpy()
+    seen = contest.projector.std.cpu().numpy()  # infinite where no user differed, and nothing was learned
     normal = np.random.default_rng([evaluation.seed, 11]).normal(size=table.user_embeddings.shape).astype(np.float32)
     store, everybody = contest.new_store(), np.ones(table.num_rows, np.bool_)
     unmoved = finite_score(contest.base, contest.projector, table, store)
@@ -113,7 +114,7 @@ def measure_drift(contest: Contest, changed: Mapping[str, UserTable]) -> list[Dr
             contest.say(f"{kind} users: none of them is among the scored ones, so nothing is measured")
             continue
         scores, used = finite_score(contest.base, contest.projector, moved, store), np.unique(table.user[known])
-        amount = float(np.sqrt(np.square((moved.user_embeddings - table.user_embeddings)[used] / std).mean()))
+        amount = float(np.sqrt(np.square((moved.user_embeddings - table.user_embeddings)[used] / seen).mean()))
         point = _point(contest, kind, amount, scores, known)
         if not known.all():
             point = replace(point, num_users=len(used), nll_without=_rows(unmoved, known).mean_nll)

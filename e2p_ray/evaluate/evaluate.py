@@ -53,6 +53,7 @@ def evaluate(config: EvaluateConfig, storage: Storage, say: Say) -> Evaluation:
         f"{data.share_seen_contents:.0%} of them on contents that were trained on"
     )
     refuse_long_profiles(contest)
+    drift = measure_drift(contest, changed)  # first: embeddings far away may give losses that are no numbers
     before = base.weights_hash()
     constant = train_constant(contest)
     scored = score_controls(contest, constant)
@@ -64,7 +65,7 @@ def evaluate(config: EvaluateConfig, storage: Storage, say: Say) -> Evaluation:
         retrieval=retrieval_matrices(contest, constant) if config.evaluation.num_retrieval_texts else (),
         texts=None if written is None else written.texts,
         ranking=ranked_impressions(contest),
-        drift=measure_drift(contest, changed),
+        drift=drift,
         allow=config.checks.allow,
         about=_about(contest),
         seed=config.evaluation.seed,
@@ -132,13 +133,13 @@ def _timed(one: Scored, written: Written | None) -> Scored:
 
 def _about(contest: Contest) -> dict[str, str]:
     manifest, settings = contest.projector.manifest, contest.settings
-    shown = contest.data.impressions
-    impressions = (
-        "none"
-        if shown is None
-        else f"{shown['impression_id'].n_unique():,}; {contest.data.num_trained_impressions:,} left out, as the "
-        "projector was trained on a pair of theirs"
-    )
+    impressions = "none"
+    if contest.data.impressions is not None and contest.shown is not None:
+        num = contest.data.impressions[contest.shown.source]["impression_id"].n_unique()
+        left_out = (
+            f"{contest.data.num_trained_impressions:,} left out, as the projector was trained on a pair of theirs"
+        )
+        impressions = f"{num:,}; {left_out}"
     cue = "after" if any(p.cue_after for task in contest.tasks.values() for p in task.prompts.values()) else "before"
     return {
         "projector": f"{manifest.projector_id} ({manifest.kind}, {manifest.num_soft_tokens} soft token(s), "

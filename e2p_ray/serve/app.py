@@ -16,7 +16,7 @@ def build(args: dict[str, str]) -> Application:
 
     Every other argument is an option over the file, named as on the command line ("workers.num_gpus").
     """
-    words = [word for name, value in args.items() for word in (f"--{name}", value)]
+    words = [f"--{name}={value}" for name, value in args.items()]
     config = load_config(ServeConfig, words, prog="e2p_ray.serve.app", description="")
     return application(config)
 

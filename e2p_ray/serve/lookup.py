@@ -156,7 +156,7 @@ class Tables:
 
     def _keep_fresh(self, name: str) -> None:
         num_pauses = 1
-        while not self._over.wait(num_pauses * self._config.tables.refresh_s):
+        while not self._over.wait(self._pause_s(name, num_pauses)):
             try:
                 self._refresh(name)
                 num_pauses = 1
@@ -166,6 +166,12 @@ class Tables:
             except BaseException as error:  # noqa: BLE001 - half written today, whole in a while; polars' panics are none
                 num_pauses = 1
                 self._log.error("table_not_refreshed", table=name, error_type=type(error).__name__)
+
+    def _pause_s(self, name: str, num_pauses: int) -> float:
+        """So many usual pauses, but not beyond the moment from which the table is too old."""
+        tables = self._config.tables
+        pause_s, left_s = num_pauses * tables.refresh_s, tables.max_staleness_s - self._fresh[name].age_s
+        return min(pause_s, max(left_s, tables.refresh_s)) if left_s > 0 else pause_s
 
     def _say_what_has_no_room(self) -> None:
         """A table that, written anew, would not fit beside its old copies, while that can still be helped."""

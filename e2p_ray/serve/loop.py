@@ -105,9 +105,9 @@ class ModelLoop:
             job.future.add_done_callback(lambda future, job=job: self._forget(future, job))  # type: ignore[misc]
 
     def may_wait(self, num_texts: int = 1) -> bool:
-        """Whether so many more texts may. A batch of more than ever may wait together does while nobody else waits."""
-        if num_texts > self._max_rows + self._max_waiting:
-            return not self._waiting
+        """Whether so many more texts may. A batch of more than may wait does while nobody else waits."""
+        if num_texts > max(self._max_waiting, 1) and not self._waiting:
+            return True
         free = max(self._max_rows - self.num_running, 0)  # places that the first who wait are about to take
         num_before = len(self._waiting) - free
         fits = num_before + num_texts <= self._max_waiting

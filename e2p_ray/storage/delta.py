@@ -22,8 +22,16 @@ def said(error: Exception) -> str:
 
 
 def has_deletion_vectors(table: DeltaTable) -> bool:
-    """Whether rows may be deleted by files of another kind, which nothing here reads."""
+    """Whether rows may be deleted by files of another kind, which nothing here reads, in this version or another."""
     return "deletionVectors" in (table.protocol().reader_features or ())
+
+
+def _deletes_by_vectors(table: DeltaTable) -> bool:
+    """Whether they are in this version: tables of some writers may always have them, and seldom do."""
+    try:
+        return has_deletion_vectors(table) and any(batch.num_rows for batch in table.deletion_vectors())
+    except DeltaError:
+        return True  # there is one that cannot be read
 
 
 def current_version(open_table: Callable[[], DeltaTable], uri: str) -> tuple[int, set[str]]:
@@ -35,11 +43,17 @@ def current_version(open_table: Callable[[], DeltaTable], uri: str) -> tuple[int
         table = open_table()
     except DeltaError as error:
         remedy = "Write it with a Delta version that deltalake reads, or give a folder of Parquet files."
+        if re.search(r"%[0-9A-Fa-f]{2}" + ("|[#?]" if "://" in uri else ""), uri):
+            remedy = "Delta Lake looks elsewhere because of signs in this name: rename the folder."
         raise InputError(f"cannot be read as a Delta table: {said(error)}", uri=uri, remedy=remedy) from error
     except OSError as error:
         raise StorageError(f"could not open the Delta table {uri}: {said(error)}") from error
-    if has_deletion_vectors(table):
-        remedy = "Purge them with the engine that wrote them."
+    try:
+        deletes = _deletes_by_vectors(table)
+    except OSError as error:
+        raise StorageError(f"could not read deletion vectors of {uri}: {said(error)}") from error
+    if deletes:
+        remedy = "Purge them with the engine that wrote them (REORG TABLE ... APPLY (PURGE))."
         raise InputError(
             "has deletion vectors: its files alone do not say which rows there are", uri=uri, remedy=remedy
         )

@@ -8,12 +8,12 @@ from typing import TypeVar
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    EndpointConnectionError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
 )
-from botocore.exceptions import ConnectionError as NoConnectionError
 from botocore.parsers import ResponseParserError
 from deltalake.exceptions import DeltaError
 
@@ -55,7 +55,7 @@ def typed(call: Callable[[], _T], verb: str, uri: str) -> _T:
         raise _from_answer(error, verb, uri) from error
     except (NoCredentialsError, PartialCredentialsError) as error:
         raise AccessDeniedError(f"could not {verb} {uri}: {NO_CREDENTIALS}") from error
-    except NoConnectionError as error:  # refused, no such name, no answer in time
+    except EndpointConnectionError as error:  # refused, or no such name
         remedy = "Check storage.endpoint_url, and that a server is there"
         raise UnreachedError(f"{type(error).__name__}: {error}. {remedy}") from error
     except (

@@ -69,8 +69,8 @@ text, 100 % when no two get the same. Distance: 1 − ROUGE-L between two users'
 words among all of one content. Faithful: all numbers and names occur in the content, or are allowed by checks.allow.
 """
 _DRIFT_NOTE = """
-Dashed: the losses without drift. Intervals are in the table only: they show how users differ, which is the same for
-all points.
+Dashed: the losses without drift, of all users; where a point is of some, the table has theirs. Intervals are in the
+table only: they show how users differ, which is the same for all points.
 """
 _SAMPLES_NOTE = "Drawn at random, at most one user a content."
 

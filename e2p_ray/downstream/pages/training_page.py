@@ -121,7 +121,8 @@ def render_terminal(report: TrainingReport) -> str:
 
 
 def _said(interval: Interval) -> str:
-    return f"{interval.value:+.4f} ({interval.low:+.4f} to {interval.high:+.4f})"
+    value, bounds = gain_text(interval)
+    return f"{value} ({bounds})"
 
 
 def _truncated_said(num_truncated: int) -> str:

@@ -64,7 +64,9 @@ class Graphs:
             return outputs[: len(states)]
         found.take(states, step)
         if found.graph is None:
-            self._try_to_capture(found)
+            found.num_tries += 1
+            if found.num_tries & (found.num_tries - 1) == 0:  # memory that is short may stay so
+                self._try_to_capture(found)
         if found.graph is None or found.outputs is None:
             return self._launch(found)[: len(states)]
         found.graph.replay()
@@ -116,6 +118,7 @@ class _Pass:
         self._tables, device = tables, states.device
         self._max_tiles = tables.max_tiles(size, tile)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.num_tries = 0  # passes that could have been captured
         self.outputs: Tensor | None = None
         self.states = torch.zeros(size, states.shape[1], dtype=states.dtype, device=device)
         num_numbers = 4 * aligned(size) + 3 * aligned(self._max_tiles)

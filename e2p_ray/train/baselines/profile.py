@@ -32,7 +32,8 @@ def profile_lessons(
     Everything the users share stands before the soft token whatever the settings' layout, so the content is still
     shared; scored without one, the prompt is [head content profile cue]. `profile_of` is by user id; users without a
     profile, or with an empty one, get the cue alone. Longer profiles keep their head. Rows are those of
-    `make_lessons`, but where the profile leaves no room for any content: compare by `source`. Raises as it does.
+    `make_lessons`, but where a profile's room leaves none for any content or the target: compare by `source`. Raises as
+    it does.
     """
     # The profile's room is taken from the content's, as a long soft token's would be.
     room = settings.num_soft_tokens + max_profile_tokens

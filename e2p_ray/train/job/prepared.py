@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 from e2p_ray.config import ShapeConfig, TrainConfig, TrainingConfig
+from e2p_ray.config.uris import absolute
 from e2p_ray.engine.manifest import (
     REFERENCE_FILE,
     WEIGHTS_FILE,
@@ -17,7 +18,7 @@ from e2p_ray.engine.manifest import (
 )
 from e2p_ray.engine.supported import read_model_config, refuse_unsupported
 from e2p_ray.errors import ConfigError, IncompatibleError, ObjectNotFoundError
-from e2p_ray.storage import Storage, is_s3
+from e2p_ray.storage import Storage
 from e2p_ray.storage.local import local_path
 from e2p_ray.train.data.tables import SourceTable, scan_tables
 from e2p_ray.train.job.checkpoint import checkpoint_uri
@@ -68,11 +69,7 @@ def prepare(config: TrainConfig) -> Prepared:
 
 def _with_absolute_places(config: TrainConfig) -> TrainConfig:
     """Ray's workers have working folders of their own."""
-
-    def absolute(uri: str | None) -> str | None:
-        return uri if uri is None or is_s3(uri) else str(local_path(uri).absolute())
-
-    inputs = {name: absolute(uri) for name, uri in config.inputs.model_dump().items()}
+    inputs = {name: uri and absolute(uri) for name, uri in config.inputs.model_dump().items()}
     base_model = config.base_model
     if not base_model.uri.startswith("s3://") and local_path(base_model.uri).is_dir():
         base_model = base_model.model_copy(update={"uri": absolute(base_model.uri)})

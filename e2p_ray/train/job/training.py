@@ -44,8 +44,9 @@ def run_training(
     *,
     say: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[TrainProgress], None] = lambda _: None,
+    begin: Callable[[], None] = lambda: None,
 ) -> TrainOutcome:
-    """Train, or go on from the checkpoint, and write the artifact.
+    """Train, or go on from the checkpoint, and write the artifact. `begin` is called once nothing is in the way.
 
     Raises ConfigError or InputError for inputs that cannot be learned from, RunError where the loss is not finite,
     IncompleteRunError when more workers were lost than `workers.max_failures`; calling again resumes.
@@ -58,6 +59,7 @@ def run_training(
         with quiet_ray_data(), typed_errors():
             lessons = prepare_lessons(reading_of(prepared), prepared.sources)
         say(_lessons_said(lessons))
+        begin()
         trained, hashes = train_on_workers(prepared, lessons, board, say, on_progress)
         with typed_errors():
             reference = {name: torch.from_numpy(value.copy()) for name, value in ray.get(lessons.reference).items()}
