@@ -43,7 +43,7 @@ class Section(BaseModel):
 
 
 def _device(device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:0)?", device):
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
         raise ValueError("use auto, cpu or cuda")
     return device
 
