@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from e2p_ray import generate
 from e2p_ray.config import PromptTemplate, SamplingConfig, TaskConfig
+from e2p_ray.engine import prompt
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.engine.prompt import PromptLayout, Segments
@@ -105,13 +106,13 @@ class Encoded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.texts = list[str]()
-        plain = PromptLayout._encode_data
+        plain = prompt.text_ids
 
-        def watched(layout: PromptLayout, text: str) -> list[int]:
+        def watched(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
             self.texts.append(text)
-            return plain(layout, text)
+            return plain(tokenizer, text)
 
-        monkeypatch.setattr(PromptLayout, "_encode_data", watched)
+        monkeypatch.setattr(prompt, "text_ids", watched)
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)

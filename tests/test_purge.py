@@ -21,7 +21,7 @@ from deltalake import DeltaTable
 import jobs.publish
 import jobs.purge
 from e2p_ray.batch.pieces import Piece
-from e2p_ray.commit import ShardStats, load_run, open_run
+from e2p_ray.commit import ShardStats, load_run
 from e2p_ray.commit.audit import verify_log
 from e2p_ray.commit.failures import ShardFailure, write_failure
 from e2p_ray.commit.history import read_history
@@ -42,8 +42,8 @@ from jobs.generate import generate_run
 from tests.plan_world import with_broken
 from tests.s3 import IS_LONG, PLACES
 from tests.small_job import first_groups
-from tests.test_commit import opened, run_at, users_table, write_plan
-from tests.test_rollback import OneShardWorld
+from tests.test_commit import opened, users_table
+from tests.test_rollback import one_shard_world
 from tests.update_world import User, World, content, make_world, vector
 
 GONE = ("user-004", "user-007")
@@ -465,13 +465,8 @@ def test_a_publish_within_a_purge_is_a_conflict(tmp_path: Path) -> None:
 @pytest.mark.parametrize("order", [("u5", "u4"), ("u4", "u5")])
 def test_after_two_purges_a_run_is_still_what_was_published(order: tuple[str, str], tmp_path: Path) -> None:
     """One of them is in one file only: of the others there is no second copy."""
-    uri = str(tmp_path / "out")
-    made = OneShardWorld(Storage(), uri, run_at(uri, "run1"))
-    write_plan(made)
-    made.write_users(users_table())
-    open_run(made.storage, made.run, {})
-    made.commit_pending()
-    made.publish()
+    made = one_shard_world(tmp_path)
+    uri = made.output_uri
     for number, user in enumerate(order, 1):
         users = Users([user])
         assert purge_users(made.storage, uri, users, find_users(made.storage, uri, users), silent).version == number

@@ -171,15 +171,21 @@ class OneShardWorld(World):
         return [key for key in super().planned(shard_id) if shard_id == "shard0" or key.user_id != "u5"]
 
 
-def test_no_commit_adds_and_removes_one_path(tmp_path: Path) -> None:
-    """Delta forbids it, and Spark would lose the file: publishes and rollbacks that share files with what is shown."""
-    output_uri = str(tmp_path / "out")
+def one_shard_world(folder: Path) -> OneShardWorld:
+    """With its run published."""
+    output_uri = str(folder / "out")
     world = OneShardWorld(Storage(), output_uri, run_at(output_uri, "run1"))
     write_plan(world)
     world.write_users(users_table())
     open_run(world.storage, world.run, {})
     world.commit_pending()
     world.publish()
+    return world
+
+
+def test_no_commit_adds_and_removes_one_path(tmp_path: Path) -> None:
+    """Delta forbids it, and Spark would lose the file: publishes and rollbacks that share files with what is shown."""
+    world = one_shard_world(tmp_path)
     world.write_users(users_table(refusing={"u5"}))
     assert world.publish().version == 1
     rows = world.published()

@@ -119,6 +119,11 @@ def test_a_real_serve_answers_streams_swaps_and_stops(tmp_path: Path) -> None:
     finally:
         stop.set()
         job.join(60)
+    assert_ended(job, port)
+
+
+def assert_ended(job: threading.Thread, port: int) -> None:
+    """The job is over, and nobody answers where it served."""
     assert not job.is_alive()
     with Client(f"http://127.0.0.1:{port}", TOKENS[0]) as client, pytest.raises(UnavailableError):
         client.models()
@@ -144,9 +149,7 @@ def test_what_runs_is_finished_when_it_stops(tmp_path: Path, monkeypatch: pytest
     finally:
         stop.set()
         job.join(90)
-    assert not job.is_alive()
-    with Client(f"http://127.0.0.1:{port}", TOKENS[0]) as client, pytest.raises(UnavailableError):
-        client.models()
+    assert_ended(job, port)
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0})

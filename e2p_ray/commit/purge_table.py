@@ -35,7 +35,6 @@ _CHECKPOINT = re.compile(r"\d{20}\.checkpoint.*\.parquet")
 FILE_ACTIONS = ("add", "remove")  # of Delta's log: both have sizes and statistics
 _CARRIED_KEYS = ("projector_id", "base_model_id", "embedding_space")
 _HISTORY = 200
-_AGAIN = "Let no job write there, and run the same command again"
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,13 @@ def read_state(storage: Storage, table_uri: str) -> TableState:
 def refuse_change(state: TableState, version: int | None) -> None:
     """PublishConflictError when the table is at another version: what was found is not what is visible now."""
     if state.version != version:
-        raise PublishConflictError(f"{state.uri} was changed while users were being purged. {_AGAIN}")
+        raise _changed(state)
+
+
+def _changed(state: TableState) -> PublishConflictError:
+    return PublishConflictError(
+        f"{state.uri} was changed while users were being purged. Let no job write there, and run the same command again"
+    )
 
 
 def swap_files(storage: Storage, state: TableState, files: Iterable[Rewritten]) -> int:
@@ -105,7 +110,7 @@ def swap_files(storage: Storage, state: TableState, files: Iterable[Rewritten]) 
     actions = [{"commitInfo": info}, *({"remove": action} for action in removed), *({"add": a} for a in added)]
     lines = "".join(json.dumps(action, ensure_ascii=False) + "\n" for action in actions)
     if not storage.put_if_absent(f"{state.uri}/_delta_log/{version:020d}.json", lines.encode()):
-        raise PublishConflictError(f"{state.uri} was changed while users were being purged. {_AGAIN}")
+        raise _changed(state)
     return version
 
 

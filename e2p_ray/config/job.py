@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Self
 
 from pydantic import Field
@@ -57,14 +56,11 @@ class JobConfig(Config):
 
         Not for this process: plans and updates are named after their places as they are written.
         """
-        base_model = self.base_model
-        if Path(base_model.uri).is_dir():  # else it is on S3, or a hub id
-            base_model = base_model.model_copy(update={"uri": absolute(base_model.uri)})
         inputs = {name: absolute(uri) for name, uri in self.inputs.model_dump().items()}
         changes = {
             "inputs": self.inputs.model_copy(update=inputs),
             "output": self.output.model_copy(update={"uri": absolute(self.output.uri)}),
-            "base_model": base_model,
+            "base_model": self.base_model.with_absolute_place(),
             "projector": self.projector.model_copy(update={"uri": absolute(self.projector.uri)}),
         }
         return self.model_copy(update=changes)

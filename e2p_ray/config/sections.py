@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from e2p_ray.config.braces import taken_apart
-from e2p_ray.config.uris import DeltaUri, HttpUrl, ModelUri, Uri
+from e2p_ray.config.uris import DeltaUri, HttpUrl, ModelUri, Uri, absolute
 
 _T = TypeVar("_T")
 
@@ -89,6 +90,12 @@ class BaseModelConfig(Section):
     cache_folder: str | None = Field(
         None, description="where each node keeps models from s3://; null: the machine's folder for temporary files"
     )
+
+    def with_absolute_place(self) -> Self:
+        """The same for a process that has another working folder."""
+        if not Path(self.uri).is_dir():  # it is on S3, or a hub id
+            return self
+        return self.model_copy(update={"uri": absolute(self.uri)})
 
 
 class ProjectorConfig(Section):

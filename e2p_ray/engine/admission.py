@@ -145,10 +145,12 @@ class Admission:
             more_new = store.bytes_of(len(left)) if prefix is None and left not in new else 0
             count = num_rows + len(fitting) + 1
             room = self.bounds.max_bytes - num_kept_bytes - num_new_bytes - more_kept - more_new
-            least, total = (self._num_bytes(count, slots, longest) for slots in (count, num_slots))
-            if wave is not None and 2 * count <= num_slots and least <= room < total:
-                num_slots, total = count, least
-                wave.grow(num_slots, wave.slots.max_tokens, wave.max_new_tokens)
+            total = self._num_bytes(count, num_slots, longest)
+            if wave is not None and 2 * count <= num_slots and total > room:
+                least = self._num_bytes(count, count, longest)
+                if least <= room:
+                    num_slots, total = count, least
+                    wave.grow(num_slots, wave.slots.max_tokens, wave.max_new_tokens)
             if count > self.bounds.max_rows or (total > room and count > 1):
                 break
             if more_new and self.bounds.max_prefill_tokens is not None:

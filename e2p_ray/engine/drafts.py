@@ -19,6 +19,7 @@ import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from e2p_ray.engine.agreement import Agreement, Source, new_agreements
+from e2p_ray.engine.prompt import text_ids
 from e2p_ray.engine.row import Row
 from e2p_ray.engine.worth import Worth, kind_of
 from e2p_ray.schema import UserEmbedding
@@ -216,8 +217,6 @@ class Drafts:
         The tokenizer's threads wait for a core on which torch's still spin: eight texts 0.5 to 2.4 ms, one by one 0.4.
         """
         if len(texts) < _MANY:
-            return [self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts]
-        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)[
-            "input_ids"
-        ]
-        return found
+            return [text_ids(self._tokenizer, text) for text in texts]
+        found = self._tokenizer(texts, add_special_tokens=False, split_special_tokens=True)
+        return list(found["input_ids"])

@@ -152,15 +152,11 @@ class PromptLayout:
         """A text's first tokens, at most `room`, and whether that is not all of them."""
         num_chars = (room + _MARGIN_TOKENS) * _CHARS_PER_TOKEN
         while True:
-            ids = self._encode_data(text[:num_chars])
+            ids = text_ids(self._tokenizer, text[:num_chars])
             if num_chars >= len(text) or len(ids) >= room + _MARGIN_TOKENS:
                 break
             num_chars *= 2
         return (self._cut(ids, room), True) if len(ids) > room else (ids, False)
-
-    def _encode_data(self, text: str) -> list[int]:
-        """Content is data: a special token spelled out in it stays plain text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def _cut(self, ids: list[int], room: int) -> list[int]:
         """Keep the head, and do not end within a character of several byte tokens."""
@@ -169,6 +165,11 @@ class PromptLayout:
             if not str(self._tokenizer.decode(ids[:num_tokens])).endswith("\ufffd"):
                 return ids[:num_tokens]
         return ids[:room]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Of a text that is data, such as a content or a target: a special token spelled out in it stays plain text."""
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
 
 def num_template_tokens(tokenizer: PreTrainedTokenizerBase, template: PromptTemplate) -> int:

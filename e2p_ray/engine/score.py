@@ -11,7 +11,7 @@ from e2p_ray.engine.lesson import Lesson, LessonRow
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.prefixes import PrefixStore
 from e2p_ray.engine.projector import Projector
-from e2p_ray.engine.prompt import PromptLayout, Segments
+from e2p_ray.engine.prompt import PromptLayout, Segments, text_ids
 from e2p_ray.engine.teaching import lesson_losses
 from e2p_ray.errors import RowError
 from e2p_ray.schema import ErrorCode, Group, Request, RequestKey, TextScore
@@ -96,18 +96,16 @@ class Scorer:
         new = [left for before, left in zip([None, *lefts], lefts, strict=False) if left is not before]
         num_rows = sum(len(piece.requests) for piece in pieces)
         num_own_tokens = max(piece.num_own_tokens for piece in pieces)
-        num_bytes = self._num_bytes(num_rows, num_own_tokens, sum(map(len, new)))
+        return self._may_be(num_rows, num_own_tokens, sum(map(len, new)))
+
+    def _may_be(self, num_rows: int, num_own_tokens: int, num_prefix_tokens: int) -> bool:
+        """Whether a pass has room for so many rows of so many places: keys and values, and a share of what it makes."""
+        own = num_rows * (self._projector.manifest.num_soft_tokens + num_own_tokens)
+        num_bytes = own * self._base.activation_bytes_per_token + self._store.bytes_of(num_prefix_tokens + own)
         return num_rows <= self._max_rows and num_bytes <= self._max_bytes
 
-    def _num_bytes(self, num_rows: int, num_own_tokens: int, num_prefix_tokens: int) -> int:
-        """Of rows of so many places each, which have keys and values and a share of what a pass makes."""
-        own = num_rows * (self._projector.manifest.num_soft_tokens + num_own_tokens)
-        num_bytes = own * self._base.activation_bytes_per_token
-        return num_bytes + self._store.bytes_of(num_prefix_tokens + own)
-
     def _ids(self, text: str) -> list[int]:
-        """A special token that is spelled out in a text stays plain text, as in contents."""
-        return [*self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True), *self._end]
+        return [*text_ids(self._tokenizer, text), *self._end]
 
     def _refusal(self, segments: Segments, target: list[int]) -> ErrorCode | None:
         """Why a text cannot be scored."""
@@ -119,15 +117,14 @@ class Scorer:
         for soft in (True, False):
             chosen = [row for row in rows if (row[0].user_embedding is not None) == soft]
             chosen.sort(key=lambda row: len(row[1]))
-            piece = _Piece(segments, [], [])
-            for request, target in chosen:
-                longer = _Piece(segments, [*piece.requests, request], [*piece.targets, target])
-                if piece.requests and not self._fit_together([longer]):
-                    yield piece
-                    longer = _Piece(segments, [request], [target])
-                piece = longer
-            if piece.requests:
-                yield piece
+            first = 0
+            for end, (_, longest) in enumerate(chosen, 1):
+                num_own_tokens = len(segments.right) + len(longest)
+                if end - first > 1 and not self._may_be(end - first, num_own_tokens, len(segments.left)):
+                    yield _piece(segments, chosen[first : end - 1])
+                    first = end - 1
+            if chosen:
+                yield _piece(segments, chosen[first:])
 
     def _scores(self, pieces: list[_Piece]) -> Iterator[TextScore]:
         if not pieces:
@@ -138,3 +135,7 @@ class Scorer:
         rows = [(r, target) for piece in pieces for r, target in zip(piece.requests, piece.targets, strict=True)]
         for (request, target), loss in zip(rows, losses, strict=True):
             yield TextScore(request.key, -loss, len(target))
+
+
+def _piece(segments: Segments, rows: list[tuple[Request, list[int]]]) -> _Piece:
+    return _Piece(segments, [request for request, _ in rows], [target for _, target in rows])

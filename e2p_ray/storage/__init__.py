@@ -188,28 +188,33 @@ class Storage:
         folder is read once. Raises InputError when there is no file, one that Delta Lake names is not there, or rows
         are deleted by deletion vectors; StorageError when a folder cannot be listed or a link leads nowhere.
         """
-        folder, version = uri.rstrip("/"), None
-        found = self._listed(folder)
-        if any(name.startswith("_delta_log/") for name in found):
-            options = self.delta_options(folder, with_retries=True)
-            table = partial(DeltaTable, folder, storage_options=options)
-            version, current = current_version(partial(self.patiently, table, "open the table", folder), folder)
-            if not current <= found.keys():
-                found = self._listed(folder)  # with what was written between the two
-            found = {name: info for name, info in found.items() if name in current}
-            if missing := current - found.keys():
-                raise InputError(
-                    f"version {version} of the Delta table {uri} names this file, but it is not there",
-                    uri=f"{folder}/{min(missing)}",
-                    remedy="Restore the file, or repair the table.",
-                )
-        files = [info for name, info in found.items() if version is not None or _is_data(name)]
-        if not files and version is None and not (is_s3(folder) and not split(folder, folder=True)[1]):
-            files = [info for info in [self.info(folder)] if info is not None]
-        if not files:
+        folder = uri.rstrip("/")
+        listed = self._listed(folder)
+        if any(name.startswith("_delta_log/") for name in listed):
+            found = self._current_files(folder, listed)
+        else:
+            found = TableFiles([info for name, info in listed.items() if _is_data(name)])
+            if not found.files and not (is_s3(folder) and not split(folder, folder=True)[1]):
+                found = TableFiles([info for info in [self.info(folder)] if info is not None])
+        if not found.files:
             remedy = "Give a .parquet file or a folder that holds some."
             raise InputError("no Parquet file here", uri=uri, remedy=remedy)
-        return TableFiles(files, version)
+        return found
+
+    def _current_files(self, folder: str, listed: dict[str, ObjectInfo]) -> TableFiles:
+        """Of a Delta table."""
+        options = self.delta_options(folder, with_retries=True)
+        table = partial(DeltaTable, folder, storage_options=options)
+        version, current = current_version(partial(self.patiently, table, "open the table", folder), folder)
+        if not current <= listed.keys():
+            listed = self._listed(folder)  # with what was written between the two
+        if missing := current - listed.keys():
+            raise InputError(
+                f"version {version} of the Delta table {folder} names this file, but it is not there",
+                uri=f"{folder}/{min(missing)}",
+                remedy="Restore the file, or repair the table.",
+            )
+        return TableFiles([info for name, info in listed.items() if name in current], version)
 
     def _listed(self, folder: str) -> dict[str, ObjectInfo]:
         """What lies below a folder, by path in it."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from urllib.parse import unquote
 
-import polars as pl
+import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
@@ -58,5 +58,5 @@ def current_version(open_table: Callable[[], DeltaTable], uri: str) -> tuple[int
             "has deletion vectors: its files alone do not say which rows there are", uri=uri, remedy=remedy
         )
     # Not `file_uris`: links in a table's place are followed there, and names of partitions are decoded once too often.
-    paths = pl.DataFrame(table.get_add_actions(flatten=True))["path"]
-    return table.version(), {unquote(path) for path in paths}
+    paths = pa.table(table.get_add_actions(flatten=True))["path"].to_pylist()
+    return table.version(), set(map(unquote, paths))

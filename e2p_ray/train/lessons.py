@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from e2p_ray.config import TaskConfig, for_language
 from e2p_ray.engine.lesson import Lesson, LessonRow
-from e2p_ray.engine.prompt import PromptLayout
+from e2p_ray.engine.prompt import PromptLayout, text_ids
 from e2p_ray.errors import ConfigError, InputError, RowError
 from e2p_ray.schema import Content
 from e2p_ray.train.settings import TrainSettings
@@ -200,9 +200,8 @@ def _groups(
 
 
 def _target_ids(tokenizer: PreTrainedTokenizerBase, text: str, content: Content, settings: TrainSettings) -> list[int]:
-    """A text is data: a special token spelled out in it stays plain text."""
     prefix = for_language(settings.target_prefix, content.language) or ""
-    return list(tokenizer.encode(prefix + text, add_special_tokens=False, split_special_tokens=True))
+    return text_ids(tokenizer, prefix + text)
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:

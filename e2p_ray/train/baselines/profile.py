@@ -8,6 +8,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from e2p_ray.config import PromptTemplate, TaskConfig
+from e2p_ray.engine.prompt import text_ids
 from e2p_ray.schema import Content
 from e2p_ray.train.lessons import LessonTable, Ragged, Target, UserTable, make_lessons
 from e2p_ray.train.settings import TrainSettings
@@ -43,9 +44,7 @@ def profile_lessons(
 
     def tokens_of(user_id: str) -> list[int]:
         profile = profile_of.get(user_id, "").strip()
-        # A profile is data: a special token spelled out in it stays plain text.
-        ids = tokenizer.encode(_BEFORE_PROFILE + profile, add_special_tokens=False, split_special_tokens=True)
-        return list(ids[:max_profile_tokens]) if profile else []
+        return text_ids(tokenizer, _BEFORE_PROFILE + profile)[:max_profile_tokens] if profile else []
 
     profiles = {row: tokens_of(users.user_ids[row]) for row in set(table.user.tolist())}
     rights = Ragged.of([*profiles[user], *table.rights[row].tolist()] for row, user in enumerate(table.user.tolist()))

@@ -19,7 +19,6 @@ from e2p_ray.engine.manifest import (
 from e2p_ray.engine.supported import read_model_config, refuse_unsupported
 from e2p_ray.errors import ConfigError, IncompatibleError, ObjectNotFoundError
 from e2p_ray.storage import Storage
-from e2p_ray.storage.local import local_path
 from e2p_ray.train.data.tables import SourceTable, scan_tables
 from e2p_ray.train.job.checkpoint import checkpoint_uri
 from e2p_ray.train.job.provenance import train_id_of
@@ -70,13 +69,10 @@ def prepare(config: TrainConfig) -> Prepared:
 def _with_absolute_places(config: TrainConfig) -> TrainConfig:
     """Ray's workers have working folders of their own."""
     inputs = {name: uri and absolute(uri) for name, uri in config.inputs.model_dump().items()}
-    base_model = config.base_model
-    if not base_model.uri.startswith("s3://") and local_path(base_model.uri).is_dir():
-        base_model = base_model.model_copy(update={"uri": absolute(base_model.uri)})
     changes = {
         "inputs": config.inputs.model_copy(update=inputs),
         "output": config.output.model_copy(update={"uri": absolute(config.output.uri)}),
-        "base_model": base_model,
+        "base_model": config.base_model.with_absolute_place(),
     }
     return config.model_copy(update=changes)
 
