@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from e2p_ray.commit.shard import FOOTER
 from e2p_ray.storage import ObjectInfo, Storage, parquet_bytes
+from e2p_ray.storage.utf8 import without_views
 
 PURGED = b"e2p_ray.purged"  # in the metadata of a Parquet file that rows were taken out of
 _CELL = re.compile(r'<td class="id">(.*?)</td>', re.DOTALL)
@@ -62,7 +63,7 @@ class Users:
 
     def out_of_parquet(self, storage: Storage, info: ObjectInfo) -> Rewritten:
         """The file without them; the other rows as they are. The same file gives the same bytes."""
-        table = _without_views(storage.read_table(info.uri))
+        table = without_views(storage.read_table(info.uri))
         metadata = dict(table.schema.metadata or {})
         if FOOTER in metadata:
             footer = json.loads(metadata[FOOTER])
@@ -178,12 +179,6 @@ class Rewritten:
     uri: str
     table: pa.Table
     data: bytes
-
-
-def _without_views(table: pa.Table) -> pa.Table:
-    """Other writers' string views as strings: the same Parquet, and pyarrow can filter them."""
-    fields = [f.with_type(pa.string()) if pa.types.is_string_view(f.type) else f for f in table.schema]
-    return table.cast(pa.schema(fields, table.schema.metadata))
 
 
 def _parsed(text: str) -> Any:

@@ -35,6 +35,12 @@ def is_text(kind: pa.DataType) -> bool:
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
+def without_views(table: pa.Table) -> pa.Table:
+    """Other writers' string views as strings: the same Parquet, and pyarrow can filter them."""
+    fields = [f.with_type(pa.string()) if pa.types.is_string_view(f.type) else f for f in table.schema]
+    return table.cast(pa.schema(fields, table.schema.metadata))
+
+
 def _first_broken(strings: pa.Array) -> int:
     """The first row whose bytes are no UTF-8."""
     for row, value in enumerate(strings.cast(pa.large_binary()).to_pylist()):

@@ -15,7 +15,7 @@ from e2p_ray.errors import InputError
 from e2p_ray.plan.inputs import CONTENTS, USERS, Piece, Space, content_rows, pieces_of, user_rows
 from e2p_ray.schema import validate_schema
 from e2p_ray.storage import ObjectInfo, Storage
-from e2p_ray.storage.utf8 import require_utf8
+from e2p_ray.storage.utf8 import require_utf8, without_views
 
 SCHEMA_OF = {"users": "users", "contents": "contents", "targets": "targets", "validation": "targets"}
 _COLUMNS = {
@@ -91,7 +91,7 @@ def read_piece(storage: Storage, piece: Piece, more: tuple[str, ...] = ()) -> tu
         remedy = "Write the file again; it is damaged."
         raise InputError(f"cannot be read: {error}", uri=piece.info.uri, remedy=remedy) from error
     require_utf8(table, piece.info.uri, first_row)
-    return table, first_row
+    return without_views(table), first_row
 
 
 def read_targets(storage: Storage, piece: Piece, tasks: tuple[str, ...]) -> pl.DataFrame:
