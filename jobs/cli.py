@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -42,7 +43,7 @@ def guarded(call: Callable[[], None], prog: str, *, on_interrupt: str = _RESUME)
     try:
         call()
     except KeyboardInterrupt:
-        print(f"\n{prog}: {on_interrupt}", file=sys.stderr)
+        _tell(f"\n{prog}: {on_interrupt}")
         return _INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of a pipe left: not our trouble
@@ -59,7 +60,12 @@ def guarded(call: Callable[[], None], prog: str, *, on_interrupt: str = _RESUME)
 def _say(prog: str, message: str) -> None:
     if os.environ.get("E2P_DEBUG"):
         traceback.print_exc()
-    print(f"{prog}: {message}", file=sys.stderr)
+    _tell(f"{prog}: {message}")
+
+
+def _tell(line: str) -> None:
+    with suppress(BrokenPipeError):  # the exit code says it still
+        print(line, file=sys.stderr)
 
 
 def _call(job: Job[C], argv: Sequence[str] | None) -> None:

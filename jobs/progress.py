@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -60,11 +61,10 @@ class ProgressLine:
         if self._latest is None:
             return
         line = progress_text(self._latest, time.monotonic() - self._started_s)
-        if self._terminal:
-            self._stream.write(f"\r\x1b[K{line}" + ("\n" if last else ""))
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
+        text = f"\r\x1b[K{line}" + ("\n" if last else "") if self._terminal else line + "\n"
+        with suppress(BrokenPipeError):  # nobody reads it any more: no reason for a run to end
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def progress_text(progress: BatchProgress, elapsed_s: float) -> str:

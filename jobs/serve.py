@@ -89,6 +89,7 @@ def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: E
             if _comes_up(stop):
                 say(f"serving on http://{way_in.host}:{way_in.port}; Ctrl-C stops it")
                 stop.wait()
+                say(f"finishing requests for up to {config.replica.drain_s:g} s; Ctrl-C again ends them")
     say("stopped")
 
 
@@ -168,7 +169,7 @@ def _failed(app: ApplicationStatusOverview) -> Exception:
 
 @contextmanager
 def _set_by_signals(stop: threading.Event) -> Iterator[None]:
-    """Within, it is set by Ctrl-C, and by the SIGTERM that a pod gets before it ends.
+    """Within, it is set by Ctrl-C, and by the SIGTERM that a pod gets before it ends; a second one interrupts.
 
     Not before Ray is there: it has a handler of its own for SIGTERM, and whoever is last has it.
     """
@@ -177,6 +178,8 @@ def _set_by_signals(stop: threading.Event) -> Iterator[None]:
         return
 
     def set_it(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
         stop.set()
 
     before = {number: signal.signal(number, set_it) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -200,11 +203,13 @@ JOB = Job(
     prog="jobs.serve",
     description="Serve texts online: the same generator as jobs.generate behind HTTP (POST /v1/generations). The\n"
     "configuration is a job's, with the sections `api`, `replica` and `tables`. What is published and current is\n"
-    "looked up, the rest is written. Ctrl-C or SIGTERM finishes what runs and stops, also while it starts. What a\n"
-    "cluster lacks for a replica is said and waited for; what this machine lacks is an error.",
+    "looked up, the rest is written. Ctrl-C or SIGTERM finishes what runs and stops, also while it starts; a second\n"
+    "one does not wait. What a cluster lacks for a replica is said and waited for; what this machine lacks is an\n"
+    "error.",
     config=ServeConfig,
     call=serve_texts,
     add_options=_options,
+    on_interrupt="interrupted: requests that still ran have no answer",
 )
 
 

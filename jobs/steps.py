@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -26,8 +27,9 @@ class Setup:
 
 
 def say(line: str) -> None:
-    """A line of progress: stderr, so that stdout holds results only."""
-    print(line, file=sys.stderr, flush=True)
+    """A line of progress: stderr, so that stdout holds results only. It may be that nobody reads it any more."""
+    with suppress(BrokenPipeError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def set_up(config: JobConfig) -> Setup:

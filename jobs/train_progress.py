@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -38,8 +39,7 @@ class TrainLine:
     def say(self, line: str) -> None:
         """A line of its own."""
         self._end()
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        self._put(line + "\n")
 
     def __call__(self, progress: TrainProgress) -> None:
         self._latest = progress
@@ -50,15 +50,18 @@ class TrainLine:
     def _write(self, progress: TrainProgress) -> None:
         self._shown, self._shown_s = progress, time.monotonic()
         line = training_text(progress)
-        self._stream.write(f"\r\x1b[K{line}" if self._terminal else line + "\n")
+        self._put(f"\r\x1b[K{line}" if self._terminal else line + "\n")
         self._open = self._terminal
-        self._stream.flush()
 
     def _end(self) -> None:
         if self._open:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._put("\n")
         self._open = False
+
+    def _put(self, text: str) -> None:
+        with suppress(BrokenPipeError):  # nobody reads it any more: no reason for a training to end
+            self._stream.write(text)
+            self._stream.flush()
 
 
 def training_text(progress: TrainProgress) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from e2p_ray.batch import BatchProgress
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.manifest import read_manifest, resolve_base_model
 from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
-from e2p_ray.errors import E2PError, IncompleteRunError, PublishConflictError, StorageError
+from e2p_ray.errors import ConfigError, E2PError, IncompleteRunError, PublishConflictError, StorageError
 from e2p_ray.plan import read_shard
 from e2p_ray.storage import Storage
+from e2p_ray.train.job.board import TrainProgress
 from jobs import (
     audit,
     backfill,
@@ -40,8 +42,9 @@ from jobs import (
 )
 from jobs.cli import Job, guarded, run_job
 from jobs.progress import ProgressLine, progress_text
-from jobs.steps import planned, set_up
+from jobs.steps import planned, say, set_up
 from jobs.tables import bytes_text, duration_text
+from jobs.train_progress import TrainLine
 from tests.s3 import S3Server
 from tests.small_job import (
     NUM_BAD_CANDIDATES,
@@ -415,6 +418,34 @@ def test_a_plain_line_comes_again_after_a_while(
         wait_until(lambda: num_lines() >= at_least, "a line")
         time.sleep(0.1)  # ten more looks
         assert nothing_new_s == 0.0 or num_lines() == 1, "control: not before the while is over"
+
+
+def test_a_progress_that_nobody_reads_any_more_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of `python -m jobs.generate 2>&1 | head`: a pipe whose reader has left."""
+
+    def fail() -> None:
+        raise ConfigError("a fault of the configuration")
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    stream = os.fdopen(write_end, "w", buffering=1)
+    with closing(stream):
+        with pytest.raises(BrokenPipeError):
+            print("the control", file=stream)
+        with ProgressLine(stream) as line:
+            line(_progress())
+        with TrainLine(stream) as training:
+            training(TrainProgress(200, 1, 0))
+            training.say("a line")
+        monkeypatch.setattr("sys.stderr", stream)
+        say("a line")
+        assert guarded(fail, "jobs.generate") == ConfigError.exit_code
+        assert guarded(interrupt, "jobs.generate") == 130
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what is still in its buffer
 
 
 def test_figures_are_readable() -> None:

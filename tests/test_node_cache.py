@@ -186,6 +186,26 @@ def test_a_link_that_another_user_left_in_the_usual_place_is_refused(
         resolve_base_model(config, model.storage)
 
 
+def test_a_link_of_ones_own_into_another_user_s_folder_is_refused(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / f"e2p_ray-models-{os.getuid()}").symlink_to(tmp_path / "theirs")
+    try:
+        os.chown(tmp_path / "theirs", os.getuid() + 1, -1)
+    except PermissionError:
+        pytest.skip("only root gives a folder away")
+    with pytest.raises(ConfigError, match=r"another user.*base_model\.cache_folder"):
+        resolve_base_model(BaseModelConfig(uri=model.uri), model.storage)
+
+
+def test_the_folder_that_one_is_in_has_its_name(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = resolve_base_model(BaseModelConfig(uri=str(model.local)), model.storage)
+    monkeypatch.chdir(model.local)
+    assert resolve_base_model(BaseModelConfig(uri="."), model.storage).base_model_id == named.base_model_id
+
+
 def test_a_disk_without_a_place_for_the_lock_is_said(model: Model, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

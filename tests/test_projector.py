@@ -128,6 +128,13 @@ class TestModule:
         projector.std = std
         assert torch.equal(projector(ordinary), before)
 
+    def test_a_dimension_that_hardly_varies_beside_a_huge_one_is_not_constant(self) -> None:
+        """As one of embeddings beside a time in seconds that nobody has scaled."""
+        x = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+        x[:, 3] = 1.7e9 + 1e7 * x[:, 3]
+        x[:, 2] = 0.1
+        assert ReferenceStatistics.of(x).is_constant.tolist() == [False, False, True, False]
+
     def test_one_user_tells_nothing_apart(self) -> None:
         projector = Projector(make().manifest, ReferenceStatistics.of(torch.randn(1, 12)))
         for parameter in projector.parameters():

@@ -31,7 +31,7 @@ from e2p_ray.serve.front import unused_ports
 from e2p_ray.serve.messages import GenerationAnswer, ModelsAnswer
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
-from jobs.serve import JOB, _failed, serve_until
+from jobs.serve import JOB, _failed, _set_by_signals, serve_until
 from tests.plan_world import with_broken
 from tests.serve_world import TOKENS, serve_config, slow
 from tests.small_job import write_small_job
@@ -282,6 +282,17 @@ def test_of_another_error_the_last_line_is_said() -> None:
     app: Any = SimpleNamespace(message="Failed to update", deployments={"generator": deployment})
     found = _failed(app)
     assert (type(found), str(found)) == (RuntimeError, "the replicas do not start: MemoryError: 1 of 2 GB")
+
+
+def test_a_second_signal_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stop = threading.Event()
+    with _set_by_signals(stop):
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -19,6 +19,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from deltalake import DeltaTable, write_deltalake
 from pydantic import SecretStr
 
 from e2p_ray.config import StorageConfig
@@ -383,6 +384,30 @@ def test_wrong_keys_are_denied(s3_server: S3Server) -> None:
     config = s3_server.config.model_copy(update={"secret_access_key": SecretStr("wrong")})
     with pytest.raises(AccessDeniedError, match="SignatureDoesNotMatch"):
         Storage(config).write_bytes(f"{root}/x", b"")
+
+
+def test_parts_of_delta_tables_are_no_tables(place: tuple[Storage, str]) -> None:
+    """Their folders hold what was deleted, too; only the log of the whole knows."""
+    storage, root = place
+    table, inner = f"{root}/users", f"{root}/tables/jp"
+    for uri in (table, inner):
+        options = storage.delta_options(uri)
+        rows = pa.table({"user_id": ["a", "b"], "p": ["x", "y"]})
+        write_deltalake(uri, rows, partition_by=["p"], storage_options=options)
+        DeltaTable(uri, storage_options=options).delete("p = 'x'")
+    found = storage.table_files(table)
+    assert (found.delta_version, len(found.files)) == (1, 1)
+    with pytest.raises(InputError, match=f"{table}/p=x: is a partition of the Delta table {table}.*one Delta table"):
+        storage.table_files(f"{table}/p=x")
+    with pytest.raises(InputError, match=r"tables: holds the Delta table jp, and is none itself.*one Delta table"):
+        storage.table_files(f"{root}/tables")
+    for name in ("plain/dt=1/h=2/part.parquet", "plain/dt=1/_old/_delta_log/0.json"):
+        storage.write_bytes(f"{root}/{name}", b"")
+    assert len(storage.table_files(f"{root}/plain/dt=1/h=2").files) == 1, "control: not every partition is Delta's"
+    assert len(storage.table_files(f"{root}/plain").files) == 1, "control: what is hidden is no table"
+    DeltaTable(table, storage_options=storage.delta_options(table)).delete()
+    with pytest.raises(InputError, match="version 2 of this Delta table is empty"):
+        storage.table_files(table)
 
 
 def test_credentials_come_from_the_usual_chain(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,7 @@ def resolve_base_model(config: BaseModelConfig, storage: Storage) -> BaseModelFo
         folder = cached_folder(storage, config.uri, config.cache_folder)
     elif Path(config.uri).is_dir():
         path = Path(config.uri)
+        name = path.absolute().name  # `.` has one, too
         # A hub cache has its files in blobs/, and links to them in snapshots/REVISION/.
         refuse_links_out(path, path.parent.parent if path.resolve().parent.name == "snapshots" else path)
         folder = _hashed(path, _is_named)

@@ -71,7 +71,8 @@ def _root(cache_folder: str | None) -> Path:
             f"{root}: no folder can be made here ({error.strerror}). Set base_model.cache_folder"
         ) from error
     # A link in a folder that all may write to can be another user's, wherever it leads; one that was named is meant.
-    if root.stat(follow_symlinks=cache_folder is not None).st_uid != os.getuid():
+    owners = {root.stat().st_uid, root.stat(follow_symlinks=cache_folder is not None).st_uid}
+    if owners != {os.getuid()}:
         raise ConfigError(f"{root}: belongs to another user, who could change models. Set base_model.cache_folder")
     return root
 

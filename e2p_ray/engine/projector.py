@@ -50,19 +50,17 @@ class ReferenceStatistics:
     @property
     def std(self) -> Tensor:
         """Standard deviation per dimension (d,), at least 1e-6 of the largest so that a constant one stays finite."""
-        std, floor = self._std_and_floor()
-        return torch.maximum(std, floor)
+        std = self._std_as_it_is()
+        return torch.maximum(std, (std.max() * 1e-6).clamp_min(1e-12))
 
     @property
     def is_constant(self) -> Tensor:
-        """Which dimensions (d,) were the same for all users, up to rounding."""
-        std, floor = self._std_and_floor()
-        return std <= floor
+        """Which dimensions (d,) were the same for all users, up to the rounding of their float32."""
+        return self._std_as_it_is() <= (self.mean.abs() * 1e-7).clamp_min(1e-12)
 
-    def _std_and_floor(self) -> tuple[Tensor, Tensor]:
+    def _std_as_it_is(self) -> Tensor:
         variance = self.covariance.diagonal() if self.covariance.ndim == 2 else self.covariance
-        std = variance.clamp_min(0).sqrt()
-        return std, (std.max() * 1e-6).clamp_min(1e-12)
+        return variance.clamp_min(0).sqrt()
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: getattr(self, name).contiguous() for name in ("mean", "covariance", "norm_quantiles", "count")}

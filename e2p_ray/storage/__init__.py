@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -185,21 +185,38 @@ class Storage:
         """The data files of a table: a folder of *.parquet at any depth, or one file; _names and .names are no data.
 
         Of a Delta table those of its current version: others may still lie in its folder. Links are followed, each
-        folder is read once. Raises InputError when there is no file, one that Delta Lake names is not there, or rows
-        are deleted by deletion vectors; StorageError when a folder cannot be listed or a link leads nowhere.
+        folder is read once. Raises InputError when there is no file, one that Delta Lake names is not there, rows are
+        deleted by deletion vectors, or the folder holds Delta tables or is one of a table's partitions: their logs
+        alone know what is current; StorageError when a folder cannot be listed or a link leads nowhere.
         """
         folder = uri.rstrip("/")
         listed = self._listed(folder)
         if any(name.startswith("_delta_log/") for name in listed):
             found = self._current_files(folder, listed)
         else:
+            self._refuse_parts_of_delta_tables(folder, listed)
             found = TableFiles([info for name, info in listed.items() if _is_data(name)])
             if not found.files and not (is_s3(folder) and not split(folder, folder=True)[1]):
                 found = TableFiles([info for info in [self.info(folder)] if info is not None])
         if not found.files:
+            if found.delta_version is not None:
+                remedy = "Write rows, or give another table."
+                raise InputError(f"version {found.delta_version} of this Delta table is empty", uri=uri, remedy=remedy)
             remedy = "Give a .parquet file or a folder that holds some."
             raise InputError("no Parquet file here", uri=uri, remedy=remedy)
         return found
+
+    def _refuse_parts_of_delta_tables(self, folder: str, listed: Iterable[str]) -> None:
+        """Files that a table no longer names may lie in any part of its folder."""
+        remedy = "Give the folder of one Delta table."
+        tables = {name.partition("/_delta_log/")[0] for name in listed if "/_delta_log/" in name}
+        if within := sorted(table for table in tables if _is_data(f"{table}/part.parquet")):
+            raise InputError(f"holds the Delta table {within[0]}, and is none itself", uri=folder, remedy=remedy)
+        table = folder
+        while "=" in table.rpartition("/")[2]:  # as writers name the folders of partitions
+            table = table.rpartition("/")[0] or "."
+            if any(self.list_objects(f"{table}/_delta_log")):
+                raise InputError(f"is a partition of the Delta table {table}", uri=folder, remedy=remedy)
 
     def _current_files(self, folder: str, listed: dict[str, ObjectInfo]) -> TableFiles:
         """Of a Delta table."""
