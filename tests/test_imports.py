@@ -219,6 +219,7 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "jobs.train": _MODELS,
     "jobs.evaluate": _MODELS,
     "jobs.serve": _MODELS,
+    "e2p_ray.train.data.rows": _MODELS,
 }
 
 

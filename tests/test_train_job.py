@@ -365,16 +365,16 @@ def _command_of(process: psutil.Process) -> str:
         return ""
 
 
-@pytest.mark.timeout(600)
-def test_killed_driver_and_lost_worker_continue_the_curve(
-    ray_cluster: None, folder: BaseModelFolder, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def continued(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Its driver was killed, and then, by the same command, a worker."""
+    place = tmp_path_factory.mktemp("continued")
     config, path = write_train_world(
-        tmp_path,
+        place,
         training={"num_steps": NUM_KILLED_STEPS, "checkpoint_every": 10, "validate_every": 25},
         projector={"dropout": 0.1},
     )
-    log = tmp_path / "log"
+    log = place / "log"
     first = _killed_after_a_checkpoint(config, path, log)
 
     over = threading.Event()
@@ -391,10 +391,14 @@ def test_killed_driver_and_lost_worker_continue_the_curve(
         killing.result()
     assert code == 0, said
     assert log.read_text(encoding="utf-8").count("resumes at step") == 0
-    assert said.count("resumes at step") == 2, said
-    assert "Traceback" not in said
+    return _finished(config, path, said, shown)
 
-    found = _finished(config, path, said, shown).record["records"]
+
+@pytest.mark.timeout(600)
+def test_killed_driver_and_lost_worker_continue_the_curve(continued: Finished, folder: BaseModelFolder) -> None:
+    config, found = continued.config, continued.record["records"]
+    assert continued.said.count("resumes at step") == 2, continued.said
+    assert "Traceback" not in continued.said
     _, validation, _ = _lessons(prepare(config))
     assert validation is not None
     whole = _alone(folder, config, *_plain_lessons(config, _content_ids(validation)))
@@ -408,11 +412,8 @@ def test_killed_driver_and_lost_worker_continue_the_curve(
 
 
 @pytest.mark.timeout(600)
-def test_training_once_more_is_resumed_by_the_same_command(ray_cluster: None, tmp_path: Path) -> None:
-    config, path = write_train_world(tmp_path, training={"num_steps": NUM_KILLED_STEPS, "checkpoint_every": 10})
-    log = tmp_path / "log"
-    process = _start(path, log)
-    assert process.wait() == 0, log.read_text(encoding="utf-8")
+def test_training_once_more_is_resumed_by_the_same_command(continued: Finished) -> None:
+    config, path = continued.config, continued.path
     storage, uri = Storage(), f"{config.output.uri}/training.json"
     finished = storage.info(uri)
     code, _, said = _run(path)
@@ -422,7 +423,7 @@ def test_training_once_more_is_resumed_by_the_same_command(ray_cluster: None, tm
     assert code != 0, said
     assert (_run(path)[0], storage.info(uri)) == (0, finished), "what cannot begin unmakes nothing"
 
-    _killed_after_a_checkpoint(config, path, log, "--again")
+    _killed_after_a_checkpoint(config, path, path.with_name("log"), "--again")
     code, _, said = _run(path, "--again")
     assert code == 0, said
     assert "resumes at step" in said

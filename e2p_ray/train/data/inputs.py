@@ -5,19 +5,15 @@ No row passes through the driver, which holds references and counts only. The wo
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
-import pyarrow as pa
 import ray
-import ray.data
 import torch
 
 from e2p_ray.config import BaseModelConfig, TaskConfig
@@ -25,10 +21,11 @@ from e2p_ray.engine.manifest import BaseModelFolder, resolve_base_model
 from e2p_ray.engine.projector import ReferenceStatistics
 from e2p_ray.engine.prompt import load_tokenizer
 from e2p_ray.errors import InputError
-from e2p_ray.plan.inputs import Piece, Space
+from e2p_ray.plan.inputs import Space
 from e2p_ray.schema import Content
-from e2p_ray.storage import ObjectInfo, Storage
-from e2p_ray.train.data.joins import Chunk, Joined, JoinSettings, concat, join
+from e2p_ray.storage import Storage
+from e2p_ray.train.data.joins import Chunk, Joined, JoinSettings
+from e2p_ray.train.data.rows import gather, joined_rows, named, read_wanted
 from e2p_ray.train.data.tables import SourceTable, read_contents, read_targets, read_users
 from e2p_ray.train.lessons import LessonTable, Ragged, Target, UserTable, lessons_of, refuse_constant
 from e2p_ray.train.settings import TrainSettings
@@ -81,15 +78,15 @@ def folder_here(config: BaseModelConfig, folder: BaseModelFolder, storage: Stora
 def prepare_lessons(reading: Reading, sources: dict[str, SourceTable]) -> PreparedLessons:
     """Read, join, tokenise. Raises InputError where a table is at fault, or no target of it can be used."""
     storage, tasks = reading.storage, reading.joins.tasks
-    targets = _gather(sources["targets"].pieces, partial(read_targets, storage, tasks=tasks))
+    targets = gather(sources["targets"].pieces, partial(read_targets, storage, tasks=tasks))
     held = None
     if "validation" in sources:
-        held = _gather(sources["validation"].pieces, partial(read_targets, storage, tasks=tasks))
-    users_named, contents_named = ray.remote(_named).options(num_returns=2).remote(*targets, *(held or []))
-    users = _gather(sources["users"].pieces, partial(_read_wanted, read_users, storage, users_named))
-    contents = _gather(sources["contents"].pieces, partial(_read_wanted, read_contents, storage, contents_named))
+        held = gather(sources["validation"].pieces, partial(read_targets, storage, tasks=tasks))
+    users_named, contents_named = ray.remote(named).options(num_returns=2).remote(*targets, *(held or []))
+    users = gather(sources["users"].pieces, partial(read_wanted, read_users, storage, users_named))
+    contents = gather(sources["contents"].pieces, partial(read_wanted, read_contents, storage, contents_named))
     places = {"targets": len(targets), "held": -1 if held is None else len(held), "users": len(users)}
-    stream = ray.remote(_join).options(num_returns="streaming")
+    stream = ray.remote(joined_rows).options(num_returns="streaming")
     found = iter(stream.remote(reading.joins, places, *targets, *(held or []), *users, *contents))
     joined: Joined = ray.get(next(found))
     matrix = next(found)
@@ -101,61 +98,6 @@ def prepare_lessons(reading: Reading, sources: dict[str, SourceTable]) -> Prepar
     counted: LessonCounts = ray.get(counts)
     held_out = validation if counted.num_used["validation"] else None
     return PreparedLessons(training, held_out, reference, joined.space, counted)
-
-
-def _gather(pieces: Sequence[Piece], read: Callable[[Piece], pl.DataFrame]) -> list[ray.ObjectRef[Any]]:
-    """References to the frames of all pieces, as Arrow tables in no particular order."""
-    if not pieces:
-        return []
-    items = [{"piece": json.dumps(piece)} for piece in pieces]
-    rows = ray.data.from_items(items, override_num_blocks=len(items))
-    read_rows = rows.map_batches(partial(_read_pieces, read), batch_size=None, batch_format="pyarrow")
-    return list(read_rows.to_arrow_refs())
-
-
-def _read_pieces(read: Callable[[Piece], pl.DataFrame], pieces: pa.Table) -> pa.Table:
-    frames = []
-    for text in pieces["piece"].to_pylist():
-        table, info, row_groups = json.loads(text)
-        frames.append(read(Piece(table, ObjectInfo(*info), tuple(row_groups))))
-    return pl.concat(frames).to_arrow(compat_level=pl.CompatLevel.oldest())
-
-
-def _read_wanted(
-    read: Callable[[Storage, Piece, pl.Series], pl.DataFrame],
-    storage: Storage,
-    wanted: ray.ObjectRef[Any],
-    piece: Piece,
-) -> pl.DataFrame:
-    return read(storage, piece, ray.get(wanted))
-
-
-def _frames(tables: Sequence[pa.Table]) -> list[pl.DataFrame]:
-    return [pl.DataFrame(pl.from_arrow(table)) for table in tables]
-
-
-def _named(*targets: pa.Table) -> tuple[pl.Series, pl.Series]:
-    """The users and the contents that targets name."""
-    frame = concat(_frames(targets), "targets")
-    return frame["user_id"].unique().sort(), frame["content_id"].unique().sort()
-
-
-def _join(settings: JoinSettings, places: dict[str, int], *tables: pa.Table) -> Iterator[Any]:
-    """`Joined` without its arrays, then the user embeddings, then every chunk: each an object of its own."""
-    frames = _frames(tables)
-    targets, rest = frames[: places["targets"]], frames[places["targets"] :]
-    num_held = max(places["held"], 0)
-    held, users, contents = rest[:num_held], rest[num_held:][: places["users"]], rest[num_held + places["users"] :]
-    joined = join(
-        concat(targets, "targets"),
-        concat(held, "targets") if places["held"] >= 0 else None,
-        concat(users, "users"),
-        concat(contents, "contents"),
-        settings,
-    )
-    yield replace(joined, user_embeddings=joined.user_embeddings[:0], chunks=())
-    yield joined.user_embeddings
-    yield from (chunk for chunk in joined.chunks)  # Ray sends into its generators, and a tuple takes nothing
 
 
 @dataclass(frozen=True, slots=True, eq=False)
