@@ -35,9 +35,11 @@ def run_evaluation(config: EvaluateConfig) -> Evaluation:
     storage = Storage(config.storage)
     others = {name: read_evaluation(storage, uri) for name, uri in config.compare.items()}
     found = run(config, storage, say)
-    print(found.lines())  # before it is written: should that fail, it was not for nothing
     uri = config.output.uri
-    storage.write_bytes(f"{uri}/{RESULT_FILE}", found.to_json().encode())
+    try:
+        storage.write_bytes(f"{uri}/{RESULT_FILE}", found.to_json().encode())
+    finally:  # should one of the two fail, it was not for nothing
+        print(found.lines())
     storage.write_bytes(f"{uri}/{PAGE_FILE}", render_evaluation(found).encode())
     if others:
         storage.write_bytes(f"{uri}/comparison.html", render_comparison({"this one": found} | others).encode())

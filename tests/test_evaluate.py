@@ -354,6 +354,7 @@ def test_a_history_that_is_no_finite_number_is_unknown(place: Place, tmp_path: P
         ("impressions", _cast(_SHOWN, "clicked", pa.string()), "clicked"),
         ("impressions", _SHOWN.drop_columns("text"), "text"),
         ("users", _users(history_size=["many"] * NUM_USERS), "history_size"),
+        ("users", _users(profile_text=[["a", "list"]] * NUM_USERS), "profile_text"),
     ],
 )
 def test_a_column_of_another_kind_is_named(

@@ -371,6 +371,10 @@ def test_pieces_of_shards_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert mentions(objects(world)) == {}
 
 
+def _actions(path: Path) -> list[str]:
+    return [text for text in path.read_text().splitlines() if not text.startswith('{"commitInfo"')]
+
+
 def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A condition that somebody deleted by, a checkpoint, a file that a killed writer left, other users' names."""
     world = make_world(tmp_path, monkeypatch)
@@ -404,6 +408,9 @@ def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.Mo
         path.write_bytes(hadoop)
     (log / f"{0:020d}.crc").write_text(json.dumps({"allFiles": [{"stats": {"minValues": {"user_id": "user-004"}}}]}))
     (log / f"{1:020d}.crc").write_text(json.dumps({"allFiles": []}))
+    (log / f"{2:020d}.crc").write_text(json.dumps({"allFiles": [{"stats": {"maxValues": {"text": "a text"}}}]}))
+    compacted = log / f"{0:020d}.{0:020d}.compacted.json"
+    compacted.write_text("\n".join(before := _actions(log / f"{0:020d}.json")) + "\n")
     seen = list(versions(world))
     done = purge(world)
     assert mentions(objects(world)) == {}
@@ -412,7 +419,8 @@ def test_the_log_of_others_is_cleaned_too(tmp_path: Path, monkeypatch: pytest.Mo
     assert kept == ['{"user_id": "user-008", "x": "a\u2028b"}', "no JSON", "[2]", ""]
     assert [path.exists() for path in checksums] == [False, True, False], "those of files that are others now go"
     assert checksums[1].read_bytes() == hadoop
-    assert [(log / f"{version:020d}.crc").exists() for version in (0, 1)] == [False, True]
+    assert _actions(compacted) == _actions(log / f"{0:020d}.json") != before
+    assert [(log / f"{version:020d}.crc").exists() for version in (0, 1, 2)] == [False, True, False]
     assert not left.exists()
     assert not torn.exists()
     assert done.unread == (f"{world.config.output.uri}/note.bin",)

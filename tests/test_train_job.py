@@ -564,7 +564,10 @@ def test_a_lone_content_is_for_training(ray_cluster: None, tmp_path: Path) -> No
 
 
 def test_validation_of_its_own_table(ray_cluster: None, tmp_path: Path) -> None:
-    held = [("user-010", "c0", "headline", "held", 1.0), ("nobody", "c0", "headline", "held", 1.0)]
+    trained = next(row for row in target_rows() if row[0] != f"user-{NUM_USERS - 1:03d}")
+    pairs = {(user, content) for user, content, *_ in target_rows()}
+    number = next(n for n in range(NUM_USERS - 1) if (f"user-{n:03d}", trained[1]) not in pairs)
+    held = [(user, trained[1], "headline", "held", 1.0) for user in (f"user-{number:03d}", "nobody")] + [trained]
     config, _ = write_train_world(
         tmp_path, tables={"validation": targets_table(held)}, training={"max_target_tokens": 19}
     )
@@ -573,9 +576,9 @@ def test_validation_of_its_own_table(ray_cluster: None, tmp_path: Path) -> None:
     training, validation, counts = _lessons(prepare(config))
     assert validation is not None
     assert validation.num_rows == 1
-    assert np.array_equal(validation.user_embeddings, vectors()[10:11])
+    assert np.array_equal(validation.user_embeddings, vectors()[number : number + 1])
     assert training.num_rows == len(target_rows()) - 4
-    assert counts.skipped == {"training": {"opted_out": 4}, "validation": {"unknown_user": 1}}
+    assert counts.skipped == {"training": {"opted_out": 4}, "validation": {"trained_on": 1, "unknown_user": 1}}
     longer = [
         text for user, _, _, text, _ in target_rows() if len(text) + 1 > 19 and user != f"user-{NUM_USERS - 1:03d}"
     ]

@@ -30,7 +30,8 @@ from e2p_ray.commit.verify import DataFile, file_statistics
 from e2p_ray.errors import IncompatibleError, PublishConflictError
 from e2p_ray.storage import Storage
 
-_COMMIT = re.compile(r"\d{20}\.json")
+_COMMITS = re.compile(r"\d{20}(\.\d{20}\.compacted)?\.json")  # one, or several in one file
+_CHECKSUM = re.compile(r"\d{20}\.crc")
 _CHECKPOINT = re.compile(r"\d{20}\.checkpoint.*\.parquet")
 FILE_ACTIONS = ("add", "remove")  # of Delta's log: both have sizes and statistics
 _CARRIED_KEYS = ("projector_id", "base_model_id", "embedding_space")
@@ -165,9 +166,9 @@ def fix_log(
     log = {info.uri: info for info in storage.list_objects(log_uri)}
     for uri, info in log.items():
         now, is_checkpoint = None, _CHECKPOINT.fullmatch(info.name)
-        if uri.endswith(".crc") and users.in_json_text(storage.read_bytes(uri)):
+        if _CHECKSUM.fullmatch(info.name) and _tells_of_files(storage.read_bytes(uri), users):
             storage.delete(uri)  # what some engines note of a version's state; they do without
-        elif _COMMIT.fullmatch(info.name):
+        elif _COMMITS.fullmatch(info.name):
             now = _fixed_commit(storage.read_bytes(uri), users, fix)
         elif is_checkpoint:
             now = _fixed_checkpoint(storage.read_table(uri), users, fix)
@@ -175,6 +176,15 @@ def fix_log(
             if is_checkpoint:
                 _forget_size(storage, f"{log_uri}/_last_checkpoint", log)
             replace_object(storage, uri, now, log)
+
+
+def _tells_of_files(data: bytes, users: Users) -> bool:
+    """Whether a version's checksum names users, or lists files: their sizes and statistics may be others now."""
+    try:
+        found = json.loads(data)
+    except ValueError:
+        found = None
+    return users.in_json_text(data) > 0 or (isinstance(found, dict) and bool(found.get("allFiles")))
 
 
 def replace_object(storage: Storage, uri: str, data: bytes, present: Collection[str]) -> None:

@@ -123,6 +123,14 @@ def _more_of_users(table: pa.Table, uri: str) -> pl.DataFrame:
             column="history_size",
             remedy="Write it as a number of items (null where unknown), or leave it out.",
         )
+    kind = found["profile_text"].dtype
+    if not (kind in (pl.String, pl.Categorical) or kind.is_numeric() or kind == pl.Null):
+        raise InputError(
+            f"expected a string, found {kind}",
+            uri=uri,
+            column="profile_text",
+            remedy="Write it as one string (null where there is none), or leave it out.",
+        )
     return pl.DataFrame(found).select(
         pl.col("profile_text").cast(pl.String),
         # Not strict: what is no finite number becomes null.
@@ -142,9 +150,10 @@ def _impressions(storage: Storage, config: EvaluateConfig, trained_on: pl.DataFr
     uri = config.inputs.impressions_uri
     if uri is None:
         return None, 0
-    table = pl.concat(_shown(storage, info) for info in storage.parquet_files(uri)).drop_nulls()
+    table = pl.concat(_shown(storage, info) for info in storage.parquet_files(uri))
     # Were only the pair dropped, what was not clicked of an impression would be ranked without what was.
     learned = table.join(trained_on, on=["user_id", "content_id"], how="semi")["impression_id"].unique()
+    table = table.drop_nulls()
     ids = table.filter(~_is_in("impression_id", learned))["impression_id"].unique().sort()
     chosen = ids.sample(min(config.evaluation.max_impressions, len(ids)), seed=config.evaluation.seed)
     return table.filter(_is_in("impression_id", chosen)).sort("impression_id", "content_id"), len(learned)

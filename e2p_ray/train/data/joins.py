@@ -74,7 +74,12 @@ def join(
     given = {"training": targets} | ({} if validation is None else {"validation": validation})
     found = {name: _usable(frame, known, contents, s) for name, frame in given.items()}
     parts = {name: frame for name, (frame, _) in found.items()}
-    if validation is None:
+    if validation is not None:
+        held = parts["validation"].join(parts["training"], on=["content_id", "task", "user"], how="anti")
+        if num_trained := parts["validation"].height - held.height:  # a gain there would be one of learning by heart
+            found["validation"][1]["trained_on"] = num_trained
+        parts["validation"] = held
+    else:
         parts = _hold_out(parts["training"], s.validation_share)
     named = pl.concat([frame["content_id"] for frame in parts.values()]).unique()
     texts = contents.select("content_id", "title", "body", "language")
