@@ -252,11 +252,12 @@ def test_rows_that_others_took_out_come_back_only_when_that_is_meant(local: Worl
     write_deltalake(local.run.table_uri, local.published().slice(0, 1), mode="overwrite")
     merges = [{"operationMetrics": {"numTargetRowsDeleted": number}} for number in ("0", "2")]
     others = [{"operation": "MERGE"} | values for values in (*merges, {})]
-    others += [{"operation": operation} for operation in ("TRUNCATE", "FSCK")]
+    replaced = ("CREATE OR REPLACE TABLE AS SELECT", "REPLACE TABLE")
+    others += [{"operation": operation} for operation in ("TRUNCATE", "FSCK", *replaced)]
     for version, values in enumerate(others, newest + 2):
         uri = f"{local.run.table_uri}/_delta_log/{version:020d}.json"
         local.storage.write_bytes(uri, json.dumps({"commitInfo": {"timestamp": 1} | values}).encode())
-    named = ", ".join(str(newest + place) for place in (1, 3, 4, 5, 6))
+    named = ", ".join(str(newest + place) for place in (1, 3, 4, 5, 6, 7, 8))
     with pytest.raises(PublishConflictError, match=f"in version {named} would come back"):
         back(local, newest)
 

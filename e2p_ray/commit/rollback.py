@@ -193,6 +193,8 @@ def _deletes(commit: dict[str, Any]) -> bool:
         return not counts or counts[0] > 0
     if operation == "WRITE":
         return commit.get("operationParameters", {}).get("mode") == "Overwrite" and not is_published(commit)
+    if operation is None or "REPLACE TABLE" in operation:  # by SQL: all rows may be others
+        return not is_published(commit)
     # What a purge removed is gone from the older versions' files too.
     return operation in ("DELETE", "TRUNCATE", "FSCK") and commit.get("action") != "purge"
 

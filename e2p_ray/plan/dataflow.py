@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import polars as pl
 import ray
 
+from e2p_ray.config.uris import absolute
 from e2p_ray.errors import E2PError
 from e2p_ray.plan.inputs import InputTable, Piece, Space, read_pieces
 from e2p_ray.plan.pairs import (
@@ -66,7 +67,14 @@ def plan_on_one_node(job: Job, inputs: dict[str, InputTable]) -> Outcome:
     pieces = {name: table.pieces for name, table in inputs.items()}
     if not ray.is_initialized():
         return _plan_alone(job, pieces)
-    return ray.get(ray.remote(_plan_alone).remote(job, pieces))
+    # The tasks of a Ray that was found have a working folder of their own.
+    placed = {name: tuple(map(absolute_piece, found)) for name, found in pieces.items()}
+    return ray.get(ray.remote(_plan_alone).remote(replace(job, uri=absolute(job.uri)), placed))
+
+
+def absolute_piece(piece: Piece) -> Piece:
+    """The same piece, found from any folder."""
+    return piece._replace(info=piece.info._replace(uri=absolute(piece.info.uri)))
 
 
 def _plan_alone(job: Job, pieces: dict[str, tuple[Piece, ...]]) -> Outcome:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import ray.data
 
 from e2p_ray.config.uris import absolute
-from e2p_ray.plan.dataflow import Job, Outcome, write_dead, write_part
+from e2p_ray.plan.dataflow import Job, Outcome, absolute_piece, write_dead, write_part
 from e2p_ray.plan.inputs import FRAMES, InputTable, Piece, read_pieces, stable_hash
 from e2p_ray.plan.pairs import PAIRS, bucket_of, check_space, join_contents, join_users
 from e2p_ray.plan.shards import Cutting
@@ -67,7 +67,7 @@ def _map_partitions(
 
 
 def _pieces(pieces: Sequence[Piece]) -> ray.data.Dataset:
-    placed = [piece._replace(info=piece.info._replace(uri=absolute(piece.info.uri))) for piece in pieces]
+    placed = [absolute_piece(piece) for piece in pieces]
     return ray.data.from_items([{"piece": json.dumps(piece)} for piece in placed], override_num_blocks=len(placed))
 
 
