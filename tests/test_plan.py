@@ -177,6 +177,19 @@ def test_shuffles_make_the_same_plan_as_one_process_and_are_quiet(tmp_path: Path
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_small_plan_on_a_ray_that_is_there_takes_relative_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers have another folder."""
+    monkeypatch.chdir(tmp_path)
+    world = messy_world(2)
+    plan = plan_of(job(world.write(Path("in")), "out"))
+    assert plan.counts == plan_of(job(world.write(tmp_path / "b"), tmp_path / "c")).counts
+    shards = [read_shard(STORAGE, plan.uri, shard.shard_id) for shard in plan.shards]
+    assert sum(len(group.requests) for groups in shards for group in groups) == plan.counts.num_requests > 0
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_workers_error_is_the_typed_one(tmp_path: Path) -> None:
     config = job(messy_world(0).write(tmp_path / "in"), tmp_path / "out", single_node_bytes=0)
     with pytest.raises(IncompatibleError, match="'space-9'"):
