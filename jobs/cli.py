@@ -7,12 +7,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from e2p_ray.config import Config, load_config
 from e2p_ray.errors import E2PError
+from jobs.streams import put
 
 C = TypeVar("C", bound=Config)
 
@@ -43,7 +43,7 @@ def guarded(call: Callable[[], None], prog: str, *, on_interrupt: str = _RESUME)
     try:
         call()
     except KeyboardInterrupt:
-        _tell(f"\n{prog}: {on_interrupt}")
+        put(sys.stderr, f"\n{prog}: {on_interrupt}\n")
         return _INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of a pipe left: not our trouble
@@ -60,12 +60,7 @@ def guarded(call: Callable[[], None], prog: str, *, on_interrupt: str = _RESUME)
 def _say(prog: str, message: str) -> None:
     if os.environ.get("E2P_DEBUG"):
         traceback.print_exc()
-    _tell(f"{prog}: {message}")
-
-
-def _tell(line: str) -> None:
-    with suppress(BrokenPipeError):  # the exit code says it still
-        print(line, file=sys.stderr)
+    put(sys.stderr, f"{prog}: {message}\n")
 
 
 def _call(job: Job[C], argv: Sequence[str] | None) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
 from e2p_ray.batch import BatchProgress
+from jobs.streams import put
 from jobs.tables import duration_text
 
 _TERMINAL_S, _PLAIN_S = 1.0, 10.0
@@ -61,10 +61,10 @@ class ProgressLine:
         if self._latest is None:
             return
         line = progress_text(self._latest, time.monotonic() - self._started_s)
-        text = f"\r\x1b[K{line}" + ("\n" if last else "") if self._terminal else line + "\n"
-        with suppress(BrokenPipeError):  # nobody reads it any more: no reason for a run to end
-            self._stream.write(text)
-            self._stream.flush()
+        if self._terminal:
+            put(self._stream, f"\r\x1b[K{line}" + ("\n" if last else ""))
+        else:
+            put(self._stream, line + "\n")
 
 
 def progress_text(progress: BatchProgress, elapsed_s: float) -> str:

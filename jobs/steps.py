@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +14,7 @@ from e2p_ray.fingerprint import TextSettings, text_settings
 from e2p_ray.plan import Plan, ShardSize, make_plan
 from e2p_ray.storage import Storage
 from e2p_ray.update import Limits, UpdateJob, priorities_digest, update_id_of
+from jobs.streams import put
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ class Setup:
 
 
 def say(line: str) -> None:
-    """A line of progress: stderr, so that stdout holds results only. It may be that nobody reads it any more."""
-    with suppress(BrokenPipeError):
-        print(line, file=sys.stderr, flush=True)
+    """A line of progress: stderr, so that stdout holds results only."""
+    put(sys.stderr, f"{line}\n")
 
 
 def set_up(config: JobConfig) -> Setup:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
 from e2p_ray.train.job.board import TrainProgress
+from jobs.streams import put
 from jobs.tables import duration_text
 
 _TERMINAL_S, _PLAIN_S = 1.0, 10.0
@@ -39,7 +39,7 @@ class TrainLine:
     def say(self, line: str) -> None:
         """A line of its own."""
         self._end()
-        self._put(line + "\n")
+        put(self._stream, line + "\n")
 
     def __call__(self, progress: TrainProgress) -> None:
         self._latest = progress
@@ -50,18 +50,13 @@ class TrainLine:
     def _write(self, progress: TrainProgress) -> None:
         self._shown, self._shown_s = progress, time.monotonic()
         line = training_text(progress)
-        self._put(f"\r\x1b[K{line}" if self._terminal else line + "\n")
+        put(self._stream, f"\r\x1b[K{line}" if self._terminal else line + "\n")
         self._open = self._terminal
 
     def _end(self) -> None:
         if self._open:
-            self._put("\n")
+            put(self._stream, "\n")
         self._open = False
-
-    def _put(self, text: str) -> None:
-        with suppress(BrokenPipeError):  # nobody reads it any more: no reason for a training to end
-            self._stream.write(text)
-            self._stream.flush()
 
 
 def training_text(progress: TrainProgress) -> str:

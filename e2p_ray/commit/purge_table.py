@@ -31,7 +31,6 @@ from e2p_ray.errors import IncompatibleError, PublishConflictError
 from e2p_ray.storage import Storage
 
 _COMMITS = re.compile(r"\d{20}(\.\d{20}\.compacted)?\.json")  # one, or several in one file
-_CHECKSUM = re.compile(r"\d{20}\.crc")
 _CHECKPOINT = re.compile(r"\d{20}\.checkpoint.*\.parquet")
 FILE_ACTIONS = ("add", "remove")  # of Delta's log: both have sizes and statistics
 _CARRIED_KEYS = ("projector_id", "base_model_id", "embedding_space")
@@ -166,7 +165,7 @@ def fix_log(
     log = {info.uri: info for info in storage.list_objects(log_uri)}
     for uri, info in log.items():
         now, is_checkpoint = None, _CHECKPOINT.fullmatch(info.name)
-        if _CHECKSUM.fullmatch(info.name) and _tells_of_files(storage.read_bytes(uri), users):
+        if uri.endswith(".crc") and _tells_of_files(storage.read_bytes(uri), users):
             storage.delete(uri)  # what some engines note of a version's state; they do without
         elif _COMMITS.fullmatch(info.name):
             now = _fixed_commit(storage.read_bytes(uri), users, fix)
@@ -181,10 +180,10 @@ def fix_log(
 def _tells_of_files(data: bytes, users: Users) -> bool:
     """Whether a version's checksum names users, or lists files: their sizes and statistics may be others now."""
     try:
-        found = json.loads(data)
-    except ValueError:
-        found = None
-    return users.in_json_text(data) > 0 or (isinstance(found, dict) and bool(found.get("allFiles")))
+        listed = json.loads(data).get("allFiles")
+    except (ValueError, AttributeError):  # no JSON, or no object
+        listed = None
+    return bool(listed) or users.in_json_text(data) > 0
 
 
 def replace_object(storage: Storage, uri: str, data: bytes, present: Collection[str]) -> None:

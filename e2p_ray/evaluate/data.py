@@ -115,22 +115,15 @@ def _more_of_users(table: pa.Table, uri: str) -> pl.DataFrame:
     """profile_text and history_size of a users table's rows, null where it does not have them."""
     found = {name: pl.Series(name, [None] * len(table), pl.Null) for name in _MORE_USER_COLUMNS}
     found |= {name: pl.Series(name, table[name]) for name in _MORE_USER_COLUMNS if name in table.column_names}
-    kind = found["history_size"].dtype
-    if not (kind.is_numeric() or kind == pl.Null):
-        raise InputError(
-            f"expected a number, found {kind}",
-            uri=uri,
-            column="history_size",
-            remedy="Write it as a number of items (null where unknown), or leave it out.",
-        )
-    kind = found["profile_text"].dtype
-    if not (kind in (pl.String, pl.Categorical) or kind.is_numeric() or kind == pl.Null):
-        raise InputError(
-            f"expected a string, found {kind}",
-            uri=uri,
-            column="profile_text",
-            remedy="Write it as one string (null where there is none), or leave it out.",
-        )
+    expected = {
+        "history_size": ("a number", (), "a number of items (null where unknown)"),
+        "profile_text": ("a string", (pl.String, pl.Categorical), "one string (null where there is none)"),
+    }
+    for name, (wanted, kinds, form) in expected.items():
+        kind = found[name].dtype
+        if not (kind.is_numeric() or kind in (pl.Null, *kinds)):
+            remedy = f"Write it as {form}, or leave it out."
+            raise InputError(f"expected {wanted}, found {kind}", uri=uri, column=name, remedy=remedy)
     return pl.DataFrame(found).select(
         pl.col("profile_text").cast(pl.String),
         # Not strict: what is no finite number becomes null.

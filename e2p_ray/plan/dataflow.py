@@ -68,13 +68,8 @@ def plan_on_one_node(job: Job, inputs: dict[str, InputTable]) -> Outcome:
     if not ray.is_initialized():
         return _plan_alone(job, pieces)
     # The tasks of a Ray that was found have a working folder of their own.
-    placed = {name: tuple(map(absolute_piece, found)) for name, found in pieces.items()}
+    placed = {name: tuple(piece.absolute() for piece in found) for name, found in pieces.items()}
     return ray.get(ray.remote(_plan_alone).remote(replace(job, uri=absolute(job.uri)), placed))
-
-
-def absolute_piece(piece: Piece) -> Piece:
-    """The same piece, found from any folder."""
-    return piece._replace(info=piece.info._replace(uri=absolute(piece.info.uri)))
 
 
 def _plan_alone(job: Job, pieces: dict[str, tuple[Piece, ...]]) -> Outcome:

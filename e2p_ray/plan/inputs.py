@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from e2p_ray.config import InputsConfig
+from e2p_ray.config.uris import absolute
 from e2p_ray.schema import Reason, validate_schema
 from e2p_ray.storage import ObjectInfo, Storage
 from e2p_ray.storage.utf8 import is_text, require_utf8
@@ -58,6 +60,19 @@ class Piece(NamedTuple):
     table: str
     info: ObjectInfo
     row_groups: tuple[int, ...]
+
+    def to_json(self) -> str:
+        """As a cell of Ray Data."""
+        return json.dumps(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Piece:
+        table, info, row_groups = json.loads(text)
+        return cls(table, ObjectInfo(*info), tuple(row_groups))
+
+    def absolute(self) -> Piece:
+        """The same, found from any working folder: the tasks of a Ray that was found have one of their own."""
+        return self._replace(info=self.info._replace(uri=absolute(self.info.uri)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,12 +16,11 @@ import pyarrow.compute as pc
 import ray.data
 
 from e2p_ray.config.uris import absolute
-from e2p_ray.plan.dataflow import Job, Outcome, absolute_piece, write_dead, write_part
+from e2p_ray.plan.dataflow import Job, Outcome, write_dead, write_part
 from e2p_ray.plan.inputs import FRAMES, InputTable, Piece, read_pieces, stable_hash
 from e2p_ray.plan.pairs import PAIRS, bucket_of, check_space, join_contents, join_users
 from e2p_ray.plan.shards import Cutting
 from e2p_ray.ray_session import quiet_ray_data
-from e2p_ray.storage import ObjectInfo
 
 _BLOB = pa.schema([("part", pa.int64()), ("kind", pa.string()), ("rows", pa.large_binary())])
 _KINDS = {**FRAMES, "pairs": PAIRS}
@@ -67,14 +65,14 @@ def _map_partitions(
 
 
 def _pieces(pieces: Sequence[Piece]) -> ray.data.Dataset:
-    placed = [absolute_piece(piece) for piece in pieces]
-    return ray.data.from_items([{"piece": json.dumps(piece)} for piece in placed], override_num_blocks=len(placed))
+    rows = [{"piece": piece.absolute().to_json()} for piece in pieces]
+    return ray.data.from_items(rows, override_num_blocks=len(rows))
 
 
 def _read(job: Job, pieces: pa.Table) -> Iterator[tuple[str, pl.DataFrame]]:
     for text in pieces["piece"].to_pylist():
-        table, info, row_groups = json.loads(text)
-        yield table, read_pieces(job.storage, [Piece(table, ObjectInfo(*info), tuple(row_groups))], table, job.space)
+        piece = Piece.from_json(text)
+        yield piece.table, read_pieces(job.storage, [piece], piece.table, job.space)
 
 
 def _read_by_user(job: Job, num_partitions: int, pieces: pa.Table) -> pa.Table:

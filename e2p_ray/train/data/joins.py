@@ -76,8 +76,8 @@ def join(
     parts = {name: frame for name, (frame, _) in found.items()}
     if validation is not None:
         held = parts["validation"].join(parts["training"], on=["content_id", "task", "user"], how="anti")
-        if num_trained := parts["validation"].height - held.height:  # a gain there would be one of learning by heart
-            found["validation"][1]["trained_on"] = num_trained
+        # A gain there would be one of learning by heart.
+        found["validation"][1]["trained_on"] = parts["validation"].height - held.height
         parts["validation"] = held
     else:
         parts = _hold_out(parts["training"], s.validation_share)

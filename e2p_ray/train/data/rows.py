@@ -6,7 +6,6 @@ takes five seconds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +17,7 @@ import ray
 import ray.data
 
 from e2p_ray.plan.inputs import Piece
-from e2p_ray.storage import ObjectInfo, Storage
+from e2p_ray.storage import Storage
 from e2p_ray.train.data.joins import JoinSettings, concat, join
 
 
@@ -26,17 +25,14 @@ def gather(pieces: Sequence[Piece], read: Callable[[Piece], pl.DataFrame]) -> li
     """References to the frames of all pieces, as Arrow tables in no particular order."""
     if not pieces:
         return []
-    items = [{"piece": json.dumps(piece)} for piece in pieces]
+    items = [{"piece": piece.to_json()} for piece in pieces]
     rows = ray.data.from_items(items, override_num_blocks=len(items))
     read_rows = rows.map_batches(partial(_read_pieces, read), batch_size=None, batch_format="pyarrow")
     return list(read_rows.to_arrow_refs())
 
 
 def _read_pieces(read: Callable[[Piece], pl.DataFrame], pieces: pa.Table) -> pa.Table:
-    frames = []
-    for text in pieces["piece"].to_pylist():
-        table, info, row_groups = json.loads(text)
-        frames.append(read(Piece(table, ObjectInfo(*info), tuple(row_groups))))
+    frames = [read(Piece.from_json(text)) for text in pieces["piece"].to_pylist()]
     return pl.concat(frames).to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
