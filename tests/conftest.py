@@ -11,12 +11,14 @@ os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] = "1"
 # An actor of Ray Train's that looks for nodes about to go: 2 s of CPU time a training, and no test drains one's node.
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("POLARS_MAX_THREADS", "1")  # tables of some hundred rows: its threads cost more than they do
 os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
 # Before anything imports Triton, whose own functions are made for one or the other: without a GPU its interpreter runs
 # the GPU's kernels. (Set later it failed whenever a file before had imported transformers' way to it.)
 if not os.path.exists("/proc/driver/nvidia"):
     os.environ["TRITON_INTERPRET"] = "1"
 
+import gc
 import logging
 from collections.abc import Iterator
 
@@ -50,16 +52,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: Python need not look through it for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A local Ray of 2 CPUs for the whole session; what is served on it has the front that jobs.serve starts."""
     import ray
+    from ray._private.node import Node
 
     with front_of_local_ray(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Node, "start_log_monitor", lambda _: None)  # nobody reads what it would bring to the driver
         ray.init(
             num_cpus=2,
             object_store_memory=200 * 2**20,
             include_dashboard=False,
+            # Processes of tasks that have ended do the next test's: each of them imports for 2 to 6 s of CPU time.
+            _system_config={"idle_worker_killing_time_threshold_ms": 60_000},
             log_to_driver=False,
             logging_level=logging.WARNING,
             configure_logging=True,
