@@ -69,7 +69,7 @@ def _num_actors(group: GroupSettings) -> int:
 
 
 def _actor_cpus(group: GroupSettings) -> str:
-    return str(group.cpus // max(group.gpus, 1) or 1)
+    return str(group.cpus // max(group.gpus, 1))
 
 
 def _ray_job(settings: ClusterSettings, job: str, places: dict[str, Any]) -> dict[str, Any]:

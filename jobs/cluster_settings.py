@@ -42,6 +42,8 @@ class GroupSettings(Section):
     def _ordered(self) -> GroupSettings:
         if self.min_nodes > self.max_nodes:
             raise ValueError(f"min_nodes {self.min_nodes} is more than max_nodes {self.max_nodes}")
+        if self.gpus > self.cpus:  # no node would ever hold its last actors, which the job would wait for
+            raise ValueError(f"gpus {self.gpus} is more than cpus {self.cpus}: each GPU's actor takes a CPU")
         return self
 
 

@@ -484,6 +484,7 @@ def test_the_project_brings_all_that_ray_clusters_need() -> None:
         (("--generate_workers.gpu", "1"), "did you mean gpus"),
         (("--generate_workers.max_nodes", "many"), r"generate_workers.max_nodes: .*\(command line\)"),
         (("--plan_workers.min_nodes", "9"), "min_nodes 9 is more than max_nodes 4"),
+        (("--generate_workers.gpus", "8", "--generate_workers.cpus", "7"), "gpus 8 is more than cpus 7: each GPU's"),
         (("--name", "Ünique"), "name: "),
         (("--schedule", "daily"), "schedule: "),
         (("--max_hours", "inf"), "max_hours: "),

@@ -429,11 +429,18 @@ def test_a_data_file_that_is_no_shard_is_named(local: World) -> None:
         local.commit("shard0")
 
 
-def test_a_shard_of_a_newer_release_is_named(local: World) -> None:
-    """Its dead letters may have codes that are not known here."""
+@pytest.mark.parametrize(
+    ("known", "new"),
+    [(b'"non_finite_logits"', b'"a_new_code"'), (b'"error_code"', b'"a_new_field": 1, "error_code"')],
+    ids=["code", "field"],
+)
+def test_a_shard_of_a_newer_release_is_named(local: World, known: bytes, new: bytes) -> None:
+    """Its dead letters may have codes and fields that are not known here."""
     uri = local.run.data_uri("shard0")
     table = local.storage.read_table(uri)
-    footer = (table.schema.metadata or {})[b"e2p_ray.shard"].replace(b"non_finite_logits", b"a_new_code")
+    before = (table.schema.metadata or {})[b"e2p_ray.shard"]
+    footer = before.replace(known, new)
+    assert footer != before
     local.storage.write_table(uri, table.replace_schema_metadata({b"e2p_ray.shard": footer}))
     local.storage.delete(local.run.marker_uri("shard0"))
     with pytest.raises(ShardError, match=r"shard0\.parquet has dead letters that this version does not know"):

@@ -33,7 +33,7 @@ from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.engine.manifest import ProjectorManifest, read_manifest
 from e2p_ray.errors import ConfigError, IncompatibleError, InputError, StorageError
 from e2p_ray.fingerprint import TextSettings
-from e2p_ray.loaded import LoadedGenerator
+from e2p_ray.loaded import EngineFactory, LoadedGenerator
 from e2p_ray.plan.inputs import Space
 from e2p_ray.schema import Content, Reason, Request, RequestKey, Status
 from e2p_ray.serve.client import (
@@ -738,6 +738,18 @@ def test_a_request_that_makes_the_engine_fail_takes_no_other_with_it(job: JobCon
         assert (failed.value.status, failed.value.code) == (500, "internal")
 
 
+def engines_of(kind: type[FakeEngine], made: list[FakeEngine]) -> EngineFactory:
+    """A factory of fake engines of this kind, which notes them."""
+
+    def engine(config: JobConfig, storage: Storage) -> FakeEngine:
+        one = fake_engine(config, storage)
+        one.__class__ = kind
+        made.append(one)
+        return one
+
+    return engine
+
+
 class Breaking(FakeEngine):
     """Fails at contents of this title, and at all once it is broken."""
 
@@ -749,14 +761,35 @@ class Breaking(FakeEngine):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return super().generate(groups)
 
+    def score(self, groups: Any, texts: Any) -> Any:
+        if self.is_broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().score(groups, texts)
+
+
+def test_a_replica_that_fails_at_all_that_it_scores_is_replaced(job: JobConfig) -> None:
+    made = list[FakeEngine]()
+
+    def is_ranked(client: Client, number: int) -> bool:
+        candidates = [{"content_id": f"content-{number % 2:03d}", "text": "A line"}]
+        try:
+            return bool(client.scores("headline", candidates, user_id=f"user-{number:04d}").scores)
+        except UnavailableError as error:
+            return error.status != 500
+
+    with serving(serve_config(job), engines_of(Breaking, made)) as site, site.client() as client:
+        replica = cast(Replica, SimpleNamespace(service=site.service))
+        assert is_ranked(client, 0)
+        made[0].is_broken = True  # type: ignore[attr-defined]
+        assert not any(is_ranked(client, 3) or is_ranked(client, 4) for _ in range(10)), "some requests again and again"
+        asyncio.run(Replica.check_health(replica))
+        assert not any(is_ranked(client, number) for number in range(10))
+        with pytest.raises(RuntimeError, match="failed at all"):
+            asyncio.run(Replica.check_health(replica))
+
 
 def test_a_replica_whose_model_fails_at_everything_is_replaced_and_no_other(job: JobConfig) -> None:
     made = list[FakeEngine]()
-
-    def engine(config: JobConfig, storage: Storage) -> FakeEngine:
-        made.append(fake_engine(config, storage))
-        made[0].__class__ = Breaking
-        return made[0]
 
     def ask(client: Client, number: int, title: str) -> bool:
         content = {"title": title, "body": f"The bridge opened {number} times.", "language": "en"}
@@ -765,7 +798,7 @@ def test_a_replica_whose_model_fails_at_everything_is_replaced_and_no_other(job:
         except UnavailableError as error:
             return error.status != 500
 
-    with serving(serve_config(job), engine) as site, site.client() as client:
+    with serving(serve_config(job), engines_of(Breaking, made)) as site, site.client() as client:
         replica = cast(Replica, SimpleNamespace(service=site.service))
         poison = {"title": "Poison", "body": "The bridge opened.", "language": "en"}
         found = client.generate_batch("headline", [{"user_id": f"u{n}", "content": poison} for n in range(20)]).results
@@ -805,6 +838,32 @@ def test_a_model_s_thread_that_ends_by_itself_is_seen_and_nobody_waits_for_it(
         with pytest.raises(RuntimeError, match="by itself"):
             asyncio.run(Replica.check_health(replica))
         assert httpx2.get(f"{site.url}/readyz").status_code == 200, "its tables are well"
+
+
+class Panic(BaseException):
+    """As what is written in Rust raises: no Exception."""
+
+
+class Panicking(FakeEngine):
+    """Fails where a request is among others, and panics at one that is alone."""
+
+    def generate(self, groups: Any) -> Any:
+        known, groups = first_groups(groups)
+        if sum(len(group.requests) for group in known) > 1:
+            raise RuntimeError("one of these is bad")
+        raise Panic
+
+
+def test_nobody_waits_for_a_wave_in_which_the_model_s_thread_ended(
+    job: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda words: None)
+    with serving(serve_config(job), engines_of(Panicking, [])) as site, site.client() as client:
+        content = {"title": "Bridge", "body": "The bridge opened.", "language": "en"}
+        pairs = [{"user_id": f"user-{n:04d}", "content": content} for n in range(3, 9)]
+        found = client.generate_batch("headline", pairs, timeout_ms=20_000).results
+        assert [getattr(one, "code", one) for one in found] == ["shutting_down"] * len(pairs)
+        assert httpx2.get(f"{site.url}/healthz").status_code == 503
 
 
 def test_nobody_waits_for_a_model_s_thread_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,3 +62,18 @@ def test_after_the_remedy_the_same_command_goes_on(tmp_path: Path) -> None:
     assert kept.exists()
     assert len(lines(tmp_path / "venv.log")) == 3
     assert len([line for line in lines(tmp_path / "pip.log") if line.startswith("install")]) == len(installed) + 2
+
+
+def test_an_environment_that_somebody_else_filled_is_left_alone(tmp_path: Path) -> None:
+    """As `uv venv` and `uv pip install` make it: without pip."""
+    (tmp_path / "jobs").mkdir()
+    shutil.copy(ROOT / "jobs" / "setup-venv", tmp_path / "jobs")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / ".venv")], check=True)
+    (site_packages,) = (tmp_path / ".venv" / "lib").glob("python*/site-packages")
+    package = site_packages / "numpy"
+    package.mkdir()
+    refused = set_up(tmp_path)
+    assert refused.returncode == 1
+    assert "-m ensurepip" in refused.stderr
+    assert package.exists()

@@ -584,6 +584,9 @@ def test_validation_of_its_own_table(ray_cluster: None, tmp_path: Path) -> None:
     ]
     assert counts.num_truncated == {"training": len(longer), "validation": 0}
     assert 0 < len(longer) < training.num_rows
+    Storage().write_table(uri, targets_table(held[1:]))
+    with pytest.raises(InputError, match=r"validation.*none of the 2 targets can be used \(.*trained_on 1"):
+        _lessons(prepare(config))
 
 
 def _same(table: pa.Table) -> pa.Table:

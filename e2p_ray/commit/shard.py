@@ -149,7 +149,7 @@ def parse_data(data: bytes, uri: str) -> ShardData:
         raise ShardError(f"{uri} has another schema than this version writes. Delete it and generate again")
     try:
         letters = [DeadLetter(**row | {"error_code": ErrorCode(row["error_code"])}) for row in footer["dead_letters"]]
-    except ValueError as error:  # of a code that a newer release brought
+    except (TypeError, ValueError) as error:  # of a field, or of a code, that a newer release brought
         raise ShardError(f"{uri} has dead letters that this version does not know. Install the newer one") from error
     return ShardData(rows, tuple(letters), footer["stats"])
 

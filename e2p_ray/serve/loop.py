@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from e2p_ray.errors import RunError
 from e2p_ray.results import Result
 from e2p_ray.schema import RequestKey
 from e2p_ray.serve.call import Call, Job
@@ -38,6 +39,7 @@ class _Errand:
 
     call: Callable[[], Any]
     num_texts: int = 0  # that it scores
+    key: RequestKey | None = None  # of one of these
     future: Future[Any] = field(default_factory=Future)
 
     def run(self) -> None:
@@ -140,9 +142,9 @@ class ModelLoop:
             self._changed.notify_all()
         return errand.future
 
-    def score(self, call: Callable[[], T], num_texts: int) -> Future[T]:
-        """Make a call that scores so many texts, when it is its turn; or ProblemError 429."""
-        errand = _Errand(call, num_texts)
+    def score(self, call: Callable[[], T], num_texts: int, key: RequestKey | None = None) -> Future[T]:
+        """Make a call that scores so many texts, when it is its turn; or ProblemError 429. `key` is of one of them."""
+        errand = _Errand(call, num_texts, key)
         with self._changed:
             if not self._thread.is_alive():
                 raise ended()
@@ -271,14 +273,27 @@ class ModelLoop:
                 return
             errand, self._is_scoring = self._scores.popleft(), True
         errand.run()
+        if errand.key is not None and not errand.future.cancelled() and _blames_the_model(errand.future.exception()):
+            self._failed_at(errand.key)
         now_s, self._is_scoring = time.monotonic(), False
         self._score_s = now_s - began_s
         self._next_score_s = now_s + self._score_s
 
     def _write(self, jobs: Sequence[Job] | None) -> None:
-        """Write these, or who waits and who joins them; where that fails, halves fail for those alone who make it."""
+        """Write these, or who waits and who joins them."""
         outer, self._call = self._call, Call(self, self._max_rows, jobs)
         call = self._call
+        try:
+            self._finish(call)
+        except BaseException:  # as a panic of the tokenizer's: the thread ends with it, and nobody must wait for that
+            for job in call.left():
+                job.future.cancel()
+            raise
+        finally:
+            self._call = outer
+
+    def _finish(self, call: Call) -> None:
+        """A call; where it fails, halves of it fail for those alone who make it."""
         try:
             call.run()
         except Exception as error:  # noqa: BLE001 - one request's trouble must not end the thread
@@ -288,11 +303,12 @@ class ModelLoop:
                 self._write(left[:middle])
                 self._write(left[middle:])
             elif left and left[0].future.set_running_or_notify_cancel():
-                if (key := left[0].request.key) not in self._failed:
-                    self._failed.append(key)
+                self._failed_at(left[0].request.key)
                 left[0].future.set_exception(error)
-        finally:
-            self._call = outer
+
+    def _failed_at(self, key: RequestKey) -> None:
+        if key not in self._failed:
+            self._failed.append(key)
 
     def take(self, call: Call) -> list[Job]:
         """Jobs out of the queue that may be written now: at first whoever may, then nobody before his turn."""
@@ -315,6 +331,11 @@ class ModelLoop:
         """A text took so long, from the queue to its end."""
         self._failed.clear()
         self._text_s = seconds_s if self._text_s is None else self._text_s + 0.2 * (seconds_s - self._text_s)
+
+
+def _blames_the_model(error: BaseException | None) -> bool:
+    """Whether it is no error that a request may have made."""
+    return error is not None and not isinstance(error, (ProblemError, RunError))
 
 
 def _come_again(seconds_s: float) -> ProblemError:

@@ -33,7 +33,7 @@ async def ranked(service: Service, body: ScoresRequest, began_s: float) -> Score
             requests.append(Request(_key(asked, place, "user"), asked.request.user_embedding))
         groups.append(Group(asked.content, body.task, tuple(requests)))
         texts |= dict.fromkeys((request.key for request in requests), loaded.as_trained(text, asked.content.language))
-    found = await service.score(groups, texts, loaded)
+    found = await service.score(groups, texts, loaded, all_asked[0].request.key)
     scores = [_scored(asked, place, found) for place, asked in enumerate(all_asked)]
     scores.sort(key=lambda score: (-_merit(score), score.place))
     return ScoresAnswer(

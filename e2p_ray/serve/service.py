@@ -224,14 +224,20 @@ class Service:
         if isinstance(result, asyncio.CancelledError):
             return ended()
         self._log.error("text_failed", error_type=type(result).__name__)
-        return ProblemError(500, "internal", "the model failed on this request")
+        return _failed()
 
     async def score(
-        self, groups: Sequence[Group], texts: dict[RequestKey, str], loaded: LoadedGenerator
+        self, groups: Sequence[Group], texts: dict[RequestKey, str], loaded: LoadedGenerator, key: RequestKey
     ) -> dict[RequestKey, TextScore]:
-        """How likely each text is; ProblemError 429 where too many wait."""
-        done = self.loop.score(lambda: loaded.score(groups, texts), len(groups))
-        return {found.key: found for found in await asyncio.wrap_future(done)}
+        """How likely each text is; ProblemError 429 where too many wait. `key` stands for them all."""
+        done = self.loop.score(lambda: loaded.score(groups, texts), len(groups), key)
+        try:
+            return {found.key: found for found in await asyncio.wrap_future(done)}
+        except ProblemError:
+            raise
+        except Exception as error:  # whatever the model makes of it, as with a text
+            self._log.error("score_failed", error_type=type(error).__name__)
+            raise _failed() from error
 
     # -- another projector -------------------------------------------------------------------------------------------
 
@@ -257,6 +263,11 @@ class Service:
             self.swap_state = SwapState(projector_uri=projector_uri, done=True, error=None)
             self._log.info("swapped", projector_id=self._loaded.projector_id, before=old.projector_id)
             return True
+
+
+def _failed() -> ProblemError:
+    """What is told where the model failed."""
+    return ProblemError(500, "internal", "the model failed on this request")
 
 
 def _for_few_rows(config: ServeConfig) -> ServeConfig:

@@ -76,7 +76,7 @@ def folder_here(config: BaseModelConfig, folder: BaseModelFolder, storage: Stora
 
 
 def prepare_lessons(reading: Reading, sources: dict[str, SourceTable]) -> PreparedLessons:
-    """Read, join, tokenise. Raises InputError where a table is at fault, or no target of it can be used."""
+    """Read, join, tokenise. Raises InputError where a table is at fault, or no target of one can be used."""
     storage, tasks = reading.storage, reading.joins.tasks
     targets = gather(sources["targets"].pieces, partial(read_targets, storage, tasks=tasks))
     held = None
@@ -141,8 +141,9 @@ def _merge(
             # What the validation's contents skip is told with the table they came from.
             skipped[name if name in joined.num_targets else "training"].update(part.skipped)
     training, validation = (tables[name] for name in _SETS)
-    if not training.num_rows:
-        raise _nothing_left(reading.joins.targets_uri, joined, skipped["training"])
+    for name, uri in (("training", reading.joins.targets_uri), ("validation", reading.joins.validation_uri)):
+        if uri is not None and not tables[name].num_rows:
+            raise _nothing_left(uri, joined.num_targets[name], skipped[name])
     if reading.settings.kind != "constant":
         refuse_constant(training, reading.joins.users_uri)
     reference = ReferenceStatistics.of(torch.from_numpy(training.user_embeddings)).tensors()
@@ -181,10 +182,10 @@ def _joined(parts: Sequence[Ragged]) -> Ragged:
     return Ragged(np.concatenate([np.zeros(0, np.int32), *(part.ids for part in parts)]), np.cumsum(sizes))
 
 
-def _nothing_left(uri: str, joined: Joined, skipped: Counter[str]) -> InputError:
+def _nothing_left(uri: str, num_targets: int, skipped: Counter[str]) -> InputError:
     found = ", ".join(f"{name} {number:,}" for name, number in skipped.most_common() if number) or "nothing skipped"
     return InputError(
-        f"none of the {joined.num_targets['training']:,} targets can be used ({found})",
+        f"none of the {num_targets:,} targets can be used ({found})",
         uri=uri,
         remedy="A target needs a user with a user embedding who is not opted out, a content, a task of the "
         "configuration and a text.",

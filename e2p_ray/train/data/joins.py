@@ -29,6 +29,7 @@ class JoinSettings:
     tasks: tuple[str, ...]
     embedding_space: str | None
     validation_share: float  # 0 where the validation targets are a table of their own
+    validation_uri: str | None
     targets_per_chunk: int
     targets_uri: str
     users_uri: str

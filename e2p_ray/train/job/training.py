@@ -73,6 +73,7 @@ def reading_of(prepared: Prepared) -> Reading:
         tasks=tuple(sorted(config.tasks)),
         embedding_space=config.projector.embedding_space,
         validation_share=0.0 if config.inputs.validation_uri else config.training.validation_share,
+        validation_uri=config.inputs.validation_uri,
         targets_per_chunk=_TARGETS_PER_CHUNK,
         targets_uri=config.inputs.targets_uri,
         users_uri=config.inputs.users_uri,
