@@ -27,7 +27,7 @@ done
 
 def set_up(folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": f"{folder / 'tools'}:/usr/bin:/bin"}
-    command = ["bash", "-c", ". jobs/setup-venv; setup_venv cpu"]
+    command = ["bash", "-o", "pipefail", "-c", ". jobs/setup-venv; setup_venv cpu"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -71,9 +71,10 @@ def test_an_environment_that_somebody_else_filled_is_left_alone(tmp_path: Path) 
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / ".venv")], check=True)
     (site_packages,) = (tmp_path / ".venv" / "lib").glob("python*/site-packages")
-    package = site_packages / "numpy"
-    package.mkdir()
+    packages = [site_packages / f"package-{number:05d}" for number in range(20_000)]  # more than a pipe holds
+    for package in packages:
+        package.touch()
     refused = set_up(tmp_path)
     assert refused.returncode == 1
     assert "-m ensurepip" in refused.stderr
-    assert package.exists()
+    assert all(package.exists() for package in packages)
