@@ -30,6 +30,7 @@ from tests.tiny_models import engine_of, group, task
 
 LLAMA = LlamaConfig(**tiny_models.common())
 LONG, SHORT = 24, 9  # tokens, where no text ends early
+KEY = RequestKey("nobody", "c0", "short")
 TASKS = {
     "short": task(max_new_tokens=SHORT),
     "long": task(cue_after=" in many more words: ", max_new_tokens=LONG),
@@ -337,7 +338,7 @@ def test_scoring_and_writing_take_turns(monkeypatch: pytest.MonkeyPatch, letters
         clock.now_s += 1
         num_tokens += 1
         if not calls:
-            calls.extend(desk.loop.score(score, 1) for _ in range(7))
+            calls.extend(desk.loop.score(score, 1, KEY) for _ in range(7))
             for _ in range(3):
                 desk.loop.run(lambda: errands.append(num_tokens))
 
@@ -361,18 +362,18 @@ def test_who_waits_to_be_scored_is_bounded_told_so_and_forgotten_when_he_leaves(
     def nothing() -> None:
         """A call that could be scoring."""
 
-    calls = [loop.score(block, 16)]
+    calls = [loop.score(block, 16, KEY)]
     assert begun.wait(60)
-    calls.append(leaves := loop.score(nothing, 16))
+    calls.append(leaves := loop.score(nothing, 16, KEY))
     with pytest.raises(ProblemError) as refused:
-        loop.score(nothing, 1)
+        loop.score(nothing, 1, KEY)
     assert (refused.value.status, refused.value.code) == (429, "queue_full")
     assert refused.value.retry_after_s is not None
     assert loop.may_wait(), "texts that are to be written have places of their own"
     leaves.cancel()
-    calls += [loop.score(nothing, 3), loop.score(nothing, 1)]
+    calls += [loop.score(nothing, 3, KEY), loop.score(nothing, 1, KEY)]
     with pytest.raises(ProblemError):
-        loop.score(nothing, 1)
+        loop.score(nothing, 1, KEY)
     loop.close(0.0)
     for call in calls[2:]:
         with pytest.raises(ProblemError) as ended:

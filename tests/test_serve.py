@@ -713,31 +713,6 @@ def test_what_is_wrong_with_a_query_has_its_name(site: Site, query: str, at: str
     assert (answer.status_code, [found["at"] for found in answer.json()["errors"]]) == (422, [at])
 
 
-def test_a_request_that_makes_the_engine_fail_takes_no_other_with_it(job: JobConfig) -> None:
-    poison = RequestKey("user-0005", "content-002", "headline")
-
-    class Failing(FakeEngine):
-        def generate(self, groups: Any) -> Any:
-            known, groups = first_groups(groups)
-            if any(request.key == poison for group in known for request in group.requests):
-                raise RuntimeError("a secret of the engine: 0.123456")
-            return super().generate(groups)
-
-    def engine(config: JobConfig, storage: Storage) -> FakeEngine:
-        made = fake_engine(config, storage)
-        made.__class__ = Failing
-        return made
-
-    with serving(serve_config(job), engine) as site, site.client() as client:
-        pairs = [{"user_id": f"user-{n:04d}", "content_id": "content-002"} for n in range(3, 9)]
-        results = client.generate_batch("headline", pairs).results
-        assert [isinstance(found, ProblemBody) for found in results] == [n == 5 for n in range(3, 9)]
-        assert "0.123" not in str(results)
-        with pytest.raises(UnavailableError) as failed:
-            client.generate("headline", user_id="user-0005", content_id="content-002")
-        assert (failed.value.status, failed.value.code) == (500, "internal")
-
-
 def engines_of(kind: type[FakeEngine], made: list[FakeEngine]) -> EngineFactory:
     """A factory of fake engines of this kind, which notes them."""
 
@@ -748,6 +723,26 @@ def engines_of(kind: type[FakeEngine], made: list[FakeEngine]) -> EngineFactory:
         return one
 
     return engine
+
+
+def test_a_request_that_makes_the_engine_fail_takes_no_other_with_it(job: JobConfig) -> None:
+    poison = RequestKey("user-0005", "content-002", "headline")
+
+    class Failing(FakeEngine):
+        def generate(self, groups: Any) -> Any:
+            known, groups = first_groups(groups)
+            if any(request.key == poison for group in known for request in group.requests):
+                raise RuntimeError("a secret of the engine: 0.123456")
+            return super().generate(groups)
+
+    with serving(serve_config(job), engines_of(Failing, [])) as site, site.client() as client:
+        pairs = [{"user_id": f"user-{n:04d}", "content_id": "content-002"} for n in range(3, 9)]
+        results = client.generate_batch("headline", pairs).results
+        assert [isinstance(found, ProblemBody) for found in results] == [n == 5 for n in range(3, 9)]
+        assert "0.123" not in str(results)
+        with pytest.raises(UnavailableError) as failed:
+            client.generate("headline", user_id="user-0005", content_id="content-002")
+        assert (failed.value.status, failed.value.code) == (500, "internal")
 
 
 class Breaking(FakeEngine):
@@ -1005,11 +1000,6 @@ def test_swaps_under_load_lose_and_mix_nothing(tmp_path: Path) -> None:
         def _write(self, content: Any, request: Any, attempt: int) -> str:
             return f"{content.title} {self.projector_id}"
 
-    def engine(config: JobConfig, storage: Storage) -> FakeEngine:
-        made = fake_engine(config, storage)
-        made.__class__ = Signing
-        return made
-
     # An id that begins with ten digits is a telephone number.
     checks = {f"foreign_{name}": False for name in ("numbers", "names", "contacts")} | {"language": False}
     serve = serve_config(config, checks=checks)
@@ -1030,7 +1020,7 @@ def test_swaps_under_load_lose_and_mix_nothing(tmp_path: Path) -> None:
                 except ServiceError as error:
                     errors.append(error)
 
-    with serving(serve, engine) as here, ThreadPoolExecutor(4) as pool:
+    with serving(serve, engines_of(Signing, [])) as here, ThreadPoolExecutor(4) as pool:
         work = [pool.submit(ask, number) for number in range(4)]
         swapped = []
         for turn in range(1, 13):

@@ -41,6 +41,10 @@ class Job:
         buckets, wanted = size.num_buckets(num_requests), size.among(num_requests)
         return Cutting(self.tasks, buckets, wanted, self.max_group_requests, self.space.dim)
 
+    def absolute(self) -> Job:
+        """The same for any working folder: the tasks of a Ray that was found have one of their own."""
+        return replace(self, uri=absolute(self.uri))
+
     def dead_letters_uri(self, number: int) -> str:
         return f"{self.uri}/dead_letters/part-{number:05d}.parquet"
 
@@ -67,9 +71,8 @@ def plan_on_one_node(job: Job, inputs: dict[str, InputTable]) -> Outcome:
     pieces = {name: table.pieces for name, table in inputs.items()}
     if not ray.is_initialized():
         return _plan_alone(job, pieces)
-    # The tasks of a Ray that was found have a working folder of their own.
     placed = {name: tuple(piece.absolute() for piece in found) for name, found in pieces.items()}
-    return ray.get(ray.remote(_plan_alone).remote(replace(job, uri=absolute(job.uri)), placed))
+    return ray.get(ray.remote(_plan_alone).remote(job.absolute(), placed))
 
 
 def _plan_alone(job: Job, pieces: dict[str, tuple[Piece, ...]]) -> Outcome:

@@ -71,7 +71,7 @@ class Piece(NamedTuple):
         return cls(table, ObjectInfo(*info), tuple(row_groups))
 
     def absolute(self) -> Piece:
-        """The same, found from any working folder: the tasks of a Ray that was found have one of their own."""
+        """The same, found from any working folder."""
         return self._replace(info=self.info._replace(uri=absolute(self.info.uri)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from io import BytesIO
 
@@ -15,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 
-from e2p_ray.config.uris import absolute
 from e2p_ray.plan.dataflow import Job, Outcome, write_dead, write_part
 from e2p_ray.plan.inputs import FRAMES, InputTable, Piece, read_pieces, stable_hash
 from e2p_ray.plan.pairs import PAIRS, bucket_of, check_space, join_contents, join_users
@@ -31,8 +29,7 @@ def plan_by_shuffles(
 ) -> Outcome:
     """For tables that no one machine holds; rows never come to this process, only what each partition came to."""
     with quiet_ray_data():
-        # The tasks of a Ray that was found have a working folder of their own.
-        return _shuffle(replace(job, uri=absolute(job.uri)), inputs, num_partitions, say)
+        return _shuffle(job.absolute(), inputs, num_partitions, say)
 
 
 def _shuffle(job: Job, inputs: dict[str, InputTable], num_partitions: int, say: Callable[[str], None]) -> Outcome:

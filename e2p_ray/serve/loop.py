@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from e2p_ray.errors import RunError
 from e2p_ray.results import Result
 from e2p_ray.schema import RequestKey
 from e2p_ray.serve.call import Call, Job
@@ -42,13 +41,16 @@ class _Errand:
     key: RequestKey | None = None  # of one of these
     future: Future[Any] = field(default_factory=Future)
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Make the call, if somebody waits for it; whether it failed."""
         if not self.future.set_running_or_notify_cancel():
-            return
+            return False
         try:
             self.future.set_result(self.call())
         except BaseException as error:  # noqa: BLE001 - it belongs to who waits for the result
             self.future.set_exception(error)
+            return True
+        return False
 
 
 class ModelLoop:
@@ -142,7 +144,7 @@ class ModelLoop:
             self._changed.notify_all()
         return errand.future
 
-    def score(self, call: Callable[[], T], num_texts: int, key: RequestKey | None = None) -> Future[T]:
+    def score(self, call: Callable[[], T], num_texts: int, key: RequestKey) -> Future[T]:
         """Make a call that scores so many texts, when it is its turn; or ProblemError 429. `key` is of one of them."""
         errand = _Errand(call, num_texts, key)
         with self._changed:
@@ -272,8 +274,7 @@ class ModelLoop:
             if texts_turn or not self._scores:
                 return
             errand, self._is_scoring = self._scores.popleft(), True
-        errand.run()
-        if errand.key is not None and not errand.future.cancelled() and _blames_the_model(errand.future.exception()):
+        if errand.run() and errand.key is not None:
             self._failed_at(errand.key)
         now_s, self._is_scoring = time.monotonic(), False
         self._score_s = now_s - began_s
@@ -331,11 +332,6 @@ class ModelLoop:
         """A text took so long, from the queue to its end."""
         self._failed.clear()
         self._text_s = seconds_s if self._text_s is None else self._text_s + 0.2 * (seconds_s - self._text_s)
-
-
-def _blames_the_model(error: BaseException | None) -> bool:
-    """Whether it is no error that a request may have made."""
-    return error is not None and not isinstance(error, (ProblemError, RunError))
 
 
 def _come_again(seconds_s: float) -> ProblemError:

@@ -223,8 +223,11 @@ class Service:
             return ProblemError(status, result.error_code.value, result.message)
         if isinstance(result, asyncio.CancelledError):
             return ended()
-        self._log.error("text_failed", error_type=type(result).__name__)
-        return _failed()
+        return self._failed("text_failed", result)
+
+    def _failed(self, event: str, error: BaseException) -> ProblemError:
+        self._log.error(event, error_type=type(error).__name__)
+        return ProblemError(500, "internal", "the model failed on this request")
 
     async def score(
         self, groups: Sequence[Group], texts: dict[RequestKey, str], loaded: LoadedGenerator, key: RequestKey
@@ -235,9 +238,8 @@ class Service:
             return {found.key: found for found in await asyncio.wrap_future(done)}
         except ProblemError:
             raise
-        except Exception as error:  # whatever the model makes of it, as with a text
-            self._log.error("score_failed", error_type=type(error).__name__)
-            raise _failed() from error
+        except Exception as error:
+            raise self._failed("score_failed", error) from error
 
     # -- another projector -------------------------------------------------------------------------------------------
 
@@ -263,11 +265,6 @@ class Service:
             self.swap_state = SwapState(projector_uri=projector_uri, done=True, error=None)
             self._log.info("swapped", projector_id=self._loaded.projector_id, before=old.projector_id)
             return True
-
-
-def _failed() -> ProblemError:
-    """What is told where the model failed."""
-    return ProblemError(500, "internal", "the model failed on this request")
 
 
 def _for_few_rows(config: ServeConfig) -> ServeConfig:
