@@ -145,6 +145,13 @@ def engine_variables(config: JobConfig) -> dict[str, str]:
     }
 
 
+def engine_modules(config: JobConfig) -> tuple[str, ...]:
+    """What processes that are to load a configuration's engine can be forked from, imported."""
+    if config.engine.kind == "vllm" or config.workers.num_gpus:  # vLLM begins its own, CUDA stands no fork
+        return ()
+    return ("torch", "e2p_ray.engine.engine")
+
+
 def _load_engine(config: JobConfig, storage: Storage) -> TextEngine:
     # torch is loaded in the workers, not in the driver
     with _collector_at_rest():

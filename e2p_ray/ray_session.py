@@ -7,7 +7,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from inspect import signature
 from typing import Any
 
 import ray
@@ -17,9 +18,10 @@ from ray._private import worker as ray_worker
 from ray._private.node import Node
 from ray._private.state import GlobalState
 
-from e2p_ray import idle_agent
+from e2p_ray import forked_worker, idle_agent
 from e2p_ray.environment import variables_set
 from e2p_ray.errors import ConfigError
+from e2p_ray.fork_server import fork_server
 
 # What a Ray that ends with its job needs not: the API server (without a dashboard for usage statistics; Ray waits for
 # it) and the autoscaler of a cluster that has one node. With the log's reader 3.4 of the 8 s of CPU time of its start
@@ -48,20 +50,23 @@ def ray_session(
     include_dashboard: bool = False,
     variables: Mapping[str, str] = _NONE,
     meanwhile: Callable[[], object] = _nothing,
+    modules: Sequence[str] = (),
 ) -> Iterator[bool]:
     """The Ray of this process if it has one, else what `start_ray` finds or starts, for the while.
 
     Yields whether all workers have `variables` in their environment: those of a Ray that is started here. On another
-    Ray they have to be asked for, by a `runtime_env`.
+    Ray they have to be asked for, by a `runtime_env`. Workers of one that is started here are forked from a process
+    that has imported `modules`, if there are any: see `fork_server`.
     """
     if ray.is_initialized():
         yield False
         return
-    start_ray(address, include_dashboard=include_dashboard, variables=variables, meanwhile=meanwhile)
-    try:
+    with ExitStack() as stack:
+        if modules and names_no_cluster(address) and sys.platform == "linux":
+            variables = {**variables, **stack.enter_context(fork_server(modules, variables))}
+        start_ray(address, include_dashboard=include_dashboard, variables=variables, meanwhile=meanwhile)
+        stack.callback(ray.shutdown)
         yield _started_here()
-    finally:
-        ray.shutdown()
 
 
 def start_ray(
@@ -85,6 +90,8 @@ def start_ray(
         changes.append((services, "_build_python_executable_command_memory_profileable", _idle_agent()))
         changes.append((ray_utils, "get_dashboard_dependency_error", _no_dashboard))
         changes += [(Node, name, _start_nothing) for name in (_FOR_OTHERS if debug else (*_FOR_OTHERS, _LOG_READER))]
+    if forked_worker.ADDRESS in variables:
+        changes.append((services, "start_raylet", raylet_of_forked_workers()))
     try:
         with (
             variables_set(of_ray, replace=False),  # what a user set himself comes first
@@ -151,6 +158,18 @@ def _idle_agent() -> Callable[..., list[str]]:
         return begun
 
     return command
+
+
+def raylet_of_forked_workers() -> Callable[..., Any]:
+    """In place of what starts a raylet: its script for workers is another."""
+    start_raylet: Any = services.start_raylet
+
+    def start(*given: Any, **named: Any) -> Any:
+        bound = signature(start_raylet).bind(*given, **named)
+        bound.arguments["worker_path"] = forked_worker.__file__
+        return start_raylet(*bound.args, **bound.kwargs)
+
+    return start
 
 
 def _node_when_there(meanwhile: Callable[[], object]) -> Callable[[str, str], Any]:

@@ -28,7 +28,7 @@ from e2p_ray.config import ServeConfig
 from e2p_ray.config.options import keys
 from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.errors import ConfigError, E2PError
-from e2p_ray.loaded import EngineFactory
+from e2p_ray.loaded import EngineFactory, engine_modules
 from e2p_ray.ray_session import names_no_cluster, ray_session
 from e2p_ray.serve.app import serve_file
 from e2p_ray.serve.front import front_of_local_ray, require_free_port
@@ -82,7 +82,12 @@ def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: E
     if not ray.is_initialized() and names_no_cluster(config.workers.ray_address):
         require_free_port(config.api.host, config.api.port)
     # `serve deploy` talks to the dashboard.
-    with front_of_local_ray(), ray_session(config.workers.ray_address, include_dashboard=True), _set_by_signals(stop):
+    modules = engine_modules(config) if engine_factory is None else ()
+    with (
+        front_of_local_ray(),
+        ray_session(config.workers.ray_address, include_dashboard=True, modules=modules),
+        _set_by_signals(stop),
+    ):
         if missing := check_resources(config):
             say(f"waiting: {missing}")
         with _running_serve(config) as way_in, _deployed(config, engine_factory):

@@ -148,3 +148,16 @@ def without_logits(config: JobConfig, storage: Storage) -> FakeEngine:
 
     engine.generate = erring  # type: ignore[method-assign]
     return engine
+
+
+def without_end(config: JobConfig, storage: Storage) -> FakeEngine:
+    """An engine that is not done in any time that a test waits for."""
+    engine = fake_engine(config, storage)
+    generate = engine.generate
+
+    def sleeping(groups: Iterable[Group | None]) -> Iterator[Completion]:
+        time.sleep(600)
+        return generate(groups)
+
+    engine.generate = sleeping  # type: ignore[method-assign]
+    return engine

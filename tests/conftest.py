@@ -62,9 +62,20 @@ def pytest_collection_finish() -> None:
 def ray_cluster() -> Iterator[None]:
     """A local Ray of 2 CPUs for the whole session; what is served on it has the front that jobs.serve starts."""
     import ray
+    from ray._private import services
     from ray._private.node import Node
 
-    with front_of_local_ray(), pytest.MonkeyPatch.context() as patch:
+    from e2p_ray.fork_server import fork_server
+    from e2p_ray.ray_session import raylet_of_forked_workers
+
+    with (
+        front_of_local_ray(),
+        fork_server(("torch", "e2p_ray.engine.engine"), {}) as found,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in found.items():
+            patch.setenv(name, value)
+        patch.setattr(services, "start_raylet", raylet_of_forked_workers())
         patch.setattr(Node, "start_log_monitor", lambda _: None)  # nobody reads what it would bring to the driver
         ray.init(
             num_cpus=2,
@@ -76,7 +87,7 @@ def ray_cluster() -> Iterator[None]:
             logging_level=logging.WARNING,
             configure_logging=True,
         )
-        for name in [name for name in os.environ if name.startswith("RAY_SERVE_")]:
+        for name in [name for name in os.environ if name.startswith("RAY_SERVE_") or name in found]:
             patch.delenv(name)  # processes that tests start have Rays of their own
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield

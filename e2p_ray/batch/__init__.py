@@ -27,7 +27,7 @@ from e2p_ray.commit import Run, pending_shards
 from e2p_ray.config import JobConfig
 from e2p_ray.config.uris import absolute
 from e2p_ray.errors import E2PError, IncompleteRunError, RunError
-from e2p_ray.loaded import EngineFactory, engine_variables
+from e2p_ray.loaded import EngineFactory, engine_modules, engine_variables
 from e2p_ray.plan import largest_first
 from e2p_ray.ray_session import ray_session
 from e2p_ray.storage import Storage
@@ -89,7 +89,8 @@ def run_batch(
         # A Ray of its own would have no service.
         address = config.workers.ray_address or (None if through_serve is None else "auto")
         needed = _pool if through_serve is None else _replicas
-        with ray_session(address, variables=variables, meanwhile=needed) as is_alone:
+        modules = engine_modules(config) if engine_factory is None and through_serve is None else ()
+        with ray_session(address, variables=variables, meanwhile=needed, modules=modules) as is_alone:
             if is_alone:
                 variables = {}
             while pending and tally.attempt < config.workers.max_shard_attempts:

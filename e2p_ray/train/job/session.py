@@ -15,12 +15,14 @@ from e2p_ray.ray_session import only_machine, ray_session
 
 # Read by Ray Train in the driver. Its default of a minute for the workers to start is short for a busy machine.
 _VARIABLES = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+_MODULES = ("torch", "e2p_ray.engine.model")
 
 
 @contextmanager
 def train_session(workers: TrainWorkersConfig) -> Iterator[None]:
     """A Ray session with the variables that Ray Train reads."""
-    with variables_set(_VARIABLES, replace=False), ray_session(workers.ray_address):
+    modules = () if workers.num_gpus else _MODULES  # CUDA stands no fork
+    with variables_set(_VARIABLES, replace=False), ray_session(workers.ray_address, modules=modules):
         yield
 
 

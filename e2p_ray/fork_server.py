@@ -1,0 +1,118 @@
+"""Processes for Ray's workers, forked from one that has imported already what they need.
+
+torch and transformers take a worker 6 s to import, Ray Data another (2026-11-30, a Zen 3 core): done once for all
+workers, and begun before Ray is there. This is `multiprocessing.forkserver`, but for processes that a raylet begins:
+Ray has no such thing (2.60), but a raylet takes any process for its worker that names itself by the id it gave. In
+place of Ray's script for workers it begins `forked_worker`, which imports next to nothing and asks here for a process.
+For CPUs: where CUDA is at work before a fork, it fails behind it.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from select import select
+
+from e2p_ray import forked_worker
+from e2p_ray.forked_worker import Order
+
+# Ray reads at its import which raylet has begun the process: imported when that asks for the first one.
+_OF_RAY = ("ray.data",)
+_STDIN = 0
+_OOM_SCORE = Path("/proc/self/oom_score_adj")
+
+
+@contextmanager
+def fork_server(modules: Sequence[str], variables: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
+    """A server with these variables that imports these modules, for the while; yields how workers are told of it.
+
+    The modules must neither bring Ray nor start threads. Where the server ends before its time or is late, workers
+    begin as they do without it.
+    """
+    with tempfile.TemporaryDirectory(prefix="e2p_ray-") as folder:
+        path = str(Path(folder, "server"))
+        output = None if os.environ.get("E2P_DEBUG") else subprocess.DEVNULL
+        server = subprocess.Popen(
+            [sys.executable, "-m", __name__, path, *modules],
+            env={**os.environ, **variables},
+            stdin=subprocess.PIPE,  # that it ends with this process, however that ends
+            stdout=output,
+            stderr=output,
+            process_group=0,  # Ctrl-C is for the job
+        )
+        try:
+            yield {forked_worker.ADDRESS: path}
+        finally:
+            server.kill()
+            server.communicate()
+
+
+def main(path: str, modules: Sequence[str]) -> None:
+    """Import, then fork for each who asks, until stdin is closed; what has been forked becomes a worker."""
+    gc.disable()
+    of_this = sys.path[0]
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(path)
+        listening.listen(64)
+        _import(modules)
+        order = _own_order(listening)
+    if order is not None:
+        sys.path[sys.path.index(of_this)] = str(Path(order.arguments[0]).parent)
+        _become(order)
+
+
+def _import(modules: Sequence[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()  # memory that the collector does not look at stays shared
+
+
+def _own_order(listening: socket.socket) -> Order | None:
+    """In the server None, in the end; in a process that it has forked, what that is to be."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes
+    while True:
+        ready, _, _ = select([listening.fileno(), _STDIN], [], [])
+        if _STDIN in ready:
+            return None
+        asking, _ = listening.accept()
+        with asking, suppress(OSError, ValueError):  # one who asks and is gone is none of the others' trouble
+            order, files = forked_worker.received(asking)
+            os.environ.update(order.variables)
+            _import(_OF_RAY)
+            pid = os.fork()
+            for at, file in enumerate(files):
+                if pid == 0:
+                    os.dup2(file, at)
+                os.close(file)
+            if pid == 0:
+                return order
+            asking.sendall(str(pid).encode())
+
+
+def _become(order: Order) -> None:
+    """What a raylet's process would be."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, order.blocked_signals)
+    os.setpgid(0, 0)  # as a raylet does: it ends the group of a worker that has died
+    with suppress(OSError):
+        _OOM_SCORE.write_text(order.oom_score)
+    os.chdir(order.folder)
+    os.environ.clear()
+    os.environ.update(order.variables)
+    sys.argv = list(order.arguments)
+    gc.enable()
+    runpy.run_path(order.arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,151 @@
+"""Workers forked from a process that has imported what they need are as those are that a raylet begins itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from e2p_ray.config import JobConfig
+from e2p_ray.fork_server import fork_server
+from e2p_ray.loaded import engine_modules
+from tests.waiting import wait_until
+
+# Its server shall import these modules; what a worker of it is, with and without.
+_SESSION = """
+import json, os, resource, signal, sys, time
+import ray
+from e2p_ray.ray_session import ray_session
+
+@ray.remote
+class Seen:
+    def process(self):
+        import psutil
+        process = psutil.Process()
+        return {
+            "pid": process.pid,
+            "parent": " ".join(process.parent().cmdline()),
+            "has_torch": "torch" in sys.modules,
+            "arguments": [word for word in sys.argv if not word.startswith("--")],
+            "path": sys.path,
+            "folder": os.getcwd(),
+            "variables": {name: value for name, value in os.environ.items() if name != "RAY_RAYLET_PID"},
+            "blocked_signals": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
+            "children_are_waited_for": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
+            "oom_score": open("/proc/self/oom_score_adj").read(),
+            "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+            "leads_its_group": os.getpgid(0) == os.getpid(),
+            "stdin": os.readlink("/proc/self/fd/0"),
+            "random": [__import__("random").random(), __import__("uuid").uuid4().hex],
+        }
+
+    def die(self):
+        os._exit(1)
+
+def ended(actor):
+    try:
+        ray.get(actor.die.remote())
+    except ray.exceptions.RayActorError:
+        return True
+
+with ray_session(None, variables={"E2P_X": "1"}, modules=sys.argv[1:]):
+    first, second = Seen.remote(), Seen.remote()
+    seen = ray.get([first.process.remote(), second.process.remote()])
+    has_ended = ended(first)
+    # Neither the death of another one nor that of the server is its own; who comes later is begun without a server.
+    seen.append(ray.get(second.process.remote()))
+    import psutil
+    for child in psutil.Process().children():
+        if child.status() != psutil.STATUS_ZOMBIE and "e2p_ray.fork_server" in child.cmdline():
+            child.kill()
+            child.wait()
+    seen.append(ray.get(second.process.remote()))
+    seen.append(ray.get(Seen.remote().process.remote()))
+    print(json.dumps([has_ended, seen]))
+"""
+
+
+def workers_seen(*modules: str) -> tuple[bool, list[dict[str, Any]]]:
+    """Whether the first worker has ended as asked; what the workers of a Ray of its own are."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "E2P_DEBUG")}
+    ended = subprocess.run([sys.executable, "-c", _SESSION, *modules], env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    has_ended, seen = json.loads(ended.stdout.splitlines()[-1])
+    return has_ended, seen
+
+
+def without_its_own(seen: dict[str, Any]) -> dict[str, Any]:
+    """What two workers may have in common."""
+    return {name: value for name, value in seen.items() if name not in ("pid", "parent", "has_torch", "random")}
+
+
+def test_a_forked_worker_is_as_a_raylet_begins_one_but_has_imported_already() -> None:
+    has_ended, (first, second, later, alone, begun) = workers_seen("torch")
+    _, (other, *_) = workers_seen()
+    assert has_ended
+    for forked in (first, second):
+        assert forked["has_torch"]
+        assert "fork_server" in forked["parent"]
+        assert without_its_own(forked) == without_its_own(other)
+    assert first["random"] != second["random"]
+    assert later["pid"] == alone["pid"] == second["pid"]
+    for control in (begun, other):
+        assert not control["has_torch"]
+        assert "raylet" in control["parent"]
+    assert without_its_own(begun) == without_its_own(other)
+    assert other["variables"]["E2P_X"] == "1"
+
+
+@pytest.mark.parametrize("modules", [("no_such_module",), ("torch", "no_such_module")])
+def test_where_the_server_cannot_import_workers_begin_without_it(modules: tuple[str, ...]) -> None:
+    _, (first, *_) = workers_seen(*modules)
+    assert not first["has_torch"]
+    assert "raylet" in first["parent"]
+
+
+_SERVER = """
+import sys, time
+from e2p_ray.fork_server import fork_server
+with fork_server([], {}) as found:
+    print(*found.values(), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_server_ends_with_whoever_began_it() -> None:
+    with subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        path = Path(job.stdout.readline().strip())
+        wait_until(path.exists, "it listens")
+        (server,) = psutil.Process(job.pid).children()
+        assert server.is_running(), "the control"
+        job.kill()
+    wait_until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, "it ends")
+
+
+def test_a_server_leaves_nothing() -> None:
+    before = set(psutil.Process().children())
+    with fork_server([], {}) as found:
+        (path,) = map(Path, found.values())
+        wait_until(path.exists, "it listens")
+        assert set(psutil.Process().children()) - before, "the control"
+    assert not path.parent.exists()
+    assert not set(psutil.Process().children()) - before
+
+
+def test_processes_for_gpus_and_for_vllm_are_not_forked() -> None:
+    def modules(**values: Any) -> tuple[str, ...]:
+        inputs = {f"{name}_uri": "s3://b/t" for name in ("users", "contents", "candidates")}
+        given = {"inputs": inputs, "base_model": {"uri": "m"}, "projector": {"uri": "p"}, "output": {"uri": "o"}}
+        tasks = {"headline": {"prompts": {"default": {"content": "{body}"}}}}
+        return engine_modules(JobConfig.model_validate({**given, "tasks": tasks, **values}))
+
+    assert "torch" in modules()
+    assert not modules(workers={"num_gpus": 1})
+    assert not modules(engine={"kind": "vllm"})
