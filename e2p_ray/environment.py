@@ -1,4 +1,4 @@
-"""Variables that the environment has for a while."""
+"""The environment: variables that it has for a while, and whether it names a Ray."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def variables_set(variables: Mapping[str, str], *, replace: bool) -> Iterator[No
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def names_no_cluster(address: str | None) -> bool:
+    """Whether neither a configuration nor the environment says where a Ray is, so that a job starts its own."""
+    return address is None and not os.environ.get("RAY_ADDRESS")

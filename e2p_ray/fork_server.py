@@ -1,10 +1,13 @@
 """Processes for Ray's workers, forked from one that has imported already what they need.
 
-torch and transformers take a worker 6 s to import, Ray Data another (2026-11-30, a Zen 3 core): done once for all
-workers, and begun before Ray is there. This is `multiprocessing.forkserver`, but for processes that a raylet begins:
+torch and transformers take a worker 6 s to import (2026-11-30, a Zen 3 core): done once for all workers, and begun
+before Ray is there. This is `multiprocessing.forkserver`, but for processes that a raylet begins:
 Ray has no such thing (2.60), but a raylet takes any process for its worker that names itself by the id it gave. In
 place of Ray's script for workers it begins `forked_worker`, which imports next to nothing and asks here for a process.
 For CPUs: where CUDA is at work before a fork, it fails behind it.
+
+Ray itself is imported behind the fork: it reads at its import which raylet has begun the process, and its random
+numbers would be the same in all workers, which then made objects of the same name.
 """
 
 from __future__ import annotations
@@ -22,19 +25,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from select import select
+from typing import Any
 
 from e2p_ray import forked_worker
 from e2p_ray.forked_worker import Order
 
-# Ray reads at its import which raylet has begun the process: imported when that asks for the first one.
-_OF_RAY = ("ray.data",)
+# transformers imports these for models and losses that are not ours, where it finds them: 0.8 of its 3.5 s.
+_NOT_NEEDED = ("accelerate", "scipy", "sklearn", "triton")
 _STDIN = 0
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
 @contextmanager
 def fork_server(modules: Sequence[str], variables: Mapping[str, str]) -> Iterator[Mapping[str, str]]:
-    """A server with these variables that imports these modules, for the while; yields how workers are told of it.
+    """A server with these variables that imports these modules, for the while; yields how `ray_session` is told of it.
 
     The modules must neither bring Ray nor start threads. Where the server ends before its time or is late, workers
     begin as they do without it.
@@ -64,17 +68,27 @@ def main(path: str, modules: Sequence[str]) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen(64)
-        _import(modules)
+        with _hidden(_NOT_NEEDED):
+            for module in modules:
+                importlib.import_module(module)
+        assert "ray" not in sys.modules, "see above"
+        gc.freeze()  # memory that the collector does not look at stays shared
         order = _own_order(listening)
     if order is not None:
         sys.path[sys.path.index(of_this)] = str(Path(order.arguments[0]).parent)
         _become(order)
 
 
-def _import(modules: Sequence[str]) -> None:
-    for module in modules:
-        importlib.import_module(module)
-    gc.freeze()  # memory that the collector does not look at stays shared
+@contextmanager
+def _hidden(packages: Sequence[str]) -> Iterator[None]:
+    """Within, these are not found, as if they were not installed."""
+    nothing: Any = dict.fromkeys(packages)
+    sys.modules.update(nothing)
+    try:
+        yield
+    finally:
+        for package in packages:
+            del sys.modules[package]
 
 
 def _own_order(listening: socket.socket) -> Order | None:
@@ -87,8 +101,6 @@ def _own_order(listening: socket.socket) -> Order | None:
         asking, _ = listening.accept()
         with asking, suppress(OSError, ValueError):  # one who asks and is gone is none of the others' trouble
             order, files = forked_worker.received(asking)
-            os.environ.update(order.variables)
-            _import(_OF_RAY)
             pid = os.fork()
             for at, file in enumerate(files):
                 if pid == 0:
@@ -110,6 +122,8 @@ def _become(order: Order) -> None:
     os.environ.clear()
     os.environ.update(order.variables)
     sys.argv = list(order.arguments)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()  # of those that anybody may take numbers from, the only one that a fork leaves as it was
     gc.enable()
     runpy.run_path(order.arguments[0], run_name="__main__")
 

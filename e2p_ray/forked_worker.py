@@ -69,7 +69,7 @@ def _own_order() -> Order:
 
 
 def main() -> None:
-    address = os.environ.pop(ADDRESS)
+    address = os.environ.pop(ADDRESS, "")
     order = _own_order()
     try:
         _ask(address, order)

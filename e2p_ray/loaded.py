@@ -16,12 +16,6 @@ from e2p_ray.storage import Storage
 
 EngineFactory = Callable[[JobConfig, Storage], TextEngine]
 
-# For glibc's malloc, where that is the allocator: up to 512 MiB that are free are kept, and only what is larger than
-# 32 MiB, the most it takes there, is asked for apart. By its own rules a worker gave memory back and asked for it again
-# step by step: 12,700 page faults a second, 3 % of its core and more of the machine's below (with this 620, with the
-# same peak of memory; 2026-11-23, one actor, 10,240 requests).
-_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(512 * 2**20), "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20)}
-
 
 class LoadedGenerator:
     """A configuration's engine and its generator. Loading raises the RunError that says why these do not fit.
@@ -133,23 +127,6 @@ class LoadedGenerator:
     @property
     def _serving(self) -> ServingEngine:
         return cast(ServingEngine, self.engine)
-
-
-def engine_variables(config: JobConfig) -> dict[str, str]:
-    """The environment of a process that is to load a configuration's engine."""
-    num_threads = config.engine.num_threads or max(int(config.workers.num_cpus), 1)
-    return _ALLOCATOR | {
-        "OMP_NUM_THREADS": str(num_threads),
-        "POLARS_MAX_THREADS": str(num_threads),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-
-
-def engine_modules(config: JobConfig) -> tuple[str, ...]:
-    """What processes that are to load a configuration's engine can be forked from, imported."""
-    if config.engine.kind == "vllm" or config.workers.num_gpus:  # vLLM begins its own, CUDA stands no fork
-        return ()
-    return ("torch", "e2p_ray.engine.engine")
 
 
 def _load_engine(config: JobConfig, storage: Storage) -> TextEngine:

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
@@ -19,9 +19,8 @@ from ray._private.node import Node
 from ray._private.state import GlobalState
 
 from e2p_ray import forked_worker, idle_agent
-from e2p_ray.environment import variables_set
+from e2p_ray.environment import names_no_cluster, variables_set
 from e2p_ray.errors import ConfigError
-from e2p_ray.fork_server import fork_server
 
 # What a Ray that ends with its job needs not: the API server (without a dashboard for usage statistics; Ray waits for
 # it) and the autoscaler of a cluster that has one node. With the log's reader 3.4 of the 8 s of CPU time of its start
@@ -50,23 +49,23 @@ def ray_session(
     include_dashboard: bool = False,
     variables: Mapping[str, str] = _NONE,
     meanwhile: Callable[[], object] = _nothing,
-    modules: Sequence[str] = (),
+    forks: Mapping[str, str] = _NONE,
 ) -> Iterator[bool]:
     """The Ray of this process if it has one, else what `start_ray` finds or starts, for the while.
 
     Yields whether all workers have `variables` in their environment: those of a Ray that is started here. On another
-    Ray they have to be asked for, by a `runtime_env`. Workers of one that is started here are forked from a process
-    that has imported `modules`, if there are any: see `fork_server`.
+    Ray they have to be asked for, by a `runtime_env`. `forks` names the fork server, if any, of workers of a Ray that
+    is started here.
     """
     if ray.is_initialized():
         yield False
         return
-    with ExitStack() as stack:
-        if modules and names_no_cluster(address) and sys.platform == "linux":
-            variables = {**variables, **stack.enter_context(fork_server(modules, variables))}
-        start_ray(address, include_dashboard=include_dashboard, variables=variables, meanwhile=meanwhile)
-        stack.callback(ray.shutdown)
+    variables = {**variables, **forks}
+    start_ray(address, include_dashboard=include_dashboard, variables=variables, meanwhile=meanwhile)
+    try:
         yield _started_here()
+    finally:
+        ray.shutdown()
 
 
 def start_ray(
@@ -187,11 +186,6 @@ def _node_when_there(meanwhile: Callable[[], object]) -> Callable[[str, str], An
         return get_node(gcs_address, node_id)
 
     return node
-
-
-def names_no_cluster(address: str | None) -> bool:
-    """Whether neither a configuration nor the environment says where a Ray is, so that a job starts its own."""
-    return address is None and not os.environ.get("RAY_ADDRESS")
 
 
 def alive_nodes() -> list[Mapping[str, float]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from dataclasses import asdict
 
 from e2p_ray.commit.audit import AuditLog, verify_log
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError, RunError
 from e2p_ray.storage import Storage
-from jobs.cli import Job, run_job
+from jobs.cli import Job, main
 from jobs.tables import print_pairs, print_table
 
 _HASH = re.compile("[0-9a-f]{64}")
@@ -68,4 +67,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB))
+    main(JOB)

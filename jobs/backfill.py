@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Mapping
 
 from pydantic import ValidationError
 
@@ -11,17 +11,22 @@ from e2p_ray.batch import EngineFactory
 from e2p_ray.config import JobConfig, ProjectorConfig
 from e2p_ray.config.options import explain
 from e2p_ray.downstream.report import Report, render_terminal
+from e2p_ray.engine_process import engine_forks
 from e2p_ray.errors import ConfigError
 from e2p_ray.update import Limits
-from jobs.cli import Job, run_job
-from jobs.generate import add_limits, generate_run, limits_of
+from jobs.cli import Job, main
+from jobs.limits import add_limits
 from jobs.steps import say
+from jobs.whole_run import generate_run, limits_of
+
+_NO_FORKS: Mapping[str, str] = {}
 
 
 def backfill(config: JobConfig, options: argparse.Namespace) -> None:
     """One go; what an earlier, interrupted go committed is kept."""
     limits = limits_of(options)
-    report = backfill_run(config, options.projector, publish_it=not options.no_publish, limits=limits)
+    with engine_forks(config) as forks:
+        report = backfill_run(config, options.projector, publish_it=not options.no_publish, limits=limits, forks=forks)
     print(render_terminal(report))
     if options.projector is not None and options.projector.rstrip("/") != config.projector.uri:
         say(f"set projector.uri to {options.projector}: the next jobs.generate would go back to {config.projector.uri}")
@@ -34,6 +39,7 @@ def backfill_run(
     publish_it: bool = True,
     engine_factory: EngineFactory | None = None,
     limits: Limits | None = None,
+    forks: Mapping[str, str] = _NO_FORKS,
 ) -> Report:
     """`generate_run` with this projector in place of the configured one."""
     if projector_uri is not None:
@@ -44,7 +50,9 @@ def backfill_run(
         except ValidationError as error:
             raise ConfigError(explain(error, ProjectorConfig, f"--projector {projector_uri!r}", {})) from error
         config = config.model_copy(update={"projector": projector})
-    return generate_run(config, publish_it=publish_it, engine_factory=engine_factory, limits=limits, action="backfill")
+    return generate_run(
+        config, publish_it=publish_it, engine_factory=engine_factory, limits=limits, action="backfill", forks=forks
+    )
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -66,4 +74,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB))
+    main(JOB)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 from e2p_ray.config import Config, load_config
 from e2p_ray.errors import E2PError
@@ -36,6 +39,25 @@ class Job(Generic[C]):
 def run_job(job: Job[C], argv: Sequence[str] | None = None) -> int:
     """Parse the options and make the call; the exit code is the error's (130 for Ctrl-C)."""
     return guarded(lambda: _call(job, argv), job.prog, on_interrupt=job.on_interrupt)
+
+
+def main(job: Job[C]) -> NoReturn:
+    """Run a job as a process, which ends with its exit code."""
+    end(run_job(job))
+
+
+def end(code: int) -> NoReturn:
+    """End this process without taking apart what it has imported: 0.7 s of a job's end (2026-11-30, a Zen 3 core).
+
+    What is registered for the end is done. Threads that Python waits for are waited for, in the usual way.
+    """
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def guarded(call: Callable[[], None], prog: str, *, on_interrupt: str = _RESUME) -> int:

@@ -18,14 +18,15 @@ from e2p_ray.demo.angles import Truth, angle_accuracy, load_truth
 from e2p_ray.demo.configs import JobFiles, write_configs
 from e2p_ray.demo.world import write_world
 from e2p_ray.downstream.report import render_terminal
+from e2p_ray.engine_process import engine_forks
 from e2p_ray.schema import Status
 from e2p_ray.storage import Storage
 from jobs.cli import guarded
 from jobs.evaluate import RESULT_FILE, read_evaluation, run_evaluation
-from jobs.generate import generate_run
 from jobs.steps import say
 from jobs.tables import duration_text, print_table
 from jobs.train import train_projector
+from jobs.whole_run import generate_run
 
 C = TypeVar("C", bound=Config)
 
@@ -49,7 +50,8 @@ def demo(folder: Path, rest: Sequence[str]) -> None:
     say(f"[3/5] does it personalise? the same as: python -m jobs.evaluate --config {job_files.evaluate}")
     _evaluate_once(_read(EvaluateConfig, job_files.evaluate), again=trained is not None)
     say(f"[4/5] the main job; the same as: python -m jobs.generate --config {job_files.generate}")
-    report = generate_run(config)
+    with engine_forks(config) as forks:
+        report = generate_run(config, forks=forks)
     say("[5/5] what came out\n")
     truth, table = load_truth(folder / "world"), _published(config)
     _print_samples(table, truth, folder)

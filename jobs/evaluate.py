@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
 from typing import TYPE_CHECKING
 
 from e2p_ray.config import EvaluateConfig
 from e2p_ray.errors import ConfigError, ObjectNotFoundError
 from e2p_ray.storage import Storage
-from jobs.cli import Job, run_job
+from jobs.cli import Job, main
 from jobs.steps import say
 
 if TYPE_CHECKING:
@@ -82,4 +81,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB))
+    main(JOB)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 
 from e2p_ray.commit.history import TableVersion, read_history
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError
 from e2p_ray.storage import Storage
-from jobs.cli import Job, run_job
+from jobs.cli import Job, main
 from jobs.tables import print_table
 
 _DEFAULT_VERSIONS = 50
@@ -88,4 +87,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB))
+    main(JOB)

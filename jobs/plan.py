@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from dataclasses import dataclass
 
 from e2p_ray.commit import PublishedTable, as_of_last_change, read_published
@@ -14,10 +13,10 @@ from e2p_ray.engine.prompt import PromptLayout, load_tokenizer
 from e2p_ray.errors import ConfigError, GateError, RowError
 from e2p_ray.plan import Plan, read_shard
 from e2p_ray.update import Changes, Limits, shows_already, survey
-from jobs.cli import Job, run_job
-from jobs.generate import dead_letters_left
+from jobs.cli import Job, main
 from jobs.steps import Setup, full_run, planned, say, set_up, source_id_of, update_job, update_runs
 from jobs.tables import bytes_text, duration_text, print_pairs, print_table
+from jobs.whole_run import dead_letters_left
 
 _SAMPLE_SHARDS, _SAMPLE_GROUPS = 4, 200
 _CHARS_PER_TOKEN = 3.0  # where no tokenizer can be loaded
@@ -191,4 +190,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB))
+    main(JOB)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from e2p_ray.commit import Run, load_run, pending_shards, publish
 from e2p_ray.commit.audit import published_ids, record
@@ -12,7 +11,7 @@ from e2p_ray.config import JobConfig
 from e2p_ray.downstream.report import read_report, with_consent, write_report
 from e2p_ray.errors import ConfigError, IncompleteRunError
 from e2p_ray.storage import Storage
-from jobs.cli import Job, run_job
+from jobs.cli import Job, main
 from jobs.tables import print_pairs
 
 
@@ -74,4 +73,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB))
+    main(JOB)

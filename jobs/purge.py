@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Mapping
 
 from e2p_ray.commit import load_run
@@ -15,7 +14,7 @@ from e2p_ray.config import JobConfig
 from e2p_ray.downstream.report import read_report, write_report
 from e2p_ray.errors import ConfigError, E2PError
 from e2p_ray.storage import Storage
-from jobs.cli import Job, run_job
+from jobs.cli import Job, main
 from jobs.steps import say
 from jobs.tables import print_pairs, print_table
 
@@ -117,4 +116,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB))
+    main(JOB)

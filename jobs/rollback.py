@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from e2p_ray.commit.audit import record
 from e2p_ray.commit.rollback import rollback
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError
 from e2p_ray.storage import Storage
-from jobs.cli import Job, run_job
+from jobs.cli import Job, main
 from jobs.tables import print_pairs
 
 
@@ -63,4 +62,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB))
+    main(JOB)

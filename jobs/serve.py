@@ -6,11 +6,10 @@ import argparse
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 
 import ray
@@ -27,15 +26,17 @@ from e2p_ray.batch.session import check_resources
 from e2p_ray.config import ServeConfig
 from e2p_ray.config.options import keys
 from e2p_ray.engine.manifest import load_manifest
+from e2p_ray.engine_process import engine_forks
+from e2p_ray.environment import names_no_cluster
 from e2p_ray.errors import ConfigError, E2PError
-from e2p_ray.loaded import EngineFactory, engine_modules
-from e2p_ray.ray_session import names_no_cluster, ray_session
+from e2p_ray.loaded import EngineFactory
+from e2p_ray.ray_session import ray_session
 from e2p_ray.serve.app import serve_file
 from e2p_ray.serve.front import front_of_local_ray, require_free_port
 from e2p_ray.serve.replica import APP_NAME, application
 from e2p_ray.serve.service import require_native
 from e2p_ray.storage import Storage
-from jobs.cli import Job, run_job
+from jobs.cli import Job, main
 from jobs.steps import say
 
 _OWN_ERROR = re.compile(r"^e2p_ray\.errors\.(\w+): (.+)$", re.MULTILINE)
@@ -82,10 +83,10 @@ def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: E
     if not ray.is_initialized() and names_no_cluster(config.workers.ray_address):
         require_free_port(config.api.host, config.api.port)
     # `serve deploy` talks to the dashboard.
-    modules = engine_modules(config) if engine_factory is None else ()
     with (
+        engine_forks(config) if engine_factory is None else nullcontext({}) as forks,
         front_of_local_ray(),
-        ray_session(config.workers.ray_address, include_dashboard=True, modules=modules),
+        ray_session(config.workers.ray_address, include_dashboard=True, forks=forks),
         _set_by_signals(stop),
     ):
         if missing := check_resources(config):
@@ -219,4 +220,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB))
+    main(JOB)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from e2p_ray.config import TrainConfig
 from e2p_ray.downstream.pages.training_page import TrainingReport, build_report, render_html, render_terminal
-from jobs.cli import Job, run_job
+from jobs.cli import Job, main
 from jobs.steps import say
 
 if TYPE_CHECKING:
@@ -83,4 +82,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB))
+    main(JOB)

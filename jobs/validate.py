@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.manifest import CONFIG_FILE, REFERENCE_FILE, WEIGHTS_FILE
@@ -14,7 +13,7 @@ from e2p_ray.errors import ConfigError, IncompatibleError, ObjectNotFoundError
 from e2p_ray.plan.inputs import scan_inputs
 from e2p_ray.storage import is_s3
 from e2p_ray.storage.local import local_path
-from jobs.cli import Job, run_job
+from jobs.cli import Job, main
 from jobs.steps import Setup, set_up
 from jobs.tables import bytes_text, print_pairs, print_table
 
@@ -92,4 +91,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(JOB))
+    main(JOB)

@@ -19,7 +19,8 @@ from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.schema import Completion, Group
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
-from jobs.generate import JOB, generate_run
+from jobs.generate import JOB
+from jobs.whole_run import generate_run
 from tests.small_job import fake_engine, first_groups
 
 _PAUSE_S = 0.05

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import jobs.generate
+import jobs.whole_run
 from e2p_ray.batch import run_batch
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.manifest import ProjectorManifest, read_manifest
@@ -35,7 +35,7 @@ def with_fake_engine(monkeypatch: pytest.MonkeyPatch, batch: Any = run_batch, **
     def run(*arguments: Any, **named: Any) -> Any:
         return batch(*arguments, **named | {"engine_factory": fake_engine} | options)
 
-    monkeypatch.setattr(jobs.generate, "run_batch", run)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", run)
 
 
 def test_backfill_on_a_real_s3_server(

@@ -12,7 +12,7 @@ import pytest
 
 from e2p_ray.schema import Arm, ErrorCode, Reason, Status
 from e2p_ray.storage import Storage
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.small_job import BODY, DIM, SPACE, TASKS, fake_engine, write_small_job
 
 NUM_PAIRS = 2000

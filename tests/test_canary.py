@@ -32,6 +32,7 @@ import jobs.publish
 import jobs.purge
 import jobs.status
 import jobs.validate
+import jobs.whole_run
 from e2p_ray.config import JobConfig, StorageConfig
 from e2p_ray.downstream.report import render_terminal
 from e2p_ray.engine.fake import FakeEngine
@@ -40,7 +41,7 @@ from e2p_ray.plan import read_shard
 from e2p_ray.schema import Completion
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.small_job import DIM
 from tests.update_world import World, content, make_world, serial_batch
 
@@ -274,7 +275,7 @@ def test_no_message_of_a_failing_run_holds_a_canary(
     monkeypatch.setenv("E2P_DEBUG", debug)
     if not debug:
         monkeypatch.delenv("E2P_DEBUG")
-    monkeypatch.setattr(jobs.generate, "run_batch", partial(serial_batch_of, scene.world))
+    monkeypatch.setattr(jobs.whole_run, "run_batch", partial(serial_batch_of, scene.world))
     found = run_job(jobs.generate.JOB, [*job_file(scene.world), "--full"])
     shown = capsys.readouterr()
     assert found == code, shown.err

@@ -19,14 +19,14 @@ from ray._private import state, worker
 from ray.data._internal.metadata_exporter import sanitize_for_struct
 from ray.data._internal.stats import get_or_create_stats_actor
 
-import jobs.generate
+import jobs.whole_run
 from e2p_ray.batch import pool, run_batch
 from e2p_ray.config import JobConfig, StorageConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.errors import IncompleteRunError
 from e2p_ray.schema import Completion, Group
 from e2p_ray.storage import Storage
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.small_job import fake_engine
 from tests.test_canary import PROFILE, SECRETS, all_embedding_marks, canary_vector, hits, marks_of, write
 from tests.update_world import make_world
@@ -106,7 +106,7 @@ def test_nothing_of_a_run_on_ray_holds_a_canary(
     keys = StorageConfig(access_key_id=SecretStr(SECRETS[0]), secret_access_key=SecretStr(SECRETS[1]))
     workers = {"num_cpus": 1, "max_shard_attempts": 1, "max_poison_requests": 0, "max_stall_s": 120}
     world = make_world(tmp_path, monkeypatch, storage=keys, workers=workers)
-    monkeypatch.setattr(jobs.generate, "run_batch", run_batch)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", run_batch)
     for number, (name, user) in enumerate(world.users.items()):
         world.users[name] = replace(user, vector=user.vector and canary_vector(number))
     write(world)

@@ -7,20 +7,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from e2p_ray.config import JobConfig
+from e2p_ray.engine_process import engine_forks
 from e2p_ray.fork_server import fork_server
-from e2p_ray.loaded import engine_modules
 from tests.waiting import wait_until
 
 # Its server shall import these modules; what a worker of it is, with and without.
 _SESSION = """
-import json, os, resource, signal, sys, time
+import json, os, random, signal, sys, uuid
+from contextlib import nullcontext
+import numpy as np
 import ray
+from e2p_ray.fork_server import fork_server
 from e2p_ray.ray_session import ray_session
 
 @ray.remote
@@ -42,7 +46,7 @@ class Seen:
             "niceness": os.getpriority(os.PRIO_PROCESS, 0),
             "leads_its_group": os.getpgid(0) == os.getpid(),
             "stdin": os.readlink("/proc/self/fd/0"),
-            "random": [__import__("random").random(), __import__("uuid").uuid4().hex],
+            "random": [random.random(), np.random.rand(), uuid.uuid4().hex, ray.ObjectRef.from_random().hex()],
         }
 
     def die(self):
@@ -54,7 +58,10 @@ def ended(actor):
     except ray.exceptions.RayActorError:
         return True
 
-with ray_session(None, variables={"E2P_X": "1"}, modules=sys.argv[1:]):
+with (
+    fork_server(sys.argv[1:], {}) if sys.argv[1:] else nullcontext({}) as forks,
+    ray_session(None, variables={"E2P_X": "1"}, forks=forks),
+):
     first, second = Seen.remote(), Seen.remote()
     seen = ray.get([first.process.remote(), second.process.remote()])
     has_ended = ended(first)
@@ -93,7 +100,7 @@ def test_a_forked_worker_is_as_a_raylet_begins_one_but_has_imported_already() ->
         assert forked["has_torch"]
         assert "fork_server" in forked["parent"]
         assert without_its_own(forked) == without_its_own(other)
-    assert first["random"] != second["random"]
+    assert not set(first["random"]) & set(second["random"])
     assert later["pid"] == alone["pid"] == second["pid"]
     for control in (begun, other):
         assert not control["has_torch"]
@@ -102,7 +109,7 @@ def test_a_forked_worker_is_as_a_raylet_begins_one_but_has_imported_already() ->
     assert other["variables"]["E2P_X"] == "1"
 
 
-@pytest.mark.parametrize("modules", [("no_such_module",), ("torch", "no_such_module")])
+@pytest.mark.parametrize("modules", [("no_such_module",), ("torch", "ray")])
 def test_where_the_server_cannot_import_workers_begin_without_it(modules: tuple[str, ...]) -> None:
     _, (first, *_) = workers_seen(*modules)
     assert not first["has_torch"]
@@ -139,13 +146,22 @@ def test_a_server_leaves_nothing() -> None:
     assert not set(psutil.Process().children()) - before
 
 
-def test_processes_for_gpus_and_for_vllm_are_not_forked() -> None:
-    def modules(**values: Any) -> tuple[str, ...]:
+def test_processes_are_forked_for_a_ray_of_ones_own_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def has_server(**values: Any) -> bool:
         inputs = {f"{name}_uri": "s3://b/t" for name in ("users", "contents", "candidates")}
         given = {"inputs": inputs, "base_model": {"uri": "m"}, "projector": {"uri": "p"}, "output": {"uri": "o"}}
         tasks = {"headline": {"prompts": {"default": {"content": "{body}"}}}}
-        return engine_modules(JobConfig.model_validate({**given, "tasks": tasks, **values}))
+        with engine_forks(JobConfig.model_validate({**given, "tasks": tasks, **values})) as forks:
+            return bool(forks)
 
-    assert "torch" in modules()
-    assert not modules(workers={"num_gpus": 1})
-    assert not modules(engine={"kind": "vllm"})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    assert has_server()
+    assert not has_server(workers={"num_gpus": 1})
+    assert not has_server(engine={"kind": "vllm"})
+    assert not has_server(workers={"ray_address": "auto"})
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert not has_server()
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    assert not has_server()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Files of one room lie in one folder or, at the top, are named here.
 ROOM_OF_FILE: dict[str, str] = {}
-_BASE = {"errors", "environment", "config", "schema", "storage", "ray_session"}
+_BASE = {"errors", "environment", "config", "schema", "storage", "ray_session", "fork_server", "engine_process"}
 _MIDDLE = _BASE | {"plan", "check", "commit", "engine", "fingerprint"}
 _UPPER = _MIDDLE | {"results", "generate", "loaded"}
 MAY_SEE: dict[str, set[str]] = {
@@ -27,7 +27,8 @@ MAY_SEE: dict[str, set[str]] = {
     "idle_agent": set(),
     "forked_worker": set(),
     "fork_server": {"forked_worker"},
-    "ray_session": {"errors", "environment", "idle_agent", "forked_worker", "fork_server"},
+    "ray_session": {"errors", "environment", "idle_agent", "forked_worker"},
+    "engine_process": {"config", "environment", "fork_server"},
     "plan": _BASE,
     "check": _BASE,
     "commit": _BASE,
@@ -206,6 +207,7 @@ _MODELS = ("torch", "transformers")
 # One process imports them one after the other: what one of them may bring, none below it forbids.
 LIGHT: dict[str, tuple[str, ...]] = {
     "e2p_ray.config": (*_MODELS, "ray", "pyarrow", "boto3"),
+    "jobs.generate": (*_MODELS, "ray", "pyarrow", "boto3"),
     "e2p_ray.fingerprint": (*_MODELS, "ray", "deltalake"),
     "e2p_ray.serve.client": (*_MODELS, "ray", "deltalake", "fastapi"),
     "e2p_ray.train.job.board": (*_MODELS, "ray"),
@@ -216,7 +218,7 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "e2p_ray.batch": (*_MODELS, "ray.data"),
     "e2p_ray.batch.worker": (*_MODELS, "ray.serve", "fastapi"),
     "e2p_ray.train.job.contract": _MODELS,
-    "jobs.generate": (*_MODELS, "ray.data"),
+    "jobs.whole_run": (*_MODELS, "ray.data"),
     "jobs.backfill": (*_MODELS, "ray.data"),
     "jobs.train": _MODELS,
     "jobs.evaluate": _MODELS,

@@ -39,6 +39,7 @@ from jobs import (
     train,
     vacuum,
     validate,
+    whole_run,
 )
 from jobs.cli import Job, guarded, run_job
 from jobs.progress import ProgressLine, progress_text
@@ -110,14 +111,14 @@ def test_the_whole_way_on_a_real_s3_server(
     shown = capsys.readouterr().out
     assert "missing_content" in shown
     assert "unknown: no run" in shown
-    report = generate.generate_run(config, engine_factory=fake_engine, publish_it=False)
+    report = whole_run.generate_run(config, engine_factory=fake_engine, publish_it=False)
     assert report.version is None
     assert run_job(publish.JOB, job_file) == 0
     assert f"run      {report.run_id}" in capsys.readouterr().out
     table = published(config)
     assert keys_of(table) == expected_keys()
     assert set(table["run_id"].to_pylist()) == {report.run_id}
-    again = generate.generate_run(config, engine_factory=fake_engine)
+    again = whole_run.generate_run(config, engine_factory=fake_engine)
     assert again.version is not None
     assert again.version.already_published
     assert (
@@ -180,13 +181,13 @@ def test_relative_places_are_the_jobs_whatever_folder_its_workers_have(
     planned_by_ray = {"requests_per_shard": 40, "single_node_bytes": 0, "num_partitions": 2}
     config, _ = write_small_job(Path("job"), plan=planned_by_ray)
     assert config.output.uri == "job/out"
-    report = generate.generate_run(config, engine_factory=fake_engine)
+    report = whole_run.generate_run(config, engine_factory=fake_engine)
     assert keys_of(published(config)) == expected_keys()
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     Path("job").rename(moved / "job")
     monkeypatch.chdir(moved)
-    again = generate.generate_run(config, engine_factory=fake_engine)
+    again = whole_run.generate_run(config, engine_factory=fake_engine)
     assert again.version is not None
     assert again.version.already_published, "the plan and the run have the same names in a folder that was moved"
     assert again.run_id == report.run_id
@@ -197,7 +198,7 @@ def test_gates_close_after_the_report_is_written(
     tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, path = write_small_job(tmp_path, gates={"max_fallback_share": 0.01})
-    job = replace(generate.JOB, call=lambda c, _: print(generate.generate_run(c, engine_factory=fake_engine)))
+    job = replace(generate.JOB, call=lambda c, _: print(whole_run.generate_run(c, engine_factory=fake_engine)))
     assert run_job(job, ["--config", str(path)]) == 4
     said = capsys.readouterr().err
     assert "max_fallback_share" in said

@@ -38,7 +38,7 @@ from e2p_ray.schema import DeadLetter, ErrorCode, RequestKey
 from e2p_ray.storage import Storage
 from e2p_ray.update import Limits
 from jobs.cli import run_job
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.plan_world import with_broken
 from tests.s3 import IS_LONG, PLACES
 from tests.small_job import first_groups

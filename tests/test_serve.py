@@ -27,7 +27,7 @@ import pytest
 from deltalake import DeltaTable
 from pydantic import ValidationError
 
-import jobs.generate
+import jobs.whole_run
 from e2p_ray.config import ApiConfig, JobConfig, ServeConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.engine.manifest import ProjectorManifest, read_manifest
@@ -56,7 +56,7 @@ from e2p_ray.serve.pauses import Pauses
 from e2p_ray.serve.problems import ProblemError
 from e2p_ray.serve.replica import Replica
 from e2p_ray.storage import ObjectInfo, Storage
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.plan_world import with_broken
 from tests.serve_world import TOKENS, Site, serve_config, serving, slow
 from tests.small_job import DIM, SPACE, fake_engine, first_groups, write_small_job
@@ -76,7 +76,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
 def published(job: JobConfig) -> JobConfig:
     """The same job after its batch: its table is there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.generate, "run_batch", serial_batch)
+        patch.setattr(jobs.whole_run, "run_batch", serial_batch)
         generate_run(job, engine_factory=fake_engine)
     return job
 
@@ -123,7 +123,7 @@ def test_every_published_text_is_returned_at_once_and_an_override_is_not_among_t
 def test_what_changed_since_is_written_with_the_published_text_as_draft(tmp_path: Path) -> None:
     config, _ = write_small_job(tmp_path, num_users=12)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.generate, "run_batch", serial_batch)
+        patch.setattr(jobs.whole_run, "run_batch", serial_batch)
         generate_run(config, engine_factory=fake_engine)
     storage, uri = Storage(), config.inputs.contents_uri
     with serving(serve_config(config)) as site, site.client() as client:
@@ -778,9 +778,33 @@ def test_a_replica_that_fails_at_all_that_it_scores_is_replaced(job: JobConfig) 
         made[0].is_broken = True  # type: ignore[attr-defined]
         assert not any(is_ranked(client, 3) or is_ranked(client, 4) for _ in range(10)), "some requests again and again"
         asyncio.run(Replica.check_health(replica))
+        for number in range(20):
+            assert not is_ranked(client, number)
+            if number % 5 == 0:
+                made[0].is_broken = False  # type: ignore[attr-defined]
+                assert is_ranked(client, number)
+                made[0].is_broken = True  # type: ignore[attr-defined]
+        asyncio.run(Replica.check_health(replica))
         assert not any(is_ranked(client, number) for number in range(10))
         with pytest.raises(RuntimeError, match="failed at all"):
             asyncio.run(Replica.check_health(replica))
+
+
+def test_a_replica_that_fails_at_all_that_a_batch_asks_for_is_replaced() -> None:
+    loop, keys = ModelLoop(max_rows=1, max_waiting=1), [RequestKey(f"u{n}", f"c{n}", "headline") for n in range(10)]
+
+    def failing(_: Pauses) -> None:
+        raise RuntimeError("the GPU had an error")
+
+    for number, key in enumerate([*keys, *keys]):
+        assert isinstance(loop.run_behind(failing, key).exception(30), RuntimeError)
+        if number % 5 == 0:
+            loop.run_behind(lambda pauses: None, key).result(30)
+    assert loop.is_alive
+    for key in keys:
+        assert isinstance(loop.run_behind(failing, key).exception(30), RuntimeError)
+    wait_until(lambda: not loop.is_alive, "the last one is counted")
+    loop.close(30)
 
 
 def test_a_replica_whose_model_fails_at_everything_is_replaced_and_no_other(job: JobConfig) -> None:
@@ -870,9 +894,10 @@ def test_nobody_waits_for_a_model_s_thread_that_is_gone(monkeypatch: pytest.Monk
         began.set()
         return over.wait(30)
 
-    first = loop.run_behind(hold)
+    key = RequestKey("u", "c", "headline")
+    first = loop.run_behind(hold, key)
     assert began.wait(30)
-    second, errand = loop.run_behind(lambda pauses: None), loop.run(lambda: None)
+    second, errand = loop.run_behind(lambda pauses: None, key), loop.run(lambda: None)
 
     def broken(self: ModelLoop) -> None:
         raise SystemError("a bug of ours")

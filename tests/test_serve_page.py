@@ -11,13 +11,13 @@ import httpx2
 import pyarrow as pa
 import pytest
 
-import jobs.generate
+import jobs.whole_run
 from e2p_ray.config import JobConfig
 from e2p_ray.serve.contents import ContentsAnswer
 from e2p_ray.serve.editors import POLICY
 from e2p_ray.serve.messages import GenerationAnswer
 from e2p_ray.storage import Storage
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.browser import CHROMIUM, Tab, browser
 from tests.serve_world import TOKENS, Site, serve_config, serving
 from tests.small_job import fake_engine, write_small_job
@@ -36,7 +36,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
     """Published; then one title becomes an attack, and one content gets an older row with a word of its own."""
     config, _ = write_small_job(tmp_path_factory.mktemp("page"), num_users=12)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.generate, "run_batch", serial_batch)
+        patch.setattr(jobs.whole_run, "run_batch", serial_batch)
         generate_run(config, engine_factory=fake_engine)
     storage, uri = Storage(), config.inputs.contents_uri
     contents = storage.read_table(uri)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-import jobs.generate
+import jobs.whole_run
 from e2p_ray.config import JobConfig, ProfileConfig
 from e2p_ray.plan.inputs import Space
 from e2p_ray.schema import Reason, Status, UserEmbedding
@@ -24,7 +24,7 @@ from e2p_ray.serve.client import InvalidRequestError
 from e2p_ray.serve.messages import Event, GenerationAnswer, ProblemBody, UserPart
 from e2p_ray.serve.problems import ProblemError
 from e2p_ray.serve.profile import given_events
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.serve_world import TOKENS, Site, serve_config, serving
 from tests.small_job import DIM, SPACE, fake_engine, write_small_job
 from tests.update_world import serial_batch
@@ -145,7 +145,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
 
 def _publish(config: JobConfig) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.generate, "run_batch", serial_batch)
+        patch.setattr(jobs.whole_run, "run_batch", serial_batch)
         generate_run(config, engine_factory=fake_engine)
 
 

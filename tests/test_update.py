@@ -23,6 +23,7 @@ from deltalake import write_deltalake
 import e2p_ray.plan.shards
 import e2p_ray.update.update
 import jobs.generate
+import jobs.whole_run
 from e2p_ray.commit import PublishedTable, PublishedVersion, Run, load_run, publish, read_published
 from e2p_ray.commit.audit import verify_log
 from e2p_ray.commit.spool import HashSpool, hash_rows
@@ -46,9 +47,9 @@ from e2p_ray.update.survey import _order
 from e2p_ray.update.write import ShardWriter, write_carried
 from jobs import plan as plan_job
 from jobs.cli import run_job
-from jobs.generate import dead_letters_left
 from jobs.steps import planned, set_up
 from jobs.tables import duration_text
+from jobs.whole_run import dead_letters_left
 from tests.update_world import (
     TASKS,
     Key,
@@ -1443,7 +1444,7 @@ def test_only_a_full_run_is_stopped_by_the_dead_letters_that_the_gate_leaves(
         found.append(named["max_dead_letters"])
         return serial_batch(*arguments, **named)
 
-    monkeypatch.setattr(jobs.generate, "run_batch", batch)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", batch)
     _with_ghosts(world, 3, 0.25)
     _change_vector(world)
     world.run(publish_it=False)

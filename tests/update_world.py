@@ -15,8 +15,8 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-import jobs.generate
 import jobs.steps
+import jobs.whole_run
 from e2p_ray.batch import BatchProgress, BatchSummary, EngineFactory, ShardOutcome, ShardWorker
 from e2p_ray.batch.tally import Tally
 from e2p_ray.commit import Run, pending_shards
@@ -27,7 +27,7 @@ from e2p_ray.engine.manifest import ProjectorManifest, resolve_base_model
 from e2p_ray.schema import Group
 from e2p_ray.storage import Storage
 from e2p_ray.update import Limits, UpdateJob
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.small_job import BODY, DIM, SPACE, TITLE, fake_engine, write_projector, write_small_job
 
 Key = tuple[str, str, str]
@@ -266,7 +266,7 @@ def make_world(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, num_users: int = 12, num_contents: int = 6, **changes: Any
 ) -> World:
     """Not run yet. Of ten users one opted out and one has no user embedding; each has three candidates."""
-    monkeypatch.setattr(jobs.generate, "run_batch", serial_batch)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", serial_batch)
     monkeypatch.setattr(jobs.steps, "UpdateJob", lambda **values: UpdateJob(**values, bucket_rows=BUCKET_ROWS))
     # 64 buckets for some seventy rows: a quarter of a run's time went into empty ones (measured).
     monkeypatch.setattr("e2p_ray.commit.spool._NUM_BUCKETS_LOG2", 2)

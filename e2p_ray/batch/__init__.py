@@ -26,8 +26,9 @@ from e2p_ray.batch.write import last_line
 from e2p_ray.commit import Run, pending_shards
 from e2p_ray.config import JobConfig
 from e2p_ray.config.uris import absolute
+from e2p_ray.engine_process import engine_variables
 from e2p_ray.errors import E2PError, IncompleteRunError, RunError
-from e2p_ray.loaded import EngineFactory, engine_modules, engine_variables
+from e2p_ray.loaded import EngineFactory
 from e2p_ray.plan import largest_first
 from e2p_ray.ray_session import ray_session
 from e2p_ray.storage import Storage
@@ -35,6 +36,7 @@ from e2p_ray.storage import Storage
 __all__ = ["BatchProgress", "BatchSummary", "EngineFactory", "ShardOutcome", "ShardWorker", "run_batch"]
 
 _MAX_NAMED_SHARDS = 5
+_NO_FORKS: Mapping[str, str] = {}
 Outcomes = Callable[[Sequence[Mapping[str, Any]]], Generator[ShardOutcome]]
 
 
@@ -48,10 +50,12 @@ def run_batch(
     max_seconds: float | None = None,
     max_dead_letters: int | None = None,
     through_serve: str | None = None,
+    forks: Mapping[str, str] = _NO_FORKS,
 ) -> BatchSummary:
     """Generate and commit every pending shard of an opened run.
 
     `through_serve` names a running Serve application whose replicas write the shards, in place of a pool of its own.
+    `forks` names a fork server for its workers, see `engine_process.engine_forks`.
     `max_dead_letters` is how many dead letters its shards may have and the run still be published: with more it stops
     at once, by GateError. No shard is begun after `max_seconds` of generation, counted by each worker from its first
     one; the summary says which were left, and shards that failed and could not be tried again are among them.
@@ -89,8 +93,7 @@ def run_batch(
         # A Ray of its own would have no service.
         address = config.workers.ray_address or (None if through_serve is None else "auto")
         needed = _pool if through_serve is None else _replicas
-        modules = engine_modules(config) if engine_factory is None and through_serve is None else ()
-        with ray_session(address, variables=variables, meanwhile=needed, modules=modules) as is_alone:
+        with ray_session(address, variables=variables, meanwhile=needed, forks=forks) as is_alone:
             if is_alone:
                 variables = {}
             while pending and tally.attempt < config.workers.max_shard_attempts:

@@ -27,8 +27,8 @@ _MAX_RETRY_AFTER_S = 30
 _CROWDED_WAIT = 0.1
 _CROWDED_TEXTS = 4.0
 _USUAL_TEXT_S = 0.1  # before there was any
-# After so many requests, about two contents at least, at which the model failed one by one with no text between them,
-# the model is to blame and not a request: a GPU that had an error has it for ever.
+# After so many requests, about two contents at least, at which the model failed one by one with no success between, it
+# is to blame and not a request: a GPU that had an error has it for ever.
 _MAX_FAILED = 10
 
 
@@ -38,19 +38,17 @@ class _Errand:
 
     call: Callable[[], Any]
     num_texts: int = 0  # that it scores
-    key: RequestKey | None = None  # of one of these
+    key: RequestKey | None = None  # of one of its texts, where the model makes or scores such
     future: Future[Any] = field(default_factory=Future)
 
-    def run(self) -> bool:
-        """Make the call, if somebody waits for it; whether it failed."""
+    def run(self) -> None:
+        """Make the call, if somebody waits for it."""
         if not self.future.set_running_or_notify_cancel():
-            return False
+            return
         try:
             self.future.set_result(self.call())
         except BaseException as error:  # noqa: BLE001 - it belongs to who waits for the result
             self.future.set_exception(error)
-            return True
-        return False
 
 
 class ModelLoop:
@@ -74,7 +72,7 @@ class ModelLoop:
         self._score_s, self._next_score_s = 0.0, -math.inf  # what the last call took; when it is the next one's turn
         self._text_s: float | None = None  # what a text takes, smoothed
         self._refused_s = -math.inf  # when somebody was, at last
-        self._failed = deque[RequestKey](maxlen=_MAX_FAILED)  # at which the model did since its last text
+        self._failed = deque[RequestKey](maxlen=_MAX_FAILED)  # at which the model did since its last success
         self.num_cancelled = 0  # jobs that their clients left
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
@@ -167,12 +165,12 @@ class ModelLoop:
             if len(waiting) > 1 and sum(waiting) > self._max_waiting:
                 raise _come_again(2 * len(waiting) * self._score_s)
 
-    def run_behind(self, call: Callable[[Pauses], T]) -> Future[T]:
-        """Make a call on the model's thread when nothing else waits.
+    def run_behind(self, call: Callable[[Pauses], T], key: RequestKey) -> Future[T]:
+        """Make a call that writes on the model's thread when nothing else waits. `key` is of one of its texts.
 
         An engine that is followed by what the call is given lets others go first between its steps.
         """
-        errand = _Errand(lambda: call(Pauses(self._let_others)))
+        errand = _Errand(lambda: call(Pauses(self._let_others)), key=key)
         with self._changed:
             if self._closed:
                 errand.future.set_exception(interrupted())
@@ -236,7 +234,7 @@ class ModelLoop:
                 if behind is None and not self._others_wait and self._closed:
                     return
             if behind is not None:
-                behind.run()
+                self._try(behind)
             else:
                 self._do_next()
 
@@ -274,8 +272,7 @@ class ModelLoop:
             if texts_turn or not self._scores:
                 return
             errand, self._is_scoring = self._scores.popleft(), True
-        if errand.run() and errand.key is not None:
-            self._failed_at(errand.key)
+        self._try(errand)
         now_s, self._is_scoring = time.monotonic(), False
         self._score_s = now_s - began_s
         self._next_score_s = now_s + self._score_s
@@ -306,6 +303,17 @@ class ModelLoop:
             elif left and left[0].future.set_running_or_notify_cancel():
                 self._failed_at(left[0].request.key)
                 left[0].future.set_exception(error)
+
+    def _try(self, errand: _Errand) -> None:
+        """Run what is the model's own work."""
+        assert errand.key is not None, "it scores or writes"
+        errand.run()
+        if errand.future.cancelled():
+            return
+        if errand.future.exception() is None:
+            self._failed.clear()
+        elif not self._closed:  # what is behind fails when the loop is closed
+            self._failed_at(errand.key)
 
     def _failed_at(self, key: RequestKey) -> None:
         if key not in self._failed:

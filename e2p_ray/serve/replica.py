@@ -14,8 +14,9 @@ from ray.serve import Application
 from e2p_ray.batch.tally import ShardOutcome
 from e2p_ray.commit import Run
 from e2p_ray.config import JobConfig, ServeConfig
+from e2p_ray.engine_process import engine_variables
 from e2p_ray.errors import IncompatibleError
-from e2p_ray.loaded import EngineFactory, engine_variables
+from e2p_ray.loaded import EngineFactory
 from e2p_ray.serve.api import make_api
 from e2p_ray.serve.gate import App
 from e2p_ray.serve.service import Service

@@ -79,7 +79,7 @@ class ShardDesk:
                         done = written_by(generator, part, shard_id)
                     return replace(done, seconds_s=done.seconds_s - pauses.paused_s)
 
-                written = self._service.loop.run_behind(call).result()
+                written = self._service.loop.run_behind(call, part[0].requests[0].key).result()
                 rows += written.generations
                 dead_letters += written.dead_letters
                 seconds_s += written.seconds_s

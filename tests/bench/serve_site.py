@@ -19,13 +19,13 @@ import polars as pl
 import pytest
 import yaml
 
-import jobs.generate
+import jobs.whole_run
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.manifest import resolve_base_model
 from e2p_ray.engine.projector import Projector
 from e2p_ray.serve.front import unused_ports
 from e2p_ray.storage import Storage
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.bench.workloads import CUE, LIVELY, Case, groups_of, llama_30m, wide_tokenizer
 from tests.tiny_models import EMBEDDING_DIM, keep_letters_only, random_model, random_projector
 from tests.update_world import serial_batch
@@ -59,7 +59,7 @@ def write_bench(folder: Path, num_contents: int) -> Bench:
     vectors = _write_tables(job, len(ids), published)
     _write_model(job, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.generate, "run_batch", serial_batch)
+        patch.setattr(jobs.whole_run, "run_batch", serial_batch)
         report = generate_run(job)
     assert report.version is not None, "published"
     path = folder / "serve.yaml"

@@ -153,15 +153,18 @@ def _job_of(job: Job) -> Any:
     import jobs.publish
     import jobs.purge
     import jobs.vacuum
+    import jobs.whole_run
     from tests.small_job import fake_engine
 
     if job.verb != "generate":
         return {"publish": jobs.publish.JOB, "purge": jobs.purge.JOB, "vacuum": jobs.vacuum.JOB}[job.verb]
-    vars(jobs.generate)["run_batch"] = _run_here
+    vars(jobs.whole_run)["run_batch"] = _run_here
     factory = None if job.real_engine else fake_engine
 
     def generate(config: Any, options: argparse.Namespace) -> None:
-        jobs.generate.generate_run(config, publish_it=not options.no_publish, full=options.full, engine_factory=factory)
+        jobs.whole_run.generate_run(
+            config, publish_it=not options.no_publish, full=options.full, engine_factory=factory
+        )
 
     return replace(jobs.generate.JOB, call=generate)
 

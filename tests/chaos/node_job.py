@@ -23,7 +23,8 @@ from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.schema import Completion, Group, RequestKey
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
-from jobs.generate import JOB, generate_run
+from jobs.generate import JOB
+from jobs.whole_run import generate_run
 from tests.small_job import fake_engine
 
 HOLD = "hold"

@@ -14,12 +14,13 @@ import pytest
 
 import jobs.generate
 import jobs.publish
+import jobs.whole_run
 from e2p_ray.batch import ShardWorker
 from e2p_ray.commit import load_run, pending_shards
 from e2p_ray.config import JobConfig
 from e2p_ray.storage import ObjectInfo, Storage, parquet_bytes
 from jobs.cli import run_job
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.chaos.conservation import Seen, assert_conserved, readers_see
 from tests.chaos.real_job import call
 from tests.s3 import IS_LONG
@@ -44,7 +45,7 @@ JOB = replace(jobs.generate.JOB, call=_generate)
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.generate, "run_batch", serial_batch)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", serial_batch)
 
 
 def flip_a_page(path: Path) -> None:
@@ -125,7 +126,7 @@ def write_tables(config: JobConfig) -> None:
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[JobConfig, Path, Seen]:
     """A job whose table is published; nothing that is damaged later may change it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.generate, "run_batch", serial_batch)
+        patch.setattr(jobs.whole_run, "run_batch", serial_batch)
         config, path = write_job(tmp_path_factory.mktemp("shown"))
         generate_run(config, engine_factory=fake_engine)
     return config, path, assert_conserved(config, expected_keys(20)).seen

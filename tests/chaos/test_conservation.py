@@ -13,11 +13,11 @@ import pyarrow as pa
 import pytest
 from deltalake import CommitProperties, DeltaTable, write_deltalake
 
-import jobs.generate
+import jobs.whole_run
 from e2p_ray.config import JobConfig
 from e2p_ray.schema import DEAD_LETTERS
 from e2p_ray.storage import Storage
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.chaos import worlds
 from tests.chaos.conservation import Seen, assert_conserved, assert_old_or_new, readers_see
 from tests.small_job import fake_engine
@@ -50,7 +50,7 @@ class Published:
 def twice(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Published]:
     config, _ = worlds.small_job(tmp_path_factory.mktemp("twice"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.generate, "run_batch", serial_batch)
+        patch.setattr(jobs.whole_run, "run_batch", serial_batch)
         generate_run(config, engine_factory=fake_engine)
         old = readers_see(config)
         worlds.change_contents(config)
@@ -135,7 +135,7 @@ def test_a_torn_publish_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         create(uri, schema, actions[: len(actions) // 2], **options)
 
     config, _ = worlds.small_job(tmp_path)
-    monkeypatch.setattr(jobs.generate, "run_batch", serial_batch)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", serial_batch)
     monkeypatch.setattr(publishing, "create_table_with_add_actions", torn)
     generate_run(config, engine_factory=fake_engine)
     half = readers_see(config)

@@ -13,11 +13,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-import jobs.generate
+import jobs.whole_run
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import GateError, IncompatibleError, StorageError
 from e2p_ray.storage import Storage
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.chaos import worlds
 from tests.chaos.conservation import assert_conserved, assert_old_or_new, readers_see
 from tests.chaos.forks import Forks, Job
@@ -31,7 +31,7 @@ _DISK_BYTES = 2 << 20
 
 @pytest.fixture(autouse=True)
 def _workers_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.generate, "run_batch", serial_batch)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", serial_batch)
 
 
 def small(folder: Path) -> JobConfig:

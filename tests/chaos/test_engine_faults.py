@@ -11,13 +11,13 @@ import pytest
 import torch
 from deltalake import DeltaTable
 
-import jobs.generate
+import jobs.whole_run
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.decode import Decoder, is_out_of_memory
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.rows_step import RowsStep
 from e2p_ray.storage import Storage
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.chaos.conservation import Key, assert_conserved
 from tests.chaos.real_job import batch_here, write_real_job
 from tests.s3 import IS_LONG
@@ -30,7 +30,7 @@ Rows = dict[Key, tuple[object, ...]]
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     write_letters_only(monkeypatch)
-    monkeypatch.setattr(jobs.generate, "run_batch", batch_here)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", batch_here)
 
 
 def rows_of(config: JobConfig) -> Rows:
@@ -51,7 +51,7 @@ def dead_letters(config: JobConfig, run_id: str) -> dict[Key, str]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     with pytest.MonkeyPatch.context() as patch:
         write_letters_only(patch)
-        patch.setattr(jobs.generate, "run_batch", batch_here)
+        patch.setattr(jobs.whole_run, "run_batch", batch_here)
         config = write_real_job(tmp_path_factory.mktemp("undisturbed"))
         report = generate_run(config)
         assert_conserved(config, expected_keys(20))

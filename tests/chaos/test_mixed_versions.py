@@ -17,6 +17,7 @@ from deltalake import DeltaTable
 import e2p_ray.batch.worker
 import jobs.generate
 import jobs.publish
+import jobs.whole_run
 from e2p_ray import errors
 from e2p_ray.batch import ShardWorker
 from e2p_ray.commit import pending_shards, publish
@@ -29,7 +30,7 @@ from e2p_ray.engine.projector import Projector
 from e2p_ray.errors import ConservationError, IncompatibleError
 from e2p_ray.storage import Storage
 from jobs.cli import run_job
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests import tiny_models
 from tests.chaos.conservation import assert_conserved, readers_see
 from tests.chaos.real_job import LLAMA, batch_here, call, opened, write_projector, write_real_job
@@ -170,7 +171,7 @@ def test_the_command_after_a_replacement_makes_a_run_of_its_own(
     config: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replaced between plan and load: exit code 3, the old version stays; again: everything by the new one."""
-    monkeypatch.setattr(jobs.generate, "run_batch", batch_here)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", batch_here)
     generate_run(config)
     old = readers_see(config)
     replace_projector(config)
@@ -181,10 +182,10 @@ def test_the_command_after_a_replacement_makes_a_run_of_its_own(
         outcome = call(ShardWorker(config, storage, run, None), run.shard_ids[0])
         raise getattr(errors, outcome.error_type)(outcome.message)
 
-    monkeypatch.setattr(jobs.generate, "run_batch", swapped)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", swapped)
     assert run_job(jobs.generate.JOB, ["--config", str(tmp_path / "job.yaml")]) == 3
     assert readers_see(config) == old
-    monkeypatch.setattr(jobs.generate, "run_batch", batch_here)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", batch_here)
     generate_run(config)
     assert_conserved(config, expected_keys(20))
     manifest, _ = load_manifest(config, Storage(config.storage))
@@ -225,7 +226,7 @@ def test_replaced_between_the_loads_of_two_workers(
     with pytest.raises(IncompatibleError, match=r"opened with projector_id .* replaced meanwhile"):
         generate_run(config, engine_factory=Replacing(tmp_path))
     assert readers_see(config) is None
-    monkeypatch.setattr(jobs.generate, "run_batch", serial_batch)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", serial_batch)
     generate_run(config, engine_factory=fake_engine)
     assert_conserved(config, expected_keys(20))
 
@@ -242,7 +243,7 @@ def with_space(users: pa.Table, space: str, every: int) -> pa.Table:
 def test_a_rotated_space_is_refused_and_the_old_version_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(jobs.generate, "run_batch", serial_batch)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", serial_batch)
     config, path = write_small_job(tmp_path, num_users=20)
     generate_run(config, engine_factory=fake_engine)
     old = readers_see(config)
@@ -259,7 +260,7 @@ def test_a_rotated_space_is_refused_and_the_old_version_stays(
 
 
 def test_users_of_a_rotated_space_get_no_text_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.generate, "run_batch", serial_batch)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", serial_batch)
     config, _ = write_small_job(tmp_path, num_users=20)
     generate_run(config, engine_factory=fake_engine)
     users = with_space(users_table(20), "space-2", every=4)
@@ -279,7 +280,7 @@ def test_a_space_that_changes_between_plan_and_publish_is_the_plans(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Texts are of the user embeddings that were planned; the next run sees the other space, and refuses it."""
-    monkeypatch.setattr(jobs.generate, "run_batch", serial_batch)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", serial_batch)
     config, path = write_small_job(tmp_path, num_users=20)
     report = generate_run(config, engine_factory=fake_engine, publish_it=False)
     storage = Storage(config.storage)

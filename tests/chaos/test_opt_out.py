@@ -114,7 +114,7 @@ def test_between_the_report_and_publish(world: World, monkeypatch: pytest.Monkey
         opt_out(world)
         return publish(*arguments)
 
-    monkeypatch.setattr("jobs.generate.publish", late)
+    monkeypatch.setattr("jobs.whole_run.publish", late)
     assert_suppressed(world, world.run().run_id)
 
 

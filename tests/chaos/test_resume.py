@@ -20,13 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import jobs.generate
+import jobs.whole_run
 from e2p_ray.commit import Run, load_run, pending_shards
 from e2p_ray.commit.shard import planned_keys as keys_of_shard
 from e2p_ray.config import JobConfig
 from e2p_ray.engine.manifest import resolve_base_model
 from e2p_ray.storage import Storage
-from jobs import generate, publish
+from jobs import publish, whole_run
 from jobs.cli import run_job
 from tests.chaos.conservation import Key, Seen, assert_conserved, assert_old_or_new, readers_see
 from tests.chaos.forks import ROOT, Forks, Job
@@ -48,8 +48,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[JobConfig, 
     """The same job, left alone."""
     config, _ = write_small_job(tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.generate, "run_batch", serial_batch)
-        generate.generate_run(config, engine_factory=fake_engine)
+        patch.setattr(jobs.whole_run, "run_batch", serial_batch)
+        whole_run.generate_run(config, engine_factory=fake_engine)
     seen = readers_see(config)
     assert seen is not None
     return config, seen
@@ -230,15 +230,15 @@ def test_a_committed_shard_that_is_written_again_is_found(
     """The control of the two above: a marker that is lost makes its shard be generated twice."""
     config, path = write_small_job(tmp_path)
     job = Watched(config, path, tmp_path / "log", None)
-    monkeypatch.setattr(jobs.generate, "run_batch", serial_batch)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", serial_batch)
     from tests.fake_generate import slow_engine
 
-    generate.generate_run(config, engine_factory=slow_engine, publish_it=False)
+    whole_run.generate_run(config, engine_factory=slow_engine, publish_it=False)
     assert job.num_written_again() == 0
     job._take_stock()
     victim = sorted(uri for uri in job.committed if uri.endswith(".json"))[0]
     Path(victim).unlink()
-    generate.generate_run(config, engine_factory=slow_engine, publish_it=False)
+    whole_run.generate_run(config, engine_factory=slow_engine, publish_it=False)
     assert job.num_written_again() > 0
     with pytest.raises(AssertionError):
         job._assert_unchanged()
@@ -323,8 +323,8 @@ def test_a_lost_shard_is_not_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, path = write_small_job(tmp_path)
-    monkeypatch.setattr(jobs.generate, "run_batch", serial_batch)
-    report = generate.generate_run(config, engine_factory=fake_engine, publish_it=False)
+    monkeypatch.setattr(jobs.whole_run, "run_batch", serial_batch)
+    report = whole_run.generate_run(config, engine_factory=fake_engine, publish_it=False)
     victim = sorted(Path(config.output.table_uri, "data", report.run_id).iterdir())[0]
     victim.unlink()
     assert run_job(publish.JOB, ["--config", str(path)]) == 4

@@ -19,14 +19,14 @@ import pytest
 import torch
 from deltalake import DeltaTable
 
-import jobs.generate
+import jobs.whole_run
 from e2p_ray.config import JobConfig, OutputConfig
 from e2p_ray.results import Result
 from e2p_ray.schema import DeadLetter, Generation, RequestKey
 from e2p_ray.serve.call import Call
 from e2p_ray.serve.client import Client, DeadlineError, ServiceError
 from e2p_ray.serve.messages import GenerationAnswer
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests import tiny_models
 from tests.chaos.crowd import crowd
 from tests.chaos.serving import asked, good_answer, served_alone
@@ -75,7 +75,7 @@ def test_texts_are_the_published_ones_looked_up_or_written_again(tmp_path: Path)
     """A batch's table, read as Delta; the same pairs from a service with that table and from one without any."""
     config, _ = write_small_job(tmp_path, num_users=170 if IS_LONG else 60, num_contents=12, per_user=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs.generate, "run_batch", serial_batch)
+        patch.setattr(jobs.whole_run, "run_batch", serial_batch)
         generate_run(config, engine_factory=fake_engine)
     names = ["text", "status", "reason", "personalized", "arm", "fingerprint", "num_output_tokens", "prompt_id"]
     rows = DeltaTable(config.output.table_uri).to_pyarrow_table().to_pylist()

@@ -16,8 +16,8 @@ from deltalake import DeltaTable
 from e2p_ray.config import JobConfig, StorageConfig
 from e2p_ray.errors import AccessDeniedError, ConservationError, InputError, StorageError
 from e2p_ray.storage import Storage, parquet_bytes
-from jobs import generate
-from jobs.generate import generate_run
+from jobs import whole_run
+from jobs.whole_run import generate_run
 from tests.chaos.conservation import assert_conserved, readers_see
 from tests.faulty import Faulty, Stormy, faulty_s3, stormy_s3
 from tests.s3 import IS_LONG, S3Server
@@ -83,7 +83,7 @@ def rows_of(config: JobConfig) -> dict[tuple[str, ...], tuple[object, ...]]:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards are written in this process: what is tested is the driver's storage."""
-    monkeypatch.setattr(generate, "run_batch", serial_batch)
+    monkeypatch.setattr(whole_run, "run_batch", serial_batch)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def calm(
     config = job_through(stormy, s3_server, tmp_path_factory.mktemp("calm"))
     stormy.brew(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "run_batch", serial_batch)
+        patch.setattr(whole_run, "run_batch", serial_batch)
         generate_run(config, engine_factory=fake_engine)
     num_requests = stormy.counts().total()
     assert_conserved(config, expected_keys(20))
@@ -149,7 +149,7 @@ def test_what_does_not_pass_ends_the_job_and_publishes_nothing(
 ) -> None:
     """One job, ended by one trouble after another; once it is over, the same command finishes."""
     config = job_through(stormy, s3_server, tmp_path, max_attempts=3)
-    steps = {"at publish": (generate, "publish"), "at the commit": (publishing, "_try_commit")}
+    steps = {"at publish": (whole_run, "publish"), "at the commit": (publishing, "_try_commit")}
     for fault, when, kind, said in PERMANENT:
         stormy.brew(0)
         with monkeypatch.context() as patch:

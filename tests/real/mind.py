@@ -28,7 +28,7 @@ from e2p_ray.train.lessons import Target, UserTable
 from e2p_ray.train.projector import TrainResult, train_projector
 from e2p_ray.train.settings import TrainSettings
 from e2p_ray.upstream.factorise import FactoriseSettings, factorise
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.real.data import FOLDER
 
 BASE_MODEL = FOLDER / "models" / "news-lm-6m"

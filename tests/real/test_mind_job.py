@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from e2p_ray.storage import Storage
-from jobs.generate import generate_run
+from jobs.whole_run import generate_run
 from tests.real import mind
 from tests.real.data import needs_real_data
 from tests.s3 import S3Server

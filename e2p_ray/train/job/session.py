@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import ray
 
 from e2p_ray.config import TrainWorkersConfig
-from e2p_ray.environment import variables_set
+from e2p_ray.environment import names_no_cluster, variables_set
 from e2p_ray.errors import ConfigError, E2PError, RunError
+from e2p_ray.fork_server import fork_server
 from e2p_ray.plan.dataflow import typed_error
 from e2p_ray.ray_session import only_machine, ray_session
 
@@ -21,9 +23,18 @@ _MODULES = ("torch", "e2p_ray.engine.model")
 @contextmanager
 def train_session(workers: TrainWorkersConfig) -> Iterator[None]:
     """A Ray session with the variables that Ray Train reads."""
-    modules = () if workers.num_gpus else _MODULES  # CUDA stands no fork
-    with variables_set(_VARIABLES, replace=False), ray_session(workers.ray_address, modules=modules):
+    with (
+        _forks(workers) as forks,
+        variables_set(_VARIABLES, replace=False),
+        ray_session(workers.ray_address, forks=forks),
+    ):
         yield
+
+
+def _forks(workers: TrainWorkersConfig) -> AbstractContextManager[Mapping[str, str]]:
+    """As `engine_forks`."""
+    has_ray = ray.is_initialized() or not names_no_cluster(workers.ray_address)
+    return nullcontext({}) if has_ray or workers.num_gpus or sys.platform != "linux" else fork_server(_MODULES, {})
 
 
 def check_resources(workers: TrainWorkersConfig) -> None:
