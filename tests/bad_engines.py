@@ -150,14 +150,22 @@ def without_logits(config: JobConfig, storage: Storage) -> FakeEngine:
     return engine
 
 
-def without_end(config: JobConfig, storage: Storage) -> FakeEngine:
-    """An engine that is not done in any time that a test waits for."""
-    engine = fake_engine(config, storage)
-    generate = engine.generate
+class WithoutEnd:
+    """An engine factory whose engines are not done in any time that a test waits for; with `num_first`, only those of
+    the first so many workers that write."""
 
-    def sleeping(groups: Iterable[Group | None]) -> Iterator[Completion]:
-        time.sleep(600)
-        return generate(groups)
+    def __init__(self, folder: Path, num_first: int | None = None) -> None:
+        self._folder, self._num_first = folder, num_first
 
-    engine.generate = sleeping  # type: ignore[method-assign]
-    return engine
+    def __call__(self, config: JobConfig, storage: Storage) -> FakeEngine:
+        engine = fake_engine(config, storage)
+        generate = engine.generate
+
+        def sleeping(groups: Iterable[Group | None]) -> Iterator[Completion]:
+            if self._num_first is None or len(list(self._folder.iterdir())) < self._num_first:
+                (self._folder / str(os.getpid())).touch()
+                time.sleep(600)
+            return generate(groups)
+
+        engine.generate = sleeping  # type: ignore[method-assign]
+        return engine

@@ -25,7 +25,7 @@ from e2p_ray.errors import ConfigError, GateError, IncompatibleError, Incomplete
 from e2p_ray.plan import largest_first, make_plan, read_shard
 from e2p_ray.schema import DEAD_LETTERS, DeadLetter, ErrorCode, to_table
 from e2p_ray.storage import Storage
-from tests.bad_engines import Following, Hanging, Poisoned, Waiting, without_end, without_logits
+from tests.bad_engines import Following, Hanging, Poisoned, Waiting, WithoutEnd, without_logits
 from tests.chaos.conservation import assert_conserved, readers_see
 from tests.s3 import IS_LONG
 from tests.small_job import DIM, SPACE, fake_engine, write_small_job
@@ -306,10 +306,19 @@ def test_a_worker_whose_engine_hangs_is_replaced(with_lock: bool, tmp_path: Path
         assert_published(job, num_users=60, num_dead_letters=0)
 
 
-def test_shards_that_take_longer_than_a_stall_may_name_what_helps(tmp_path: Path) -> None:
+def test_after_a_stall_the_next_pass_has_workers(tmp_path: Path, tries: Path) -> None:
+    workers = {"min_size": 2, "max_size": 2, "max_shard_attempts": 2, "max_stall_s": 8, "max_poison_requests": 0}
+    job = opened(tmp_path, workers=workers)
+    summary = run_batch(job.config, job.storage, job.run, engine_factory=WithoutEnd(tries, num_first=2))
+    assert not pending_shards(job.storage, job.run)
+    assert summary.num_attempts == 2
+    assert len(list(tries.iterdir())) == 2, "both had begun"
+
+
+def test_shards_that_take_longer_than_a_stall_may_name_what_helps(tmp_path: Path, tries: Path) -> None:
     job = opened(tmp_path, workers={"max_shard_attempts": 1, "max_stall_s": 2, "max_poison_requests": 0})
     with pytest.raises(IncompleteRunError) as caught:
-        run_batch(job.config, job.storage, job.run, engine_factory=without_end)
+        run_batch(job.config, job.storage, job.run, engine_factory=WithoutEnd(tries))
     lines = str(caught.value).splitlines()
     assert {line.split(": ", 1)[1] for line in lines[1:6]} == {
         "TimeoutError: no shard ended within workers.max_stall_s, 2 s. Where shards take longer, raise it, or lower "
