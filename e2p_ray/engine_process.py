@@ -5,13 +5,11 @@ Apart from what loads the engine, so that a job can begin its workers' imports b
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 from e2p_ray.config import JobConfig
-from e2p_ray.environment import names_no_cluster
-from e2p_ray.fork_server import fork_server
+from e2p_ray.fork_server import NO_FORKS, own_forks
 
 # For glibc's malloc, where that is the allocator: up to 512 MiB that are free are kept, and only what is larger than
 # 32 MiB, the most it takes there, is asked for apart. By its own rules a worker gave memory back and asked for it again
@@ -33,12 +31,8 @@ def engine_variables(config: JobConfig) -> dict[str, str]:
 
 
 def engine_forks(config: JobConfig) -> AbstractContextManager[Mapping[str, str]]:
-    """A fork server for workers of the Ray that a job is about to start for itself; see `ray_session`.
-
-    None where it will not start one, or where processes cannot be forked: with a GPU, or vLLM, which begins its own.
-    """
-    ray = sys.modules.get("ray")
-    has_ray = not names_no_cluster(config.workers.ray_address) or (ray is not None and ray.is_initialized())
-    if has_ray or config.engine.kind == "vllm" or config.workers.num_gpus or sys.platform != "linux":
-        return nullcontext({})
-    return fork_server(_MODULES, engine_variables(config))
+    """`own_forks` of workers that load a configuration's engine; none for vLLM, which begins processes of its own."""
+    if config.engine.kind == "vllm":
+        return nullcontext(NO_FORKS)
+    workers = config.workers
+    return own_forks(workers.ray_address, _MODULES, engine_variables(config), on_gpus=workers.num_gpus > 0)

@@ -22,18 +22,31 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from select import select
 from typing import Any
 
 from e2p_ray import forked_worker
+from e2p_ray.environment import names_no_cluster
 from e2p_ray.forked_worker import Order
 
 # transformers imports these for models and losses that are not ours, where it finds them: 0.8 of its 3.5 s.
 _NOT_NEEDED = ("accelerate", "scipy", "sklearn", "triton")
+NO_FORKS: Mapping[str, str] = {}
 _STDIN = 0
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
+
+
+def own_forks(
+    address: str | None, modules: Sequence[str], variables: Mapping[str, str], *, on_gpus: bool
+) -> AbstractContextManager[Mapping[str, str]]:
+    """`fork_server` for the Ray that a job is about to start for itself; none where it will not, or on GPUs."""
+    ray = sys.modules.get("ray")
+    has_ray = not names_no_cluster(address) or (ray is not None and ray.is_initialized())
+    if has_ray or on_gpus or sys.platform != "linux":
+        return nullcontext(NO_FORKS)
+    return fork_server(modules, variables)
 
 
 @contextmanager

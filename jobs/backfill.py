@@ -13,13 +13,12 @@ from e2p_ray.config.options import explain
 from e2p_ray.downstream.report import Report, render_terminal
 from e2p_ray.engine_process import engine_forks
 from e2p_ray.errors import ConfigError
+from e2p_ray.fork_server import NO_FORKS
 from e2p_ray.update import Limits
 from jobs.cli import Job, main
 from jobs.limits import add_limits
 from jobs.steps import say
 from jobs.whole_run import generate_run, limits_of
-
-_NO_FORKS: Mapping[str, str] = {}
 
 
 def backfill(config: JobConfig, options: argparse.Namespace) -> None:
@@ -39,7 +38,7 @@ def backfill_run(
     publish_it: bool = True,
     engine_factory: EngineFactory | None = None,
     limits: Limits | None = None,
-    forks: Mapping[str, str] = _NO_FORKS,
+    forks: Mapping[str, str] = NO_FORKS,
 ) -> Report:
     """`generate_run` with this projector in place of the configured one."""
     if projector_uri is not None:

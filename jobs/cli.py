@@ -9,7 +9,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, NoReturn, TypeVar
 
@@ -54,9 +53,12 @@ def end(code: int) -> NoReturn:
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         sys.exit(code)
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        code = code or _UNEXPECTED
+        if not isinstance(error, BrokenPipeError):  # the reader of a pipe left: not our trouble
+            put(sys.stderr, f"what was printed is not whole: {error}\n")
     os._exit(code)
 
 

@@ -7,13 +7,14 @@ from contextlib import nullcontext
 
 from e2p_ray.config import JobConfig
 from e2p_ray.engine_process import engine_forks
+from e2p_ray.fork_server import NO_FORKS
 from jobs.cli import Job, main
 from jobs.limits import add_limits
 
 
 def generate(config: JobConfig, options: argparse.Namespace) -> None:
     """One go; what an earlier, interrupted go committed is kept."""
-    with engine_forks(config) if options.through_serve is None else nullcontext({}) as forks:
+    with engine_forks(config) if options.through_serve is None else nullcontext(NO_FORKS) as forks:
         # What they need is imported beside what this process does.
         from e2p_ray.downstream.report import render_terminal
         from jobs.whole_run import generate_run, limits_of

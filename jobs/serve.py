@@ -29,6 +29,7 @@ from e2p_ray.engine.manifest import load_manifest
 from e2p_ray.engine_process import engine_forks
 from e2p_ray.environment import names_no_cluster
 from e2p_ray.errors import ConfigError, E2PError
+from e2p_ray.fork_server import NO_FORKS
 from e2p_ray.loaded import EngineFactory
 from e2p_ray.ray_session import ray_session
 from e2p_ray.serve.app import serve_file
@@ -84,7 +85,7 @@ def serve_until(config: ServeConfig, stop: threading.Event, *, engine_factory: E
         require_free_port(config.api.host, config.api.port)
     # `serve deploy` talks to the dashboard.
     with (
-        engine_forks(config) if engine_factory is None else nullcontext({}) as forks,
+        engine_forks(config) if engine_factory is None else nullcontext(NO_FORKS) as forks,
         front_of_local_ray(),
         ray_session(config.workers.ray_address, include_dashboard=True, forks=forks),
         _set_by_signals(stop),

@@ -25,12 +25,11 @@ from e2p_ray.commit.verify import check_gates
 from e2p_ray.config import JobConfig
 from e2p_ray.downstream.report import Report, build_report, read_report, with_consent, write_report
 from e2p_ray.errors import ConfigError, GateError
+from e2p_ray.fork_server import NO_FORKS
 from e2p_ray.plan import Plan
 from e2p_ray.update import Changes, Limits, Priority, defer_shards, make_update
 from jobs.progress import ProgressLine
 from jobs.steps import Setup, full_run, opened_run, planned, say, set_up, source_id_of, update_job, update_runs
-
-_NO_FORKS: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def generate_run(
     limits: Limits | None = None,
     action: str = "generate",
     through_serve: str | None = None,
-    forks: Mapping[str, str] = _NO_FORKS,
+    forks: Mapping[str, str] = NO_FORKS,
 ) -> Report:
     """Plan, generate what the published table lacks, report and publish; with `full`, everything.
 

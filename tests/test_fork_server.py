@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,9 @@ import pytest
 from e2p_ray.config import JobConfig
 from e2p_ray.engine_process import engine_forks
 from e2p_ray.fork_server import fork_server
+from tests.chaos.conservation import assert_conserved
+from tests.chaos.real_job import write_real_job
+from tests.test_jobs import expected_keys
 from tests.waiting import wait_until
 
 # Its server shall import these modules; what a worker of it is, with and without.
@@ -165,3 +170,20 @@ def test_processes_are_forked_for_a_ray_of_ones_own_on_cpus(monkeypatch: pytest.
     monkeypatch.delenv("RAY_ADDRESS")
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     assert not has_server()
+
+
+def test_the_worker_of_a_job_on_a_ray_of_its_own_is_forked(tmp_path: Path) -> None:
+    config = write_real_job(tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command, parents = [sys.executable, "-m", "jobs.generate", "--config", str(tmp_path / "job.yaml")], set[bool]()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        while job.poll() is None:
+            with suppress(psutil.Error):  # one of them has ended meanwhile
+                for child in psutil.Process(job.pid).children(recursive=True):
+                    parent = child.parent()
+                    if parent is not None and any("MapWorker" in word for word in child.cmdline()):
+                        parents.add("e2p_ray.fork_server" in parent.cmdline())
+            time.sleep(0.05)
+    assert job.returncode == 0
+    assert parents == {True}
+    assert_conserved(config, expected_keys(20))

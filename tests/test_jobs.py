@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import closing
@@ -452,3 +454,31 @@ def test_a_progress_that_nobody_reads_any_more_ends_no_run(monkeypatch: pytest.M
 def test_figures_are_readable() -> None:
     assert [duration_text(s) for s in (3.4, 75, 3_720)] == ["3 s", "1 min 15 s", "1 h 02 min"]
     assert [bytes_text(n) for n in (12, 2048, 3 << 30)] == ["12 B", "2.0 KiB", "3.0 GiB"]
+
+
+_END = """
+import atexit, sys, threading, time
+from jobs.cli import end
+atexit.register(print, "registered")
+if sys.argv[2:]:
+    threading.Thread(target=lambda: (time.sleep(0.3), print("waited for"))).start()
+print("said")
+end(int(sys.argv[1]))
+"""
+
+
+def test_a_process_ends_with_its_code_when_all_is_said_and_done() -> None:
+    for words, said in ((["3"], "said\nregistered\n"), (["0", "thread"], "said\nwaited for\nregistered\n")):
+        ended = subprocess.run([sys.executable, "-c", _END, *words], capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (int(words[0]), said, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is full")
+@pytest.mark.parametrize(("code", "ends_with"), [(0, 1), (3, 3)])
+def test_what_could_not_be_printed_is_no_success(code: int, ends_with: int) -> None:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", _END, str(code)]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(command, env=buffered, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == ends_with
+    assert "not whole: [Errno 28]" in ended.stderr

@@ -28,6 +28,7 @@ from e2p_ray.config import JobConfig
 from e2p_ray.config.uris import absolute
 from e2p_ray.engine_process import engine_variables
 from e2p_ray.errors import E2PError, IncompleteRunError, RunError
+from e2p_ray.fork_server import NO_FORKS
 from e2p_ray.loaded import EngineFactory
 from e2p_ray.plan import largest_first
 from e2p_ray.ray_session import ray_session
@@ -36,7 +37,6 @@ from e2p_ray.storage import Storage
 __all__ = ["BatchProgress", "BatchSummary", "EngineFactory", "ShardOutcome", "ShardWorker", "run_batch"]
 
 _MAX_NAMED_SHARDS = 5
-_NO_FORKS: Mapping[str, str] = {}
 Outcomes = Callable[[Sequence[Mapping[str, Any]]], Generator[ShardOutcome]]
 
 
@@ -50,7 +50,7 @@ def run_batch(
     max_seconds: float | None = None,
     max_dead_letters: int | None = None,
     through_serve: str | None = None,
-    forks: Mapping[str, str] = _NO_FORKS,
+    forks: Mapping[str, str] = NO_FORKS,
 ) -> BatchSummary:
     """Generate and commit every pending shard of an opened run.
 

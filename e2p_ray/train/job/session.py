@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import ray
 
 from e2p_ray.config import TrainWorkersConfig
-from e2p_ray.environment import names_no_cluster, variables_set
+from e2p_ray.environment import variables_set
 from e2p_ray.errors import ConfigError, E2PError, RunError
-from e2p_ray.fork_server import fork_server
+from e2p_ray.fork_server import own_forks
 from e2p_ray.plan.dataflow import typed_error
 from e2p_ray.ray_session import only_machine, ray_session
 
@@ -24,17 +23,11 @@ _MODULES = ("torch", "e2p_ray.engine.model")
 def train_session(workers: TrainWorkersConfig) -> Iterator[None]:
     """A Ray session with the variables that Ray Train reads."""
     with (
-        _forks(workers) as forks,
+        own_forks(workers.ray_address, _MODULES, {}, on_gpus=workers.num_gpus > 0) as forks,
         variables_set(_VARIABLES, replace=False),
         ray_session(workers.ray_address, forks=forks),
     ):
         yield
-
-
-def _forks(workers: TrainWorkersConfig) -> AbstractContextManager[Mapping[str, str]]:
-    """As `engine_forks`."""
-    has_ray = ray.is_initialized() or not names_no_cluster(workers.ray_address)
-    return nullcontext({}) if has_ray or workers.num_gpus or sys.platform != "linux" else fork_server(_MODULES, {})
 
 
 def check_resources(workers: TrainWorkersConfig) -> None:
