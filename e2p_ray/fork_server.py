@@ -1,10 +1,10 @@
 """Processes for Ray's workers, forked from one that has imported already what they need.
 
 torch and transformers take a worker 6 s to import (2026-11-30, a Zen 3 core): done once for all workers, and begun
-before Ray is there. This is `multiprocessing.forkserver`, but for processes that a raylet begins:
-Ray has no such thing (2.60), but a raylet takes any process for its worker that names itself by the id it gave. In
-place of Ray's script for workers it begins `forked_worker`, which imports next to nothing and asks here for a process.
-For CPUs: where CUDA is at work before a fork, it fails behind it.
+before Ray is there. This is `multiprocessing.forkserver`, but for processes that a raylet begins. Ray has no such thing
+(2.60), but a raylet takes any process for its worker that names itself by the id it gave. In place of Ray's script for
+workers it begins `forked_worker`, which imports next to nothing and asks here for a process. For CPUs: where CUDA is at
+work before a fork, it fails behind it.
 
 Ray itself is imported behind the fork: it reads at its import which raylet has begun the process, and its random
 numbers would be the same in all workers, which then made objects of the same name.
@@ -58,13 +58,12 @@ def fork_server(modules: Sequence[str], variables: Mapping[str, str]) -> Iterato
     """
     with tempfile.TemporaryDirectory(prefix="e2p_ray-") as folder:
         path = str(Path(folder, "server"))
-        output = None if os.environ.get("E2P_DEBUG") else subprocess.DEVNULL
         server = subprocess.Popen(
             [sys.executable, "-m", __name__, path, *modules],
             env={**os.environ, **variables},
             stdin=subprocess.PIPE,  # that it ends with this process, however that ends
-            stdout=output,
-            stderr=output,
+            stdout=subprocess.DEVNULL,
+            stderr=None if os.environ.get("E2P_DEBUG") else subprocess.DEVNULL,
             process_group=0,  # Ctrl-C is for the job
         )
         try:
@@ -114,6 +113,7 @@ def _own_order(listening: socket.socket) -> Order | None:
         asking, _ = listening.accept()
         with asking, suppress(OSError, ValueError):  # one who asks and is gone is none of the others' trouble
             order, files = forked_worker.received(asking)
+            asking.sendall(forked_worker.TAKEN)  # who has given up waiting is a worker by itself: it gets no other one
             pid = os.fork()
             for at, file in enumerate(files):
                 if pid == 0:
@@ -121,7 +121,6 @@ def _own_order(listening: socket.socket) -> Order | None:
                 os.close(file)
             if pid == 0:
                 return order
-            asking.sendall(str(pid).encode())
 
 
 def _become(order: Order) -> None:

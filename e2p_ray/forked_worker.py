@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ADDRESS = "E2P_FORK_SERVER"
+TAKEN = b"taken"
 # A raylet gives a worker 60 s to say that it is there, imports by a server that is not done included.
 _MAX_WAIT_S = 30.0
 _NUM_FILES = 3
@@ -44,7 +45,8 @@ def received(asking: socket.socket) -> tuple[Order, list[int]]:
     return Order(**json.loads(said)), files
 
 
-def _ask(address: str, order: Order) -> None:
+def ask(address: str, order: Order) -> None:
+    """Have a process forked; OSError where none will be."""
     with socket.socket(socket.AF_UNIX) as server:
         server.settimeout(_MAX_WAIT_S)
         server.connect(address)
@@ -52,7 +54,7 @@ def _ask(address: str, order: Order) -> None:
         num_sent = socket.send_fds(server, [said], range(_NUM_FILES))
         server.sendall(said[num_sent:])
         server.shutdown(socket.SHUT_WR)
-        if not server.recv(_MAX_READ_BYTES):
+        if server.recv(len(TAKEN)) != TAKEN:
             raise ConnectionError("the server has ended")
 
 
@@ -72,7 +74,7 @@ def main() -> None:
     address = os.environ.pop(ADDRESS, "")
     order = _own_order()
     try:
-        _ask(address, order)
+        ask(address, order)
     except OSError:
         os.execv(sys.executable, [sys.executable, *order.arguments])
 

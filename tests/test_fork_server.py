@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from e2p_ray import forked_worker
 from e2p_ray.config import JobConfig
 from e2p_ray.engine_process import engine_forks
 from e2p_ray.fork_server import fork_server
@@ -119,6 +120,25 @@ def test_where_the_server_cannot_import_workers_begin_without_it(modules: tuple[
     _, (first, *_) = workers_seen(*modules)
     assert not first["has_torch"]
     assert "raylet" in first["parent"]
+
+
+def test_who_has_given_up_waiting_gets_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "slow_to_come.py").write_text("import time; time.sleep(2)")
+    (tmp_path / "script.py").write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).touch()")
+
+    def ask(name: str, max_wait_s: float) -> None:
+        monkeypatch.setattr(forked_worker, "_MAX_WAIT_S", max_wait_s)
+        words = [str(tmp_path / "script.py"), str(tmp_path / name)]
+        forked_worker.ask(path, forked_worker.Order(words, dict(os.environ), str(tmp_path), [], "0"))
+
+    with fork_server(["slow_to_come"], {"PYTHONPATH": str(tmp_path)}) as found:
+        (path,) = found.values()
+        wait_until(Path(path).exists, "it listens")
+        with pytest.raises(TimeoutError):
+            ask("first", 0.2)
+        ask("second", 30)
+        wait_until((tmp_path / "second").exists, "the control")
+    assert not (tmp_path / "first").exists()
 
 
 _SERVER = """
