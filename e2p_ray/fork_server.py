@@ -35,7 +35,6 @@ from e2p_ray.forked_worker import Order
 _NOT_NEEDED = ("accelerate", "scipy", "sklearn", "triton")
 NO_FORKS: Mapping[str, str] = {}
 _STDIN = 0
-_OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
 def own_forks(
@@ -129,7 +128,7 @@ def _become(order: Order) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, order.blocked_signals)
     os.setpgid(0, 0)  # as a raylet does: it ends the group of a worker that has died
     with suppress(OSError):
-        _OOM_SCORE.write_text(order.oom_score)
+        forked_worker.OOM_SCORE.write_text(order.oom_score)
     os.chdir(order.folder)
     os.environ.clear()
     os.environ.update(order.variables)

@@ -20,6 +20,7 @@ ADDRESS = "E2P_FORK_SERVER"
 TAKEN = b"taken"
 # A raylet gives a worker 60 s to say that it is there, imports by a server that is not done included.
 _MAX_WAIT_S = 30.0
+OOM_SCORE = Path("/proc/self/oom_score_adj")
 _NUM_FILES = 3
 _MAX_READ_BYTES = 65536
 
@@ -65,7 +66,7 @@ def _own_order() -> Order:
     script = Path(ray.origin).parent / "_private" / "workers" / "default_worker.py"
     oom_score = ""
     with suppress(OSError):
-        oom_score = Path("/proc/self/oom_score_adj").read_text()
+        oom_score = OOM_SCORE.read_text()
     blocked = [int(each) for each in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
     return Order([str(script), *sys.argv[1:]], dict(os.environ), os.getcwd(), blocked, oom_score)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jobs.cli import guarded
+from jobs.cli import end, guarded
 from jobs.cluster_files import KINDS, render
 from jobs.cluster_settings import SETTINGS, load_settings
 from jobs.cluster_submit import ACCOUNT, IN_CLUSTER, Api, submit
@@ -53,4 +52,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

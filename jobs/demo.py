@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from e2p_ray.downstream.report import render_terminal
 from e2p_ray.engine_process import engine_forks
 from e2p_ray.schema import Status
 from e2p_ray.storage import Storage
-from jobs.cli import guarded
+from jobs.cli import end, guarded
 from jobs.evaluate import RESULT_FILE, read_evaluation, run_evaluation
 from jobs.steps import say
 from jobs.tables import duration_text, print_table
@@ -137,4 +136,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

@@ -15,7 +15,7 @@ from e2p_ray.commit.progress import PendingShard, RunProgress, run_progress
 from e2p_ray.config import JobConfig
 from e2p_ray.errors import ConfigError
 from e2p_ray.storage import Storage
-from jobs.cli import Job, run_job
+from jobs.cli import Job, end, run_job
 from jobs.tables import duration_text, print_pairs, print_table
 
 _MAX_NAMED = 10
@@ -146,4 +146,4 @@ JOB = Job(
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end(main(sys.argv[1:]))
