@@ -22,7 +22,6 @@ from deltalake import write_deltalake
 
 import e2p_ray.plan.shards
 import e2p_ray.update.update
-import jobs.generate
 import jobs.whole_run
 from e2p_ray.commit import PublishedTable, PublishedVersion, Run, load_run, publish, read_published
 from e2p_ray.commit.audit import verify_log
@@ -840,7 +839,7 @@ def test_deletion_vectors_are_refused(world: World, monkeypatch: pytest.MonkeyPa
         assert table is not None
         return replace(table, has_deletion_vectors=True)
 
-    monkeypatch.setattr("jobs.generate.read_published", with_vectors)
+    monkeypatch.setattr("jobs.whole_run.read_published", with_vectors)
     _change_vector(world)
     with pytest.raises(IncompatibleError, match="deletion vectors"):
         world.run()
@@ -911,11 +910,11 @@ def test_a_publish_is_in_the_audit_log_whatever_becomes_of_its_report(
         write_report(storage, run, report)
 
     _projector(world)
-    monkeypatch.setattr(jobs.generate, "write_report", failing)
+    monkeypatch.setattr(jobs.whole_run, "write_report", failing)
     with pytest.raises(StorageError, match="no room"):
         world.run()
     assert world.table().version() == 1, "control: it is published"
-    monkeypatch.setattr(jobs.generate, "write_report", write_report)
+    monkeypatch.setattr(jobs.whole_run, "write_report", write_report)
     assert_nothing_to_do(world)
     (entry,) = verify_log(world.storage, world.config.output.uri).entries[len(before) :]
     assert (entry.action, entry.ids["version"]) == ("generate", 1)
