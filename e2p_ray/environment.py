@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -28,3 +29,9 @@ def variables_set(variables: Mapping[str, str], *, replace: bool) -> Iterator[No
 def names_no_cluster(address: str | None) -> bool:
     """Whether neither a configuration nor the environment says where a Ray is, so that a job starts its own."""
     return address is None and not os.environ.get("RAY_ADDRESS")
+
+
+def remembers_ray() -> bool:
+    """Whether `ray start` has left a Ray here that a job finds where `names_no_cluster`; Ray itself is not imported."""
+    folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
+    return Path(folder, "ray", "ray_current_cluster").exists()

@@ -28,7 +28,7 @@ from select import select
 from typing import Any
 
 from e2p_ray import forked_worker
-from e2p_ray.environment import names_no_cluster
+from e2p_ray.environment import names_no_cluster, remembers_ray
 from e2p_ray.forked_worker import Order
 
 # transformers imports these for models and losses that are not ours, where it finds them: 0.8 of its 3.5 s.
@@ -42,8 +42,8 @@ def own_forks(
 ) -> AbstractContextManager[Mapping[str, str]]:
     """`fork_server` for the Ray that a job is about to start for itself; none where it will not, or on GPUs."""
     ray = sys.modules.get("ray")
-    has_ray = not names_no_cluster(address) or (ray is not None and ray.is_initialized())
-    if has_ray or on_gpus or sys.platform != "linux":
+    is_there = remembers_ray() or (ray is not None and ray.is_initialized())
+    if not names_no_cluster(address) or is_there or on_gpus or sys.platform != "linux":
         return nullcontext(NO_FORKS)
     return fork_server(modules, variables)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ray._common.utils import get_ray_address_file
 
 from e2p_ray import forked_worker
 from e2p_ray.config import JobConfig
@@ -171,7 +172,7 @@ def test_a_server_leaves_nothing() -> None:
     assert not set(psutil.Process().children()) - before
 
 
-def test_processes_are_forked_for_a_ray_of_ones_own_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_are_forked_for_a_ray_of_ones_own_on_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def has_server(**values: Any) -> bool:
         inputs = {f"{name}_uri": "s3://b/t" for name in ("users", "contents", "candidates")}
         given = {"inputs": inputs, "base_model": {"uri": "m"}, "projector": {"uri": "p"}, "output": {"uri": "o"}}
@@ -181,6 +182,7 @@ def test_processes_are_forked_for_a_ray_of_ones_own_on_cpus(monkeypatch: pytest.
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     assert has_server()
     assert not has_server(workers={"num_gpus": 1})
     assert not has_server(engine={"kind": "vllm"})
@@ -188,6 +190,12 @@ def test_processes_are_forked_for_a_ray_of_ones_own_on_cpus(monkeypatch: pytest.
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert not has_server()
     monkeypatch.delenv("RAY_ADDRESS")
+    remembered = Path(get_ray_address_file(None))
+    remembered.parent.mkdir()
+    remembered.touch()
+    assert not has_server(), "`ray start` has left one"
+    remembered.unlink()
+    assert has_server(), "the control"
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
     assert not has_server()
 
