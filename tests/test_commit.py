@@ -442,8 +442,15 @@ def test_a_shard_of_a_newer_release_is_named(local: World, known: bytes, new: by
     footer = before.replace(known, new)
     assert footer != before
     local.storage.write_table(uri, table.replace_schema_metadata({b"e2p_ray.shard": footer}))
+    marker = json.loads(local.storage.read_bytes(local.run.marker_uri("shard0")))
+    written = local.storage.read_bytes(uri)
+    marker |= {"data_size_bytes": len(written), "data_sha256": hashlib.sha256(written).hexdigest()}
+    local.storage.write_bytes(local.run.marker_uri("shard0"), json.dumps(marker).encode())
+    said = r"^\S+shard0\.parquet has dead letters that this version does not know\. Install the newer one$"
+    with pytest.raises(IncompatibleError, match=said):  # and not that the file should be deleted
+        verify(local.storage, local.run)
     local.storage.delete(local.run.marker_uri("shard0"))
-    with pytest.raises(ShardError, match=r"shard0\.parquet has dead letters that this version does not know"):
+    with pytest.raises(IncompatibleError, match=said):
         local.commit("shard0")
 
 

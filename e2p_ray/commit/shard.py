@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from e2p_ray.commit.run import Run
-from e2p_ray.errors import ShardError
+from e2p_ray.errors import IncompatibleError, ShardError
 from e2p_ray.schema import DEAD_LETTERS, GENERATIONS, DeadLetter, ErrorCode, Generation, RequestKey, to_table
 from e2p_ray.storage import Storage, parquet_bytes
 
@@ -138,7 +138,7 @@ def _refuse_difference(differences: dict[str, list[RequestKey]], shard_id: str, 
 
 
 def parse_data(data: bytes, uri: str) -> ShardData:
-    """A shard's data file from its bytes; ShardError when they are none."""
+    """A shard's data file from its bytes; ShardError when they are none, IncompatibleError when a newer release's."""
     try:
         rows = pq.read_table(pa.BufferReader(data), use_threads=False)
         footer = json.loads((rows.schema.metadata or {})[FOOTER])
@@ -150,7 +150,8 @@ def parse_data(data: bytes, uri: str) -> ShardData:
     try:
         letters = [DeadLetter(**row | {"error_code": ErrorCode(row["error_code"])}) for row in footer["dead_letters"]]
     except (TypeError, ValueError) as error:  # of a field, or of a code, that a newer release brought
-        raise ShardError(f"{uri} has dead letters that this version does not know. Install the newer one") from error
+        said = f"{uri} has dead letters that this version does not know. Install the newer one"
+        raise IncompatibleError(said) from error
     return ShardData(rows, tuple(letters), footer["stats"])
 
 

@@ -74,7 +74,8 @@ class RunSummary:
 def verify(storage: Storage, run: Run, *, users: HashSpool | None = None) -> RunSummary:
     """Read a whole run back and prove that every planned key has exactly one result.
 
-    `users` collects the users whose rows are not suppressed. Raises IncompleteRunError or ConservationError.
+    `users` collects the users whose rows are not suppressed. Raises IncompleteRunError, ConservationError, or
+    IncompatibleError where a newer release wrote a shard.
     """
     if pending := pending_shards(storage, run):
         problem = f"{len(pending)} of {len(run.shard_ids)} shards of run {run.run_id} are not generated"
