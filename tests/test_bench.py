@@ -20,11 +20,12 @@ from torch import Tensor
 import tests.bench
 from e2p_ray.engine import decode as decoder
 from e2p_ray.engine import teaching
-from e2p_ray.engine.drafts import Drafts, RowDraft, Told
+from e2p_ray.engine.drafts import Drafts, RowDraft
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.greedy import GreedyHead, Likeliest
 from e2p_ray.engine.model import BaseModel
 from e2p_ray.engine.projector import Projector
+from e2p_ray.engine.told import Told
 from e2p_ray.schema import Group, RequestKey
 from tests.bench import backfill, decode, harness, peers, serve_site, train, update, workloads
 from tests.bench.peers_start import save_model

@@ -11,11 +11,12 @@ import pytest
 
 from e2p_ray.engine import decode
 from e2p_ray.engine.agreement import Agreement, Source
-from e2p_ray.engine.drafts import Drafts, Experience, Guess, RowDraft, Told
+from e2p_ray.engine.drafts import Drafts, Experience, Guess, RowDraft
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.guesses import Guesses
 from e2p_ray.engine.reach import NO_GUESS
 from e2p_ray.engine.row import Row
+from e2p_ray.engine.told import Told, ToldTexts
 from e2p_ray.engine.worth import Worth, kind_of
 from e2p_ray.schema import Completion, ErrorCode, Group, RequestKey
 from tests import tiny_models
@@ -173,6 +174,26 @@ def test_users_who_are_alike_draft_for_each_other_in_a_first_run() -> None:
     assert engine.stats.num_steps < 0.7 * plain.stats.num_steps
 
 
+def test_what_was_written_in_a_call_is_a_guess_in_the_next_ones() -> None:
+    """A hot content is in many shards, and online each text is a call of its own."""
+    group = groups_of(1, 1)[0]
+    request = group.requests[0]
+    users = [replace(request, key=request.key._replace(user_id=f"u{at}")) for at in range(8)]
+    calls = [replace(group, requests=(user,)) for user in users]
+    plain, engine = engine_of(GREEDY, drafts=False), engine_of(GREEDY)
+    expected = [run(plain, [call]) for call in calls]
+    num_steps = list[int]()
+    for call, texts in zip(calls, expected, strict=True):
+        before = engine.stats.num_steps
+        assert same(run(engine, [call]), texts)
+        num_steps.append(engine.stats.num_steps - before)
+    assert num_steps[0] == plain.stats.num_steps / len(calls), "the control: of the first nothing is known"
+    assert max(num_steps[1:]) < num_steps[0] / 2
+    other = engine_of(GREEDY)
+    assert same(run(other, [calls[1]]), expected[1])
+    assert other.stats.num_accepted_tokens == 0, "the control: another engine has written nothing yet"
+
+
 def test_rows_that_nothing_can_be_found_for_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is told before the first row is done; then those are asked whose content has a new text."""
     asked, plain = list[int](), RowDraft.next
@@ -201,13 +222,16 @@ class Followed:
         self.written, self.num_written = np.zeros((len(drafts), max_new), np.int64), np.zeros(len(drafts), np.int64)
         self.guesses.add(drafts)
 
-    def write(self, *rows: Sequence[int], num_told: int = 0) -> None:
+    def write(self, *rows: Sequence[int], told: tuple[Told, tuple[int, ...]] | None = None) -> None:
         for slot, tokens in enumerate(rows):
             end = self.num_written[slot] + len(tokens)
             self.written[slot, self.num_written[slot] : end] = tokens
             self.num_written[slot] = end
+        if told is not None:
+            told[0].add(told[1], None)
+            self.experience.told.num_told += 1
         self.guesses.passed()
-        self.guesses.follow(self.written, self.num_written, num_told, self.experience)
+        self.guesses.follow(self.written, self.num_written, self.experience)
 
     @property
     def agreements(self) -> tuple[Agreement, ...]:
@@ -226,8 +250,7 @@ def test_a_text_told_meanwhile_becomes_a_guess_of_rows_that_began_like_it() -> N
     rows = Followed([RowDraft([], told, None) for _ in range(3)])
     rows.write([5, 6], [5, 7], [])
     assert not rows.guesses.any_from(0)
-    told.add((5, 6, 7, 8, 9), None)
-    rows.write([7], [7], [], num_told=1)
+    rows.write([7], [7], [], told=(told, (5, 6, 7, 8, 9)))
     assert rows.ahead() == [[8, 9], [], [5, 6, 7, 8, 9]]
 
 
@@ -265,24 +288,55 @@ def test_the_nearest_user_s_text_is_guessed_first_and_then_the_most_common_ones(
     def of(*user: float) -> Row:
         return replace(row, user_embedding=np.array(user, np.float32))
 
+    def first(*user: float) -> RowDraft:
+        (draft,) = drafts.of([of(*user)], 0)
+        assert draft is not None
+        return draft
+
     north, east, south, shared = (1, 9), (2, 9), (3, 9), (4, 9)
     for user, text in (((0, 1), north), ((1, 0), east), ((0, -1), south)):
         drafts.tell(of(*user), text)
-    for teller in (replace(row, user_embedding=None), of(5, 5), of(0.9, 0), of(0, -0.9)):
+    for teller in (replace(row, user_embedding=None), of(5, 5), of(5, -5)):
         drafts.tell(teller, shared)
-    expected = {(0.1, 0.8): north, (0.8, 0.1): east, (0.2, -0.7): south}
-    for place, text in expected.items():
-        (draft,) = drafts.of([of(*place)], 0)
-        assert draft is not None
+    for place, text in {(0.1, 0.8): north, (0.8, 0.1): east, (0.2, -0.7): south}.items():
+        draft = first(*place)
         assert draft.next([]) == (text, Source.TOLD)
         assert draft.next([shared[0]]) == (shared, Source.TOLD), "what began otherwise goes on with another"
         assert draft.next([shared[0]]) is None
-        others = drafts._told_of(row).order_for(np.array(place, np.float32))
+        others = drafts.experience.told.of(row).order_for(np.array(place, np.float32))
         assert others[:2] == [text, shared]
         assert sorted(others) == [north, east, south, shared]
-    (draft,) = drafts.of([replace(row, user_embedding=None)], 0)
-    assert draft is not None
-    assert draft.next([]) == (shared, Source.TOLD), "the control: without a user the common one"
+    (of_nobody,) = drafts.of([replace(row, user_embedding=None)], 0)
+    assert of_nobody is not None
+    assert of_nobody.next([]) == (shared, Source.TOLD), "the control: without a user the common one"
+    drafts.tell(of(0.7, 0), shared)
+    assert first(0.8, 0.1).next([]) == (shared, Source.TOLD), "the nearest wrote what others had written before"
+
+
+def test_what_is_told_meanwhile_is_looked_at_as_all_of_it_is() -> None:
+    """The nearest user's first, then the most common."""
+    told = Told()
+    told.add((1, 9), np.zeros(2, np.float32))
+    draft = RowDraft([], told, np.ones(2, np.float32))
+    assert draft.next([]) == ((1, 9), Source.TOLD)
+    assert not draft.has_news
+    for text, place in (((2, 9), 5), ((3, 9), 5), ((3, 9), 5), ((4, 9), 1), ((1, 9), 1)):
+        told.add(text, np.full(2, place, np.float32))
+    assert [draft.next([at]) for at in (4, 3, 2)] == [((at, 9), Source.TOLD) for at in (4, 3, 2)]
+    assert draft.next([1]) is None, "the control: it was compared with that already"
+    again = RowDraft([], told, np.ones(2, np.float32))
+    assert again.next([1]) == ((1, 9), Source.TOLD)
+
+
+def test_of_many_texts_the_common_and_the_last_ones_are_kept() -> None:
+    told = Told()
+    common, others = (7, 7), [(at,) for at in range(100)]
+    for text in others:
+        told.add(text, None)
+        told.add(common, None)
+    assert told.order_for(None) == [common, *others[-31:]]
+    assert told.last == common
+    assert told.num_new == 101
 
 
 def test_guesses_beside_a_row_without_one_pay_where_somebody_waits_for_each_text() -> None:
@@ -337,6 +391,7 @@ def test_rows_get_guesses_where_these_have_saved_passes(monkeypatch: pytest.Monk
         return drafts
 
     monkeypatch.setattr(Drafts, "of", watched)
+    monkeypatch.setattr(ToldTexts, "tell", lambda told, row, tokens: None)  # the same users' own texts would be right
     calls = [group for at in range(40) for group in groups_of(1, 4, first=4 * at)]
     expected = run(engine_of(GREEDY, drafts=False), calls)
     wrong = with_drafts(calls, lambda key: "no such text at all, whatever is asked")
@@ -474,15 +529,11 @@ def test_a_draft_begins_as_the_texts_before_it_did() -> None:
     assert first_tokens() == [blank], "after many the other way is not tried"
 
 
-def test_drafts_forget_texts_beyond_their_bounds() -> None:
-    engine = engine_of(GREEDY)
-    drafts = Drafts(tiny_models.byte_tokenizer(), tiny_models.EOS, Experience())
-    row = first_row(engine)
-    for at in range(100):
-        drafts.tell(row, (at, at + 1))
-    told = drafts._told_of(row)
-    assert len(told.texts) == 32
-    for at in range(400):
-        other = replace(row.segments, left=(at, *row.segments.left))
-        drafts.tell(Row(row.key, other, np.zeros(4, np.float32), row.sampling, 0), (1, 2))
-    assert len(drafts._told) == 256
+def test_contents_are_forgotten_beyond_their_bound() -> None:
+    told, row = ToldTexts(), first_row(engine_of(GREEDY))
+    rows = [replace(row, segments=replace(row.segments, left=(at, *row.segments.left))) for at in range(300)]
+    for one in rows:
+        told.tell(one, (1, 2))
+        told.tell(rows[0], (3, 4))
+    assert len(told) == 256
+    assert [told.of(rows[at]).num_new for at in (0, 299, 45, 44)] == [2, 1, 1, 0]

@@ -92,7 +92,8 @@ def test_a_text_ends_with_the_tokenizer_s_own_end_token_whichever_else_end_one(
     model.generation_config.eos_token_id = [7, tiny_models.EOS]
     engine = tiny_models.engine_of(LLAMA, model=model)
     assert scores(engine, groups, texts) == expected
-    drafts = engine._decoder._new_drafts()  # type: ignore[misc]
+    drafts = engine._decoder._drafts
+    assert drafts is not None
     ((given, *_),) = drafts._given([replace(next(rows_of(engine, groups)), draft="ab")])
     assert given[-1] == tiny_models.EOS
     assert engine._decoder._stopping.is_end(np.array([7, tiny_models.EOS, 8])).tolist() == [True, True, False]

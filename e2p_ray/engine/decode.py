@@ -10,7 +10,7 @@ their own tokens in one pass with the others' next ones.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -75,12 +75,12 @@ class Decoder:
         projector: Projector,
         stopping: Stopping,
         bounds: Bounds,
-        new_drafts: Callable[[], Drafts] | None = None,
+        drafts: Drafts | None = None,
         store: PrefixStore | None = None,
     ) -> None:
         self._base, self._projector, self._stopping = base, projector, stopping
         self.listener: Listener | None = None
-        self._new_drafts = new_drafts
+        self._drafts = drafts
         self._num_soft = projector.manifest.num_soft_tokens
         self.stats = EngineStats()
         self.store = store or PrefixStore(base, bounds.max_bytes // 2)
@@ -90,7 +90,7 @@ class Decoder:
 
     def with_bounds(self, bounds: Bounds) -> Decoder:
         """Another decoder over the same model and projector; one of the two may run within the other's pauses."""
-        return Decoder(self._base, self._projector, self._stopping, bounds, self._new_drafts)
+        return Decoder(self._base, self._projector, self._stopping, bounds, self._drafts)
 
     @property
     def bounds(self) -> Bounds:
@@ -105,7 +105,7 @@ class Decoder:
         by turns, or left: none takes another's rows.
         """
         source = iter(rows)
-        call = _Call(Waves(self._admission.num_waves), None if self._new_drafts is None else self._new_drafts())
+        call = _Call(Waves(self._admission.num_waves), self._drafts)
         while True:
             with self._within(call):
                 found = self._fill(source)
@@ -341,7 +341,7 @@ class Decoder:
             self._count(num_draft_tokens=num_guessed, num_accepted_tokens=int(right.sum()))
 
     def _follow(self, wave: Wave, drafts: Drafts) -> None:
-        wave.guesses.follow(wave.written, wave.num_written, drafts.num_told, drafts.experience)
+        wave.guesses.follow(wave.written, wave.num_written, drafts.experience)
 
     def _likeliest(self, wave: Wave, rows: _Ints, hidden: Tensor, places: _Ints, max_rows: int) -> Likeliest | None:
         """The likeliest tokens behind these packed places, where that is all their rows ask for and loops find them."""

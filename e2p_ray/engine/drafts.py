@@ -1,14 +1,13 @@
 """Drafts: guesses of what a row will write, verified several tokens at a time instead of decoded one by one.
 
-A guess is the text that an earlier run published for the request, or what other users' rows have just written for the
-same content. It never changes a text: of the tokens a pass was given, those are kept that the model chose as well, and
+A guess is the text that an earlier run published for the request, or what other users' rows have written for the same
+content. It never changes a text: of the tokens a pass was given, those are kept that the model chose as well, and
 a sampled row's random numbers are a function of request and step (speculative decoding, arXiv 2211.17192, with guesses
 that cost nothing). Which guess a row has and how it fares is in guesses.py, how far rows are guessed ahead in reach.py.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,53 +20,18 @@ from transformers import PreTrainedTokenizerBase
 from e2p_ray.engine.agreement import Agreement, Source, new_agreements
 from e2p_ray.engine.prompt import text_ids
 from e2p_ray.engine.row import Row
+from e2p_ray.engine.told import TokenIds, Told, ToldTexts
 from e2p_ray.engine.worth import Worth, kind_of
 from e2p_ray.schema import UserEmbedding
 
-TokenIds = tuple[int, ...]
 _Number = TypeVar("_Number", int, npt.NDArray[np.int64])
 
-_MAX_TEXTS = 32  # that are remembered of one content
-_MAX_CONTENTS = 256
 _MAX_REALIGNED = 3  # a row whose draft went wrong is set on it again this many times
 _REACH = 8  # tokens around the place that it left
 _BLANKS = (" ", "\u0120", "\u2581")  # how tokenizers write the blank that a token begins with
 _MAX_SEEN = 64
 _MANY = 64  # texts, that become tokens together
 _SURE = 16  # texts of which so many more began one way than the other: drafts are tried that way alone
-
-
-@dataclass(slots=True, eq=False)
-class Told:
-    """The distinct texts that rows of one content wrote in this call, with the user each was written for first."""
-
-    texts: list[TokenIds] = field(default_factory=list)
-    counts: dict[TokenIds, int] = field(default_factory=dict)
-    _users: list[UserEmbedding] = field(default_factory=list)
-    _of_users: list[TokenIds] = field(default_factory=list)  # their texts
-    _stacked: npt.NDArray[np.float32] | None = None  # users, until there is another one: rows come in by hundreds
-
-    def add(self, text: TokenIds, user: UserEmbedding | None) -> None:
-        if text in self.counts:
-            self.counts[text] += 1
-        elif len(self.texts) < _MAX_TEXTS:
-            self.counts[text] = 1
-            self.texts.append(text)
-            if user is not None:
-                self._users.append(user)
-                self._of_users.append(text)
-                self._stacked = None
-
-    def order_for(self, user: UserEmbedding | None) -> list[TokenIds]:
-        """The nearest user's text first, then the others, the most common ones before."""
-        by_count = sorted(self.texts, key=self.counts.__getitem__, reverse=True)
-        if user is None or not self._users:
-            return by_count
-        if self._stacked is None:
-            self._stacked = np.stack(self._users)
-        distances = np.square(self._stacked - user).sum(axis=1)
-        nearest = self._of_users[int(distances.argmin())]
-        return [nearest, *(text for text in by_count if text is not nearest)]
 
 
 class Guess(NamedTuple):
@@ -85,15 +49,12 @@ def pair_of(before: _Number, last: _Number) -> _Number:
 class RowDraft:
     """What one row may be guessed to write: its own draft, begun in one way or another, and what is told."""
 
-    __slots__ = ("_num_realigned", "_num_told", "_own", "_pairs", "_told", "_waiting", "kind")
+    __slots__ = ("_num_known", "_num_realigned", "_own", "_pairs", "_told", "_user", "_waiting", "kind")
 
     def __init__(self, given: Sequence[TokenIds], told: Told, user: UserEmbedding | None, kind: int = 0) -> None:
-        self._told, self.kind = told, kind
-        self._waiting = [
-            *(Guess(text, Source.GIVEN) for text in given), *(Guess(text, Source.TOLD) for text in told.order_for(user))
-        ]  # fmt: skip
-        self._waiting.reverse()
-        self._num_told = len(told.texts)
+        self._told, self._user, self.kind = told, user, kind
+        self._num_known = 0  # of the texts told of its content
+        self._waiting = [*self._news(), *(Guess(text, Source.GIVEN) for text in reversed(given))]  # the last one first
         self._own = given[0] if given else ()
         self._pairs: set[int] | None = None
         self._num_realigned = 0
@@ -101,7 +62,7 @@ class RowDraft:
     @property
     def has_news(self) -> bool:
         """Whether texts have been told that the row was not compared with."""
-        return self._num_told < len(self._told.texts)
+        return self._num_known < self._told.num_new
 
     @property
     def may_realign(self) -> bool:
@@ -120,18 +81,23 @@ class RowDraft:
     @property
     def likely_length(self) -> int:
         """Of its draft, or of what was told last; 0 where nothing is known."""
-        return len(self._own) or (len(self._told.texts[-1]) if self._told.texts else 0)
+        return len(self._own) or len(self._told.last)
 
     def next(self, written: list[int]) -> Guess | None:
         """The next guess that begins as the row did."""
         while self._waiting or self.has_news:
             if not self._waiting:
-                self._waiting.append(Guess(self._told.texts[self._num_told], Source.TOLD))
-                self._num_told += 1
+                self._waiting = self._news()
             found = self._waiting.pop()
             if len(found.tokens) > len(written) and list(found.tokens[: len(written)]) == written:
                 return found
         return None
+
+    def _news(self) -> list[Guess]:
+        """What was told since it last looked, the likeliest behind all others."""
+        told = self._told.order_for(self._user, self._num_known)
+        self._num_known = self._told.num_new
+        return [Guess(text, Source.TOLD) for text in reversed(told)]
 
     def realigned(self, written: list[int]) -> Guess | None:
         """Its own draft behind the nearest place where that has the row's last two tokens."""
@@ -153,17 +119,16 @@ class Experience:
     worth: Worth = field(default_factory=Worth)
     num_after_blank: int = 1  # texts that began with a blank, less those that did not
     are_blank: dict[int, bool] = field(default_factory=dict)  # tokens that texts began with, of those that were seen
+    told: ToldTexts = field(default_factory=ToldTexts)
 
 
 class Drafts:
-    """Guesses for all rows of one call of the engine; of texts nothing is kept between calls."""
+    """Guesses for the rows of an engine."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_token: int | None, experience: Experience) -> None:
         self._tokenizer = tokenizer
         self._end = () if end_token is None else (end_token,)
         self.experience = experience
-        self._told: OrderedDict[tuple[TokenIds, TokenIds], Told] = OrderedDict()
-        self.num_told = 0  # texts, so that one may know that there is no new one
 
     def of(self, rows: Sequence[Row], num_running: int) -> list[RowDraft | None]:
         """The guesses for rows that come in beside so many others; None for those that none are worth while for."""
@@ -171,14 +136,13 @@ class Drafts:
         is_tried = {kind: self.experience.worth.is_tried(kind) for kind in set(kinds)}
         given = iter(self._given([row for row, kind in zip(rows, kinds, strict=True) if is_tried[kind]]))
         return [
-            RowDraft(next(given), self._told_of(row), row.user_embedding, kind) if is_tried[kind] else None
+            RowDraft(next(given), self.experience.told.of(row), row.user_embedding, kind) if is_tried[kind] else None
             for row, kind in zip(rows, kinds, strict=True)
         ]
 
     def tell(self, row: Row, tokens: TokenIds) -> None:
         """A row is done: what it wrote is a guess for those that come."""
-        self._told_of(row).add(tokens, row.user_embedding)
-        self.num_told += 1
+        self.experience.told.tell(row, tokens)
         seen = self.experience.num_after_blank + (1 if self._is_blank(tokens[0]) else -1)
         self.experience.num_after_blank = max(-_MAX_SEEN, min(seen, _MAX_SEEN))
 
@@ -188,14 +152,6 @@ class Drafts:
         if token not in known:
             known[token] = str(self._tokenizer.convert_ids_to_tokens(token)).startswith(_BLANKS)
         return known[token]
-
-    def _told_of(self, row: Row) -> Told:
-        key = (row.segments.left, row.segments.right)
-        told = self._told.setdefault(key, Told())
-        self._told.move_to_end(key)
-        if len(self._told) > _MAX_CONTENTS:
-            self._told.popitem(last=False)
-        return told
 
     def _given(self, rows: Sequence[Row]) -> list[list[TokenIds]]:
         """Their drafts as tokens, begun after a blank or right away: first the way that was seen more often."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -60,13 +59,13 @@ class Engine(PromptedEngine):
         bounds = bounds or bounds_on(base.device, config)
         # That which projectors learn to end a text with; the others only end what the model writes.
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else next(iter(ends), None)
-        new_drafts = functools.partial(Drafts, tokenizer, end, Experience())
+        drafts = Drafts(tokenizer, end, Experience())
         self._decoder = Decoder(
             base,
             projector,
             stopping,
             bounds,
-            new_drafts if config.drafts else None,
+            drafts if config.drafts else None,
             store,
         )
         self._scorer = Scorer(
