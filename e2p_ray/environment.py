@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+_LOCAL = "local"  # Ray's word for one that is started here, whatever there is
+
 
 @contextmanager
 def variables_set(variables: Mapping[str, str], *, replace: bool) -> Iterator[None]:
@@ -28,10 +30,14 @@ def variables_set(variables: Mapping[str, str], *, replace: bool) -> Iterator[No
 
 def names_no_cluster(address: str | None) -> bool:
     """Whether neither a configuration nor the environment says where a Ray is, so that a job starts its own."""
-    return address is None and not os.environ.get("RAY_ADDRESS")
+    return _named(address) in (None, _LOCAL)
 
 
-def remembers_ray() -> bool:
-    """Whether `ray start` has left a Ray here that a job finds where `names_no_cluster`; Ray itself is not imported."""
+def finds_ray(address: str | None) -> bool:
+    """Whether a job finds a Ray although none is named, as `ray start` has left one; Ray itself is not imported."""
     folder = os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))
-    return Path(folder, "ray", "ray_current_cluster").exists()
+    return _named(address) is None and Path(folder, "ray", "ray_current_cluster").exists()
+
+
+def _named(address: str | None) -> str | None:
+    return address or os.environ.get("RAY_ADDRESS") or None

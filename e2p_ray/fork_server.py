@@ -15,6 +15,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import resource
 import runpy
 import signal
 import socket
@@ -28,7 +29,7 @@ from select import select
 from typing import Any
 
 from e2p_ray import forked_worker
-from e2p_ray.environment import names_no_cluster, remembers_ray
+from e2p_ray.environment import finds_ray, names_no_cluster
 from e2p_ray.forked_worker import Order
 
 # transformers imports these for models and losses that are not ours, where it finds them: 0.8 of its 3.5 s.
@@ -42,7 +43,7 @@ def own_forks(
 ) -> AbstractContextManager[Mapping[str, str]]:
     """`fork_server` for the Ray that a job is about to start for itself; none where it will not, or on GPUs."""
     ray = sys.modules.get("ray")
-    is_there = remembers_ray() or (ray is not None and ray.is_initialized())
+    is_there = finds_ray(address) or (ray is not None and ray.is_initialized())
     if not names_no_cluster(address) or is_there or on_gpus or sys.platform != "linux":
         return nullcontext(NO_FORKS)
     return fork_server(modules, variables)
@@ -85,7 +86,11 @@ def main(path: str, modules: Sequence[str]) -> None:
         assert "ray" not in sys.modules, "see above"
         gc.freeze()  # memory that the collector does not look at stays shared
         order = _own_order(listening)
-    if order is not None:
+    if order is None:
+        with suppress(OSError):  # its own place, which a job that was killed leaves
+            Path(path).unlink()
+            Path(path).parent.rmdir()
+    else:
         sys.path[sys.path.index(of_this)] = str(Path(order.arguments[0]).parent)
         _become(order)
 
@@ -110,16 +115,28 @@ def _own_order(listening: socket.socket) -> Order | None:
         if _STDIN in ready:
             return None
         asking, _ = listening.accept()
-        with asking, suppress(OSError, ValueError):  # one who asks and is gone is none of the others' trouble
+        # One who asks and is gone is none of the others' trouble; where there is no room for a process, none is said.
+        with asking, suppress(OSError, ValueError):
             order, files = forked_worker.received(asking)
-            asking.sendall(forked_worker.TAKEN)  # who has given up waiting is a worker by itself: it gets no other one
-            pid = os.fork()
-            for at, file in enumerate(files):
-                if pid == 0:
-                    os.dup2(file, at)
-                os.close(file)
-            if pid == 0:
-                return order
+            try:
+                if _is_forked(asking, files):
+                    return order
+            finally:
+                for file in files:
+                    os.close(file)
+
+
+def _is_forked(asking: socket.socket, files: Sequence[int]) -> bool:
+    """False in the server; True in a process of it with these for stdin, stdout and stderr."""
+    if os.fork():
+        return False
+    try:
+        asking.sendall(forked_worker.TAKEN)  # who has given up waiting is a worker by itself: it gets no other one
+        for at, file in enumerate(files):
+            os.dup2(file, at)
+    except OSError:
+        os._exit(1)
+    return True
 
 
 def _become(order: Order) -> None:
@@ -129,6 +146,7 @@ def _become(order: Order) -> None:
     os.setpgid(0, 0)  # as a raylet does: it ends the group of a worker that has died
     with suppress(OSError):
         forked_worker.OOM_SCORE.write_text(order.oom_score)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (order.max_files[0], order.max_files[1]))
     os.chdir(order.folder)
     os.environ.clear()
     os.environ.update(order.variables)

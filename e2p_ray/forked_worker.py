@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -34,6 +35,7 @@ class Order:
     folder: str
     blocked_signals: list[int]
     oom_score: str
+    max_files: list[int]  # as Ray raises it for its processes, and the most
 
 
 def received(asking: socket.socket) -> tuple[Order, list[int]]:
@@ -68,7 +70,8 @@ def _own_order() -> Order:
     with suppress(OSError):
         oom_score = OOM_SCORE.read_text()
     blocked = [int(each) for each in signal.pthread_sigmask(signal.SIG_BLOCK, [])]
-    return Order([str(script), *sys.argv[1:]], dict(os.environ), os.getcwd(), blocked, oom_score)
+    max_files = list(resource.getrlimit(resource.RLIMIT_NOFILE))
+    return Order([str(script), *sys.argv[1:]], dict(os.environ), os.getcwd(), blocked, oom_score, max_files)
 
 
 def main() -> None:

@@ -3,55 +3,43 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 
 from pydantic import ValidationError
 
-from e2p_ray.batch import EngineFactory
 from e2p_ray.config import JobConfig, ProjectorConfig
 from e2p_ray.config.options import explain
-from e2p_ray.downstream.report import Report, render_terminal
 from e2p_ray.engine_process import engine_forks
 from e2p_ray.errors import ConfigError
-from e2p_ray.fork_server import NO_FORKS
-from e2p_ray.update import Limits
 from jobs.cli import Job, main
 from jobs.limits import add_limits
-from jobs.steps import say
-from jobs.whole_run import generate_run, limits_of
 
 
 def backfill(config: JobConfig, options: argparse.Namespace) -> None:
     """One go; what an earlier, interrupted go committed is kept."""
-    limits = limits_of(options)
+    before, config = config, config if options.projector is None else with_projector(config, options.projector)
     with engine_forks(config) as forks:
-        report = backfill_run(config, options.projector, publish_it=not options.no_publish, limits=limits, forks=forks)
+        # What they need is imported beside what this process does.
+        from e2p_ray.downstream.report import render_terminal
+        from jobs.steps import say
+        from jobs.whole_run import generate_run, limits_of
+
+        report = generate_run(
+            config, publish_it=not options.no_publish, limits=limits_of(options), action="backfill", forks=forks
+        )
     print(render_terminal(report))
-    if options.projector is not None and options.projector.rstrip("/") != config.projector.uri:
-        say(f"set projector.uri to {options.projector}: the next jobs.generate would go back to {config.projector.uri}")
+    if config.projector.uri != before.projector.uri:
+        say(f"set projector.uri to {options.projector}: the next jobs.generate would go back to {before.projector.uri}")
 
 
-def backfill_run(
-    config: JobConfig,
-    projector_uri: str | None,
-    *,
-    publish_it: bool = True,
-    engine_factory: EngineFactory | None = None,
-    limits: Limits | None = None,
-    forks: Mapping[str, str] = NO_FORKS,
-) -> Report:
-    """`generate_run` with this projector in place of the configured one."""
-    if projector_uri is not None:
-        if not projector_uri.strip():
-            raise ConfigError("--projector: give the URI of a projector, or leave it out and set projector.uri")
-        try:
-            projector = ProjectorConfig(uri=projector_uri)
-        except ValidationError as error:
-            raise ConfigError(explain(error, ProjectorConfig, f"--projector {projector_uri!r}", {})) from error
-        config = config.model_copy(update={"projector": projector})
-    return generate_run(
-        config, publish_it=publish_it, engine_factory=engine_factory, limits=limits, action="backfill", forks=forks
-    )
+def with_projector(config: JobConfig, uri: str) -> JobConfig:
+    """The configuration with this projector; ConfigError where that is no URI of one."""
+    if not uri.strip():
+        raise ConfigError("--projector: give the URI of a projector, or leave it out and set projector.uri")
+    try:
+        projector = ProjectorConfig(uri=uri)
+    except ValidationError as error:
+        raise ConfigError(explain(error, ProjectorConfig, f"--projector {uri!r}", {})) from error
+    return config.model_copy(update={"projector": projector})
 
 
 def _options(parser: argparse.ArgumentParser) -> None:

@@ -14,8 +14,8 @@ import jobs.audit
 import jobs.publish
 from e2p_ray.commit.audit import Entry, record, verify_log
 from e2p_ray.storage import ObjectInfo, Storage
-from jobs.backfill import backfill_run
 from jobs.cli import run_job
+from jobs.whole_run import generate_run
 from tests.s3 import place_on
 from tests.update_world import make_world
 
@@ -167,7 +167,7 @@ def test_jobs_record_what_they_publish_and_jobs_audit_reads_it(
     first = world.run()
     world.users["user-005"] = world.users["user-006"]
     world.write()
-    second = backfill_run(world.config, None, engine_factory=world.engine)
+    second = generate_run(world.config, engine_factory=world.engine, action="backfill")
     assert first.version is not None
     assert second.version is not None
     job = ["--config", str(tmp_path / "job.yaml")]

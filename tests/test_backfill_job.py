@@ -16,6 +16,7 @@ from e2p_ray.storage import Storage
 from e2p_ray.update import Limits
 from jobs import backfill, generate
 from jobs.cli import run_job
+from jobs.whole_run import generate_run
 from tests.s3 import S3Server
 from tests.small_job import fake_engine
 from tests.update_world import World, make_world, serial_batch
@@ -122,7 +123,7 @@ def test_shards_that_failed_are_trouble_even_under_a_limit(
 
 def test_without_a_new_projector_nothing_is_to_be_done(world: World) -> None:
     world.run()
-    report = backfill.backfill_run(world.config, None, limits=Limits(max_requests=1))
+    report = generate_run(world.config, limits=Limits(max_requests=1), action="backfill")
     assert report.version is not None
     assert report.version.already_published
 

@@ -23,7 +23,7 @@ from e2p_ray.config import JobConfig
 from e2p_ray.engine.fake import FakeEngine
 from e2p_ray.errors import ConfigError, GateError, IncompatibleError, IncompleteRunError, StorageError
 from e2p_ray.plan import largest_first, make_plan, read_shard
-from e2p_ray.schema import DEAD_LETTERS, DeadLetter, ErrorCode, to_table
+from e2p_ray.schema import DEAD_LETTERS, DeadLetter, ErrorCode, Group, to_table
 from e2p_ray.storage import Storage
 from tests.bad_engines import Following, Hanging, Poisoned, Waiting, WithoutEnd, without_logits
 from tests.chaos.conservation import assert_conserved, readers_see
@@ -154,11 +154,15 @@ def test_a_death_beside_a_shard_that_is_read_ahead_loses_neither(tmp_path: Path,
     assert_published(job, num_users=60, num_dead_letters=0)
 
 
+def shards_of(job: Opened) -> list[list[Group]]:
+    return [read_shard(job.storage, job.run.plan_uri, shard_id) for shard_id in job.run.shard_ids]
+
+
 def keys_of(job: Opened, *numbers: int) -> tuple[str, ...]:
     """A key with a user embedding from each of some shards of the run."""
     found = []
     for number in numbers:
-        groups = read_shard(job.storage, job.run.plan_uri, job.run.shard_ids[number])
+        groups = shards_of(job)[number]
         requests = [request for group in groups for request in group.requests if request.user_embedding is not None]
         found.append("/".join(requests[0].key))
     return tuple(found)
@@ -304,6 +308,26 @@ def test_a_worker_whose_engine_hangs_is_replaced(with_lock: bool, tmp_path: Path
     assert summary.num_dead_letters == 0
     if with_lock:
         assert_published(job, num_users=60, num_dead_letters=0)
+
+
+def test_a_worker_that_does_not_come_back_is_replaced(tmp_path: Path, tries: Path) -> None:
+    """It dies, and its successor's engine does not load, twice: Ray gives up on it."""
+    job = opened(tmp_path, workers={"max_stall_s": 20})
+    sizes = [sum(len(group.requests) for group in shard) for shard in shards_of(job)]
+    poisoned = Poisoned(tries, killing=keys_of(job, sizes.index(max(sizes))), times=1)  # the largest is the first
+    loads = tmp_path / "loads"
+
+    def loaded(config: JobConfig, storage: Storage) -> FakeEngine:
+        with loads.open("a", encoding="utf-8") as log:
+            log.write(".")
+        if loads.stat().st_size in (2, 3):
+            raise StorageError("s3://models/base: could not be read after 8 tries")
+        return poisoned(config, storage)
+
+    summary = run_batch(job.config, job.storage, job.run, engine_factory=loaded)
+    assert not pending_shards(job.storage, job.run)
+    assert summary.num_attempts == 2, "the shard that was lost with it; no pass was given up"
+    assert loads.stat().st_size == 5, "a new one of the pass, and the one of the next pass"
 
 
 def test_after_a_stall_the_next_pass_has_workers(tmp_path: Path, tries: Path) -> None:

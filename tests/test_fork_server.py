@@ -27,7 +27,7 @@ from tests.waiting import wait_until
 
 # Its server shall import these modules; what a worker of it is, with and without.
 _SESSION = """
-import json, os, random, signal, sys, uuid
+import json, os, random, resource, signal, sys, uuid
 from contextlib import nullcontext
 import numpy as np
 import ray
@@ -50,6 +50,7 @@ class Seen:
             "blocked_signals": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
             "children_are_waited_for": signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL,
             "oom_score": open("/proc/self/oom_score_adj").read(),
+            "max_files": resource.getrlimit(resource.RLIMIT_NOFILE),
             "niceness": os.getpriority(os.PRIO_PROCESS, 0),
             "leads_its_group": os.getpgid(0) == os.getpid(),
             "stdin": os.readlink("/proc/self/fd/0"),
@@ -88,7 +89,9 @@ with (
 def workers_seen(*modules: str) -> tuple[bool, list[dict[str, Any]]]:
     """Whether the first worker has ended as asked; what the workers of a Ray of its own are."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "E2P_DEBUG")}
-    ended = subprocess.run([sys.executable, "-c", _SESSION, *modules], env=environment, capture_output=True, text=True)
+    few_files = ["bash", "-c", 'ulimit -S -n 1024 && exec "$@"', "-"]  # Ray has it raised for its processes
+    command = [*few_files, sys.executable, "-c", _SESSION, *modules]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     has_ended, seen = json.loads(ended.stdout.splitlines()[-1])
     return has_ended, seen
@@ -130,7 +133,7 @@ def test_who_has_given_up_waiting_gets_no_process(tmp_path: Path, monkeypatch: p
     def ask(name: str, max_wait_s: float) -> None:
         monkeypatch.setattr(forked_worker, "_MAX_WAIT_S", max_wait_s)
         words = [str(tmp_path / "script.py"), str(tmp_path / name)]
-        forked_worker.ask(path, forked_worker.Order(words, dict(os.environ), str(tmp_path), [], "0"))
+        forked_worker.ask(path, forked_worker.Order(words, dict(os.environ), str(tmp_path), [], "0", [64, 64]))
 
     with fork_server(["slow_to_come"], {"PYTHONPATH": str(tmp_path)}) as found:
         (path,) = found.values()
@@ -160,6 +163,33 @@ def test_a_server_ends_with_whoever_began_it() -> None:
         assert server.is_running(), "the control"
         job.kill()
     wait_until(lambda: not server.is_running() or server.status() == psutil.STATUS_ZOMBIE, "it ends")
+    assert not path.parent.exists()
+
+
+# A server for which there is no room for another process.
+_FULL = """
+import os, sys
+from e2p_ray import fork_server
+def fork():
+    raise BlockingIOError("Resource temporarily unavailable")
+os.fork = fork
+fork_server.main(sys.argv[1], [])
+"""
+
+
+def test_who_cannot_be_given_a_process_is_told_so_and_is_a_worker_itself(tmp_path: Path) -> None:
+    path = tmp_path / "server" / "socket"
+    path.parent.mkdir()
+    order = forked_worker.Order([], {}, str(tmp_path), [], "", [64, 64])
+    with subprocess.Popen([sys.executable, "-c", _FULL, str(path)], stdin=subprocess.PIPE) as server:
+        wait_until(path.exists, "it listens")
+        num_files = set[int]()
+        for _ in range(3):
+            with pytest.raises(ConnectionError, match="has ended"):
+                forked_worker.ask(str(path), order)
+            num_files.add(len(os.listdir(f"/proc/{server.pid}/fd")))
+        assert len(num_files) == 1, "it keeps none of the files it was sent"
+        server.communicate()
 
 
 def test_a_server_leaves_nothing() -> None:
@@ -194,6 +224,7 @@ def test_processes_are_forked_for_a_ray_of_ones_own_on_cpus(tmp_path: Path, monk
     remembered.parent.mkdir()
     remembered.touch()
     assert not has_server(), "`ray start` has left one"
+    assert has_server(workers={"ray_address": "local"})
     remembered.unlink()
     assert has_server(), "the control"
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))

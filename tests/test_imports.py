@@ -208,6 +208,7 @@ _MODELS = ("torch", "transformers")
 LIGHT: dict[str, tuple[str, ...]] = {
     "e2p_ray.config": (*_MODELS, "ray", "pyarrow", "boto3"),
     "jobs.generate": (*_MODELS, "ray", "pyarrow", "boto3"),
+    "jobs.backfill": (*_MODELS, "ray", "pyarrow", "boto3"),
     "e2p_ray.fingerprint": (*_MODELS, "ray", "deltalake"),
     "e2p_ray.serve.client": (*_MODELS, "ray", "deltalake", "fastapi"),
     "e2p_ray.train.job.board": (*_MODELS, "ray"),
@@ -219,7 +220,6 @@ LIGHT: dict[str, tuple[str, ...]] = {
     "e2p_ray.batch.worker": (*_MODELS, "ray.serve", "fastapi"),
     "e2p_ray.train.job.contract": _MODELS,
     "jobs.whole_run": (*_MODELS, "ray.data"),
-    "jobs.backfill": (*_MODELS, "ray.data"),
     "jobs.train": _MODELS,
     "jobs.evaluate": _MODELS,
     "jobs.serve": _MODELS,

@@ -10,7 +10,7 @@ import ray
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
-from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
+from ray.data._internal.execution.operators.actor_pool_map_operator import _ACTOR_STATE_DEAD, ActorPoolMapOperator
 
 from e2p_ray.ray_session import in_place
 
@@ -30,6 +30,9 @@ class Pace(ExecutionCallback):
 
     Workers of a pass that is given up are ended. Ray Data leaves them to finish what they do, on the CPUs and GPUs that
     the next pass needs: where they hang, it had no worker.
+
+    A worker that died and does not come back leaves the pool, which then begins another. Ray restarts no process whose
+    engine fails to load, and Ray Data counts it as one of its workers for good.
     """
 
     def __init__(self) -> None:
@@ -44,6 +47,10 @@ class Pace(ExecutionCallback):
         time.sleep(_SHORTEST_S)
         operators = [each for each in executor._topology or () if isinstance(each, ActorPoolMapOperator)]
         pools: list[Any] = [operator._actor_pool for operator in operators]
+        for pool in pools:
+            for worker, state in list(pool._running_actors.items()):
+                if state.num_tasks_in_flight == 0 and worker._get_local_state() == _ACTOR_STATE_DEAD:
+                    pool._release_running_actor(worker)
         self._workers = [worker for pool in pools for worker in [*pool._running_actors, *pool._pending_actors.values()]]
         running = [task.get_waitable() for operator in executor._topology or () for task in operator.get_active_tasks()]
         if running:

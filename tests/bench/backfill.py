@@ -1,7 +1,8 @@
 """Drafts against a full run: python -m tests.bench.backfill.
 
 A backfill after something changed for a part of the users: every request comes with the text that was published, and a
-share of the texts stays the same. Full and drafted run on the same pairs, in calls of a few rows (online, small groups:
+share of the texts stays the same. A first run of users who are alike in kinds: what was written for one of them is a
+guess for the next. Full and drafted run on the same pairs, in calls of a few rows (online, small groups:
 a pass is bound by its weights and launches) up to a full wave (bound by arithmetic: nothing to gain, nothing to lose).
 A 30 M Llama with random weights that writes letters only, so that texts are tokens; nothing of the engine is replaced.
 
@@ -14,8 +15,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from e2p_ray.config import EngineConfig
 from e2p_ray.engine.contract import EngineStats
 from e2p_ray.engine.engine import Engine
 from e2p_ray.engine.model import BaseModel
-from e2p_ray.schema import Completion, Group, RequestKey
+from e2p_ray.schema import Completion, Group, RequestKey, UserEmbedding
 from tests.bench.harness import interleaved, print_results
 from tests.bench.workloads import MODEL_SIZES, Case, ModelSize, groups_of, llama, tasks_of, wide_tokenizer
 from tests.tiny_models import EMBEDDING_DIM, keep_letters_only, random_model, random_projector
@@ -37,6 +38,7 @@ NEW_TOKENS = 24
 # Standard deviation of random weights with which all users' texts of a content differ from the first letters to the
 # last (64 of 64; with 0.04 48, and those end alike): wrong drafts are wrong.
 _WEIGHTS_STD = 0.08
+_NEAR = 0.01  # how far users of a kind are from its middle, of how far kinds are from each other
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -80,40 +82,106 @@ def changed(calls: Sequence[Group], share: float, seed: int = 1) -> list[Group]:
     return found
 
 
+def alike(groups: Sequence[Group], num_kinds: int, seed: int = 2) -> list[Group]:
+    """The same requests of users of so many kinds, who are next to each other."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.standard_normal((num_kinds, EMBEDDING_DIM)).astype(np.float32)
+
+    def embedding() -> UserEmbedding:
+        found: UserEmbedding = kinds[rng.integers(num_kinds)] + _NEAR * rng.standard_normal(EMBEDDING_DIM)
+        return found.astype(np.float32)
+
+    return [
+        replace(group, requests=tuple(replace(one, user_embedding=embedding()) for one in group.requests))
+        for group in groups
+    ]
+
+
+def in_calls(groups: Iterable[Group], rows_per_call: int) -> list[Group]:
+    """Each content's requests a few at a time."""
+    return [
+        replace(group, requests=group.requests[first : first + rows_per_call])
+        for group in groups
+        for first in range(0, len(group.requests), rows_per_call)
+    ]
+
+
 def measure(
     base: BaseModel, num_rows: int, rows_per_call: int, unchanged: float, num_repeats: int
 ) -> list[dict[str, Any]]:
-    """A line for the full run, one for the drafted."""
+    """A backfill: a line for the full run, one for the drafted."""
     case = Case(num_rows // rows_per_call, rows_per_call, 128, NEW_TOKENS)
-    projector = random_projector(base.d_model, output_rms=base.token_embedding_rms)
     before = groups_of(case)
-    texts: dict[str, dict[RequestKey, str]] = {}
-    stats: dict[str, EngineStats] = {}
-
-    def rate(name: str, calls: Sequence[Group]) -> float:
-        """Rows a second, every group a call of its own, as online."""
-        config = EngineConfig(max_rows=256, drafts=name == "drafts")
-        engine = Engine(base, projector, wide_tokenizer(), tasks_of(case), config)
-        completions: list[Completion] = []
-        start = time.perf_counter()
-        for group in calls:
-            completions += engine.generate([group])
-        seconds_s = time.perf_counter() - start
-        texts[name], stats[name] = _read_back(completions), engine.stats
-        return len(completions) / seconds_s
-
-    rate("full", before)
-    published = texts["full"]
+    published = _written(base, case, before, drafts=False).texts
     calls = changed(before, 1 - unchanged)
-    drafted = with_drafts(calls, published)
+    return _compared(
+        base, case, _named(f"unchanged{unchanged * 100:.0f}", rows_per_call), calls, with_drafts(calls, published),
+        num_repeats, lambda texts: float(np.mean([text == published[key] for key, text in texts.items()])),
+    )  # fmt: skip
+
+
+def measure_first(base: BaseModel, rows_per_call: int, num_repeats: int) -> list[dict[str, Any]]:
+    """The same of a first run, which knows what it wrote for others of the same content: users of four kinds."""
+    case = Case(8, 32, 128, NEW_TOKENS)
+    calls = in_calls(alike(groups_of(case), 4), rows_per_call)
+
+    def told_share(texts: Mapping[RequestKey, str]) -> float:
+        """Of texts that had been written for another user of their content."""
+        return 1 - len({(key.content_id, text) for key, text in texts.items()}) / len(texts)
+
+    return _compared(base, case, _named("first", rows_per_call), calls, calls, num_repeats, told_share)
+
+
+def _named(kind: str, rows_per_call: int) -> str:
+    return kind + ("" if rows_per_call == 1 else f" {rows_per_call} rows a call")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What an engine wrote, and the time that it took."""
+
+    texts: dict[RequestKey, str]
+    stats: EngineStats
+    rows_per_s: float
+
+
+def _written(base: BaseModel, case: Case, calls: Sequence[Group], *, drafts: bool) -> _Written:
+    """By a new engine, every group in a call of its own, as online."""
+    projector = random_projector(base.d_model, output_rms=base.token_embedding_rms)
+    config = EngineConfig(max_rows=256, drafts=drafts)
+    engine = Engine(base, projector, wide_tokenizer(), tasks_of(case), config)
+    completions: list[Completion] = []
+    start = time.perf_counter()
+    for group in calls:
+        completions += engine.generate([group])
+    seconds_s = time.perf_counter() - start
+    return _Written(_read_back(completions), engine.stats, len(completions) / seconds_s)
+
+
+def _compared(
+    base: BaseModel,
+    case: Case,
+    name: str,
+    calls: Sequence[Group],
+    drafted: Sequence[Group],
+    num_repeats: int,
+    same_share: Callable[[Mapping[RequestKey, str]], float],
+) -> list[dict[str, Any]]:
+    """A line for these calls without drafts, one with; `same_share` of the texts could be guessed."""
+    last: dict[str, _Written] = {}
+
+    def rate(system: str, calls: Sequence[Group]) -> float:
+        last[system] = _written(base, case, calls, drafts=system == "drafts")
+        return last[system].rows_per_s
+
     rate("drafts", drafted[:1])  # what a pass costs is measured for the first draft of a base model
-    case_name = f"unchanged{unchanged * 100:.0f}" + ("" if rows_per_call == 1 else f" {rows_per_call} rows a call")
     runs = {"full": lambda: rate("full", calls), "drafts": lambda: rate("drafts", drafted)}
-    rates = interleaved(case_name, runs, num_repeats)
-    num_tried, num_accepted = stats["drafts"].num_draft_tokens, stats["drafts"].num_accepted_tokens
-    same = float(np.mean([texts["full"][key] == published[key] for key in published]))
-    equal = float(np.mean([texts["full"][key] == text for key, text in texts["drafts"].items()]))
-    common = {"case": case_name, "rows_per_call": rows_per_call, "same_texts": same}
+    rates = interleaved(name, runs, num_repeats)
+    texts, stats = last["full"].texts, last["drafts"].stats
+    num_tried, num_accepted = stats.num_draft_tokens, stats.num_accepted_tokens
+    equal = float(np.mean([texts[key] == text for key, text in last["drafts"].texts.items()]))
+    rows_per_call = len(calls[0].requests)
+    common = {"case": name, "rows_per_call": rows_per_call, "same_texts": same_share(texts)}
     return [
         common | {"system": "full", "rows_per_s": rates["full"], "ratio": 1.0},
         common
@@ -171,6 +239,8 @@ def main() -> None:
         for rows in ROWS_PER_CALL:
             num_rows = max(options.rows // (1 if rows > 4 else 4), rows)
             results += measure(base, num_rows, rows, unchanged, 1 if options.quick else options.repeats)
+    for rows in ROWS_PER_CALL[: 1 if options.quick else 3]:
+        results += measure_first(base, rows, 1 if options.quick else options.repeats)
     print_results("backfill", [{"dtype": options.dtype, **line} for line in results], num_threads=options.threads)
     if problems := problems_of(results):
         sys.exit("\n".join(problems))
