@@ -40,4 +40,4 @@ def finds_ray(address: str | None) -> bool:
 
 
 def _named(address: str | None) -> str | None:
-    return address or os.environ.get("RAY_ADDRESS") or None
+    return address if address is not None else os.environ.get("RAY_ADDRESS") or None

@@ -111,10 +111,12 @@ def start_ray(
 
 def _named(address: str | None) -> str:
     """An address by what it was set with."""
-    if address is not None:
+    if address not in (None, "auto"):
         return f"workers.ray_address {address!r}"
     if of_environment := os.environ.get("RAY_ADDRESS"):
         return f"RAY_ADDRESS {of_environment!r}"
+    if address == "auto":
+        return "no Ray is named (workers.ray_address, RAY_ADDRESS), and of this machine"
     return "the Ray that was last started on this machine (`ray stop` makes it forgotten)"
 
 

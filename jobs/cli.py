@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -18,7 +19,7 @@ from jobs.streams import put
 
 C = TypeVar("C", bound=Config)
 
-_INTERRUPTED = 130
+_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _UNEXPECTED = 1
 _RESUME = "interrupted. What is committed stays; run the same command again and it resumes"
 
@@ -36,7 +37,7 @@ class Job(Generic[C]):
 
 
 def run_job(job: Job[C], argv: Sequence[str] | None = None) -> int:
-    """Parse the options and make the call; the exit code is the error's (130 for Ctrl-C)."""
+    """Parse the options and make the call; the exit code is the error's (130 for Ctrl-C, 143 for SIGTERM)."""
     return guarded(lambda: _call(job, argv), job.prog, on_interrupt=job.on_interrupt)
 
 
@@ -69,6 +70,11 @@ def guarded(call: Callable[[], None], prog: str, *, on_interrupt: str = _RESUME)
     except KeyboardInterrupt:
         put(sys.stderr, f"\n{prog}: {on_interrupt}\n")
         return _INTERRUPTED
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        put(sys.stderr, f"{prog}: {on_interrupt}\n")  # by the handler that Ray sets (2.60)
+        return _TERMINATED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of a pipe left: not our trouble
         return _UNEXPECTED

@@ -10,7 +10,7 @@ import pytest
 from ray.data._internal.execution import streaming_executor_state
 from ray.data._internal.execution.metadata_fetcher import InlineMetadataFetcher
 
-from e2p_ray.batch import BatchProgress, ShardOutcome, pool, run_batch
+from e2p_ray.batch import BatchProgress, ShardOutcome, pool, run_batch, session
 from e2p_ray.batch.limit import DeadLetterLimit
 from e2p_ray.batch.pace import Pace
 from e2p_ray.batch.session import check_resources
@@ -449,6 +449,16 @@ def test_what_a_cluster_lacks_is_told_until_a_worker_speaks() -> None:
     assert told[-1].waits_for == "no node has 8 GPUs"
     tally.add(ShardOutcome("a"))
     assert told[-1].waits_for == ""
+
+
+def test_where_no_worker_began_a_cluster_s_other_jobs_are_named(
+    tmp_path: Path, tries: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "only_machine", lambda address: None)
+    job = opened(tmp_path, workers={"max_shard_attempts": 1, "max_stall_s": 2, "max_poison_requests": 0})
+    said = r"requests_per_shard\. Where none began, other jobs may have the 1 CPUs"
+    with pytest.raises(IncompleteRunError, match=said):
+        run_batch(job.config, job.storage, job.run, engine_factory=WithoutEnd(tries))
 
 
 def test_rates_count_from_the_first_shard() -> None:

@@ -174,24 +174,28 @@ def test_users_who_are_alike_draft_for_each_other_in_a_first_run() -> None:
     assert engine.stats.num_steps < 0.7 * plain.stats.num_steps
 
 
-def test_what_was_written_in_a_call_is_a_guess_in_the_next_ones() -> None:
-    """A hot content is in many shards, and online each text is a call of its own."""
+def test_online_what_was_written_in_a_call_is_a_guess_in_the_next_ones() -> None:
+    """There each text is a call of its own."""
     group = groups_of(1, 1)[0]
     request = group.requests[0]
     users = [replace(request, key=request.key._replace(user_id=f"u{at}")) for at in range(8)]
     calls = [replace(group, requests=(user,)) for user in users]
-    plain, engine = engine_of(GREEDY, drafts=False), engine_of(GREEDY)
+    plain = engine_of(GREEDY, drafts=False)
     expected = [run(plain, [call]) for call in calls]
-    num_steps = list[int]()
-    for call, texts in zip(calls, expected, strict=True):
-        before = engine.stats.num_steps
-        assert same(run(engine, [call]), texts)
-        num_steps.append(engine.stats.num_steps - before)
-    assert num_steps[0] == plain.stats.num_steps / len(calls), "the control: of the first nothing is known"
-    assert max(num_steps[1:]) < num_steps[0] / 2
-    other = engine_of(GREEDY)
-    assert same(run(other, [calls[1]]), expected[1])
-    assert other.stats.num_accepted_tokens == 0, "the control: another engine has written nothing yet"
+
+    def num_steps(*, is_followed: bool) -> list[int]:
+        """Of each call."""
+        engine, found = engine_of(GREEDY), [0]
+        engine.listener = Listening() if is_followed else None
+        for call, texts in zip(calls, expected, strict=True):
+            assert same(run(engine, [call]), texts)
+            found.append(engine.stats.num_steps)
+        return np.diff(found).tolist()
+
+    first, *others = num_steps(is_followed=True)
+    assert first == plain.stats.num_steps / len(calls), "the control: of the first nothing is known"
+    assert max(others) < first / 2
+    assert num_steps(is_followed=False) == [first] * len(calls), "a shard of a batch does not depend on those before it"
 
 
 def test_rows_that_nothing_can_be_found_for_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,9 +233,8 @@ class Followed:
             self.num_written[slot] = end
         if told is not None:
             told[0].add(told[1], None)
-            self.experience.told.num_told += 1
         self.guesses.passed()
-        self.guesses.follow(self.written, self.num_written, self.experience)
+        self.guesses.follow(self.written, self.num_written, int(told is not None), self.experience)
 
     @property
     def agreements(self) -> tuple[Agreement, ...]:
@@ -303,7 +306,7 @@ def test_the_nearest_user_s_text_is_guessed_first_and_then_the_most_common_ones(
         assert draft.next([]) == (text, Source.TOLD)
         assert draft.next([shared[0]]) == (shared, Source.TOLD), "what began otherwise goes on with another"
         assert draft.next([shared[0]]) is None
-        others = drafts.experience.told.of(row).order_for(np.array(place, np.float32))
+        others = drafts.told.of(row).order_for(np.array(place, np.float32))
         assert others[:2] == [text, shared]
         assert sorted(others) == [north, east, south, shared]
     (of_nobody,) = drafts.of([replace(row, user_embedding=None)], 0)

@@ -95,6 +95,8 @@ def test_workers_of_a_ray_that_was_found_have_to_be_given_them() -> None:
         (None, "nonsense", r"RAY_ADDRESS 'nonsense': .*Invalid address format"),
         ("10.0.0.5:6379", "10.0.0.6:6379", r"workers\.ray_address '10\.0\.0\.5:6379': no Ray .*Failed to connect"),
         (None, "10.0.0.6:6379", r"RAY_ADDRESS '10\.0\.0\.6:6379': no Ray .*Failed to connect"),
+        ("auto", "10.0.0.6:6379", r"RAY_ADDRESS '10\.0\.0\.6:6379': no Ray .*Failed to connect"),
+        ("auto", None, r"no Ray is named \(workers\.ray_address, RAY_ADDRESS\), and of this machine: no Ray"),
         (None, None, r"last started on this machine \(`ray stop` .*Failed to connect"),
     ],
 )

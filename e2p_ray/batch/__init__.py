@@ -100,16 +100,16 @@ def run_batch(
                 tally.next_attempt()
                 one_pass([{"shard_id": shard_id, "first": None, "end": None} for shard_id in pending])
                 pending = still_pending()
-                if tally.num_late:
+                if tally.late:
                     break
             # A pass that Ray Data gave up on says nothing of single shards: no worker started, or none got on.
             # And a service that answers people is not what to search with: the search ends processes.
-            if pending and not tally.num_late and not tally.pass_failure and through_serve is None:
+            if pending and not tally.late and not tally.pass_failure and through_serve is None:
                 search = PoisonSearch(storage, run, config.workers.max_poison_requests, tally, one_pass)
                 search.among(pending)
                 pending = still_pending()
     notes.forget_all_but(pending)
-    if pending and not (tally.num_late and tally.done):
+    if pending and not (tally.late and tally.done):
         raise IncompleteRunError(_what_is_left(run, pending, tally))
     return tally.summary(pending)
 
@@ -165,6 +165,7 @@ def _as_raised(outcome: ShardOutcome) -> RunError:
 
 def _what_is_left(run: Run, pending: list[str], tally: Tally) -> str:
     said = {outcome.shard_id: f"{outcome.error_type}: {outcome.message}" for outcome in tally.failures}
+    said = dict.fromkeys(tally.late, "not begun, as the time was over") | said
     died = tally.pass_failure or "its worker died each time (out of memory?)"
     lines = [f"  {shard_id}: {said.get(shard_id, died)}" for shard_id in pending[:_MAX_NAMED_SHARDS]]
     if len(pending) > _MAX_NAMED_SHARDS:

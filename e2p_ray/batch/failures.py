@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from e2p_ray.batch.tally import ShardOutcome, Tally
 from e2p_ray.commit import Run, pending_shards
 from e2p_ray.commit.failures import ShardFailure, forget_failures, write_failure
+from e2p_ray.commit.run import map_ahead
 from e2p_ray.errors import StorageError
 from e2p_ray.storage import Storage
 
@@ -33,8 +34,10 @@ class FailureNotes:
         """After a pass: of these, or of pieces of these, a worker said nothing."""
         if not shard_ids:
             return
-        for shard_id in sorted(set(shard_ids) & set(pending_shards(self._storage, self._run))):
-            self._write(shard_id, WORKER_DIED, self._tally.pass_failure or _ENDED, "")
+        silent = sorted(set(shard_ids) & set(pending_shards(self._storage, self._run)))
+        # All that are left, where a pass was given up: some at once.
+        for _ in map_ahead(lambda one: self._write(one, WORKER_DIED, self._tally.pass_failure or _ENDED, ""), silent):
+            pass
 
     def forget_all_but(self, pending: Collection[str]) -> None:
         """Shards that are done did not fail."""

@@ -71,7 +71,7 @@ class PoisonSearch:
         num_before = len(self._tally.failures)
         self._one_pass([asdict(piece) for piece in missing])
         failed = self._tally.failures[num_before:]
-        return not (self._tally.num_late or self._tally.pass_failure or any(outcome.is_ours for outcome in failed))
+        return not (self._tally.late or self._tally.pass_failure or any(outcome.is_ours for outcome in failed))
 
     def _smaller(self, lost: Sequence[Piece], poison: list[Piece]) -> list[Piece]:
         """What to try next. A request that is lost alone, again and again, is poison."""

@@ -18,7 +18,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 
 from e2p_ray.batch.alone import no_actors_for_others
 from e2p_ray.batch.pace import Pace, steps_wait_for_nothing
-from e2p_ray.batch.session import check_resources
+from e2p_ray.batch.session import check_resources, what_others_may_have
 from e2p_ray.batch.tally import ShardOutcome, Tally
 from e2p_ray.batch.worker import ShardWorker
 from e2p_ray.batch.write import stalled
@@ -44,6 +44,7 @@ def pool_outcomes(
     is_alone: on a Ray that was started for this job.
     """
     tally.wait_for(check_resources(config))
+    is_silent = True
     context = DataContext.get_current().copy()
     with (
         DataContext.current(_configured(context, config)),
@@ -55,6 +56,7 @@ def pool_outcomes(
         try:
             for block in rows.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
                 for row in pa.table(block).to_pylist():
+                    is_silent = False
                     yield ShardOutcome(**row)
         except Exception as error:
             if tally.waits_for and (missing := check_resources(config)):
@@ -63,7 +65,7 @@ def pool_outcomes(
                     "Lower them, or add such a node"
                 ) from None
             if isinstance(error, ExecutionTimeoutError):  # it names an option of Ray Data
-                raise stalled(config) from None
+                raise stalled(config, others_may_have=what_others_may_have(config) if is_silent else "") from None
             raise
 
 

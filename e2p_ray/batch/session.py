@@ -1,4 +1,4 @@
-"""Whether the Ray that was found has a node that is large enough for one worker."""
+"""Whether the Ray that was found has a node that is large enough for one worker, and what may keep it."""
 
 from __future__ import annotations
 
@@ -26,4 +26,14 @@ def check_resources(config: JobConfig) -> str:
     return (
         f"none of the cluster's {len(nodes)} nodes has the {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs of one "
         "worker (workers.num_cpus, workers.num_gpus)"
+    )
+
+
+def what_others_may_have(config: JobConfig) -> str:
+    """Of a cluster, what other jobs may have taken; empty for a machine, which has none."""
+    if only_machine(config.workers.ray_address) is not None:
+        return ""
+    return (
+        f"other jobs may have the {config.workers.num_cpus:g} CPUs and {config.workers.num_gpus:g} GPUs of one worker: "
+        "see `ray status`"
     )

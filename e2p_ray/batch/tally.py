@@ -90,7 +90,7 @@ class Tally:
         self.attempt = 0
         self.done: dict[str, ShardOutcome] = {}
         self.num_unsaid = 0
-        self.num_late = 0
+        self.late = set[str]()
         self.failures: list[ShardOutcome] = []
         self.pass_failure = ""
         self.waits_for = ""
@@ -109,7 +109,7 @@ class Tally:
     def add(self, outcome: ShardOutcome) -> None:
         self.waits_for = ""
         if outcome.late:
-            self.num_late += 1
+            self.late.add(outcome.shard_id)
         elif outcome.error_type:
             self.failures.append(outcome)
         elif not outcome.is_piece:

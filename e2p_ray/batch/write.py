@@ -199,12 +199,13 @@ def _said(error: Exception) -> str:
     return f"{_NUMBERS.sub('[numbers]', first)} ({os.path.basename(frame.filename)}:{frame.lineno})"
 
 
-def stalled(config: JobConfig) -> TimeoutError:
-    """No shard of an attempt ended for as long as one may take."""
-    return TimeoutError(
+def stalled(config: JobConfig, *, others_may_have: str = "") -> TimeoutError:
+    """No shard of an attempt ended for as long as one may take, perhaps because others have what a worker needs."""
+    said = (
         f"no shard ended within workers.max_stall_s, {config.workers.max_stall_s:g} s. Where shards take longer, raise "
         "it, or lower plan.requests_per_shard"
     )
+    return TimeoutError(f"{said}. Where none began, {others_may_have}" if others_may_have else said)
 
 
 def last_line(error: Exception) -> str:

@@ -69,9 +69,9 @@ def _read(storage: Storage, uri: str) -> bytes | None:
 def forget_failures(storage: Storage, run: Run, pending: Collection[str]) -> None:
     """Remove the failures of all shards but these."""
     left = set(pending)
-    for info in storage.list_objects(failures_uri(run)):
-        if _shard_of(info.name) not in left:
-            storage.delete(info.uri)
+    uris = [info.uri for info in storage.list_objects(failures_uri(run)) if _shard_of(info.name) not in left]
+    for _ in map_ahead(storage.delete, uris):
+        pass
 
 
 def cut_between_words(message: str, max_chars: int) -> str:

@@ -105,7 +105,7 @@ class Decoder:
         by turns, or left: none takes another's rows.
         """
         source = iter(rows)
-        call = _Call(Waves(self._admission.num_waves), self._drafts)
+        call = _Call(Waves(self._admission.num_waves), self._drafts_of_call())
         while True:
             with self._within(call):
                 found = self._fill(source)
@@ -121,6 +121,16 @@ class Decoder:
             with self._within(call):
                 found = self._step()
             yield from found
+
+    def _drafts_of_call(self) -> Drafts | None:
+        """Online, where a text is a call of its own, with what earlier ones wrote.
+
+        A batch's shard should not depend on those before it: guesses change the passes, and with these the last bits
+        of its log-likelihoods.
+        """
+        if self._drafts is None or self.listener is not None:
+            return self._drafts
+        return self._drafts.of_one_call()
 
     @contextmanager
     def _within(self, call: _Call) -> Iterator[None]:
@@ -341,7 +351,7 @@ class Decoder:
             self._count(num_draft_tokens=num_guessed, num_accepted_tokens=int(right.sum()))
 
     def _follow(self, wave: Wave, drafts: Drafts) -> None:
-        wave.guesses.follow(wave.written, wave.num_written, drafts.experience)
+        wave.guesses.follow(wave.written, wave.num_written, drafts.told.num_told, drafts.experience)
 
     def _likeliest(self, wave: Wave, rows: _Ints, hidden: Tensor, places: _Ints, max_rows: int) -> Likeliest | None:
         """The likeliest tokens behind these packed places, where that is all their rows ask for and loops find them."""

@@ -8,10 +8,11 @@ that cost nothing). Which guess a row has and how it fares is in guesses.py, how
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +120,6 @@ class Experience:
     worth: Worth = field(default_factory=Worth)
     num_after_blank: int = 1  # texts that began with a blank, less those that did not
     are_blank: dict[int, bool] = field(default_factory=dict)  # tokens that texts began with, of those that were seen
-    told: ToldTexts = field(default_factory=ToldTexts)
 
 
 class Drafts:
@@ -129,6 +129,13 @@ class Drafts:
         self._tokenizer = tokenizer
         self._end = () if end_token is None else (end_token,)
         self.experience = experience
+        self.told = ToldTexts()
+
+    def of_one_call(self) -> Self:
+        """The same, but of texts nothing is known that was told before."""
+        other = copy.copy(self)
+        other.told = ToldTexts()
+        return other
 
     def of(self, rows: Sequence[Row], num_running: int) -> list[RowDraft | None]:
         """The guesses for rows that come in beside so many others; None for those that none are worth while for."""
@@ -136,13 +143,13 @@ class Drafts:
         is_tried = {kind: self.experience.worth.is_tried(kind) for kind in set(kinds)}
         given = iter(self._given([row for row, kind in zip(rows, kinds, strict=True) if is_tried[kind]]))
         return [
-            RowDraft(next(given), self.experience.told.of(row), row.user_embedding, kind) if is_tried[kind] else None
+            RowDraft(next(given), self.told.of(row), row.user_embedding, kind) if is_tried[kind] else None
             for row, kind in zip(rows, kinds, strict=True)
         ]
 
     def tell(self, row: Row, tokens: TokenIds) -> None:
         """A row is done: what it wrote is a guess for those that come."""
-        self.experience.told.tell(row, tokens)
+        self.told.tell(row, tokens)
         seen = self.experience.num_after_blank + (1 if self._is_blank(tokens[0]) else -1)
         self.experience.num_after_blank = max(-_MAX_SEEN, min(seen, _MAX_SEEN))
 

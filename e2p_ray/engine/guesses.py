@@ -119,10 +119,10 @@ class Guesses:
         tokens = np.take_along_axis(self._tokens[first : first + len(reach)], places, axis=1)
         return np.where(columns < reach[:, None], tokens, -1)
 
-    def follow(self, written: _Ints, num_written: _Ints, experience: Experience) -> None:
+    def follow(self, written: _Ints, num_written: _Ints, num_told: int, experience: Experience) -> None:
         """Judge guesses by what their rows really wrote since, and find others where they were wrong or are used up.
 
-        `written` (rows, tokens) and `num_written` (rows,) are the wave's.
+        `written` (rows, tokens) and `num_written` (rows,) are the wave's; num_told texts have been told in all.
         """
         num_passes, self.num_unseen = self.num_unseen, 0
         rows = np.flatnonzero(self._has_draft[: len(self._drafts)])
@@ -131,9 +131,9 @@ class Guesses:
         is_guessed = self._lengths[rows] > 0
         looking = self._judged_wrong(rows[is_guessed], written, num_written, experience.agreements).tolist()
         self._num_judged[rows] = num_written[rows]
-        if experience.told.num_told != self._num_told:  # what was told since may go on as the row did
+        if num_told != self._num_told:  # what was told since may go on as the row did
             looking += [slot for slot in rows[~is_guessed].tolist() if self._drafts[slot].has_news]
-            self._num_told = experience.told.num_told
+            self._num_told = num_told
         for slot in looking:
             self._find(slot, self._drafts[slot], written[slot, : num_written[slot]].tolist())
         self._realign(rows[self._lengths[rows] == 0], written, num_written)

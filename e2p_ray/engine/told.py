@@ -1,7 +1,4 @@
-"""What rows have written for a content: guesses for the next rows of the same content, also in later calls.
-
-A hot content's requests are in many shards, and online each request is a call of its own.
-"""
+"""What rows have written for a content: guesses for the next rows of the same content."""
 
 from __future__ import annotations
 

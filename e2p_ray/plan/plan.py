@@ -16,7 +16,7 @@ from e2p_ray.plan.dataflow import Job, Outcome, plan_on_one_node, typed_error
 from e2p_ray.plan.inputs import InputTable, Space, scan_inputs
 from e2p_ray.plan.shard_size import ShardSize
 from e2p_ray.plan.shards import ShardEntry, shard_uri
-from e2p_ray.ray_session import start_ray
+from e2p_ray.ray_session import ray_session
 from e2p_ray.schema import checked_id
 from e2p_ray.storage import Storage
 
@@ -82,13 +82,13 @@ def make_plan(
         if num_bytes < config.plan.single_node_bytes or not inputs["candidates"].num_rows:
             outcome = plan_on_one_node(job, inputs)
         else:
-            if not ray.is_initialized():
-                start_ray(config.workers.ray_address)
             partitions = config.plan.num_partitions or min(-(-num_bytes // _PARTITION_BYTES), _MAX_PARTITIONS)
             # It brings Ray Data: most of a second of CPU time that no other plan needs.
             from e2p_ray.plan.shuffles import plan_by_shuffles
 
-            outcome = plan_by_shuffles(job, inputs, partitions, say)
+            # Not for longer: the batch has a Ray that is started for it, or that of a service.
+            with ray_session(config.workers.ray_address):
+                outcome = plan_by_shuffles(job, inputs, partitions, say)
     except ray.exceptions.RayError as error:
         if typed := typed_error(error):
             raise typed from error

@@ -1,8 +1,8 @@
 """Drafts against a full run: python -m tests.bench.backfill.
 
 A backfill after something changed for a part of the users: every request comes with the text that was published, and a
-share of the texts stays the same. A first run of users who are alike in kinds: what was written for one of them is a
-guess for the next. Full and drafted run on the same pairs, in calls of a few rows (online, small groups:
+share of the texts stays the same. First texts online, for users who are alike in kinds: what was written for one of
+them is a guess for the next. Full and drafted run on the same pairs, in calls of a few rows (online, small groups:
 a pass is bound by its weights and launches) up to a full wave (bound by arithmetic: nothing to gain, nothing to lose).
 A 30 M Llama with random weights that writes letters only, so that texts are tokens; nothing of the engine is replaced.
 
@@ -30,6 +30,7 @@ from e2p_ray.engine.model import BaseModel
 from e2p_ray.schema import Completion, Group, RequestKey, UserEmbedding
 from tests.bench.harness import interleaved, print_results
 from tests.bench.workloads import MODEL_SIZES, Case, ModelSize, groups_of, llama, tasks_of, wide_tokenizer
+from tests.listening import Listening
 from tests.tiny_models import EMBEDDING_DIM, keep_letters_only, random_model, random_projector
 
 ROWS_PER_CALL = (1, 4, 16, 64, 256)
@@ -121,7 +122,7 @@ def measure(
 
 
 def measure_first(base: BaseModel, rows_per_call: int, num_repeats: int) -> list[dict[str, Any]]:
-    """The same of a first run, which knows what it wrote for others of the same content: users of four kinds."""
+    """The same of texts that are asked for online, for users of four kinds: what was written for others is a guess."""
     case = Case(8, 32, 128, NEW_TOKENS)
     calls = in_calls(alike(groups_of(case), 4), rows_per_call)
 
@@ -129,7 +130,8 @@ def measure_first(base: BaseModel, rows_per_call: int, num_repeats: int) -> list
         """Of texts that had been written for another user of their content."""
         return 1 - len({(key.content_id, text) for key, text in texts.items()}) / len(texts)
 
-    return _compared(base, case, _named("first", rows_per_call), calls, calls, num_repeats, told_share)
+    name = _named("first", rows_per_call)
+    return _compared(base, case, name, calls, calls, num_repeats, told_share, is_followed=True)
 
 
 def _named(kind: str, rows_per_call: int) -> str:
@@ -145,11 +147,14 @@ class _Written:
     rows_per_s: float
 
 
-def _written(base: BaseModel, case: Case, calls: Sequence[Group], *, drafts: bool) -> _Written:
-    """By a new engine, every group in a call of its own, as online."""
+def _written(
+    base: BaseModel, case: Case, calls: Sequence[Group], *, drafts: bool, is_followed: bool = False
+) -> _Written:
+    """By a new engine, every group in a call of its own; `is_followed`: online, where somebody waits for each text."""
     projector = random_projector(base.d_model, output_rms=base.token_embedding_rms)
     config = EngineConfig(max_rows=256, drafts=drafts)
     engine = Engine(base, projector, wide_tokenizer(), tasks_of(case), config)
+    engine.listener = Listening() if is_followed else None
     completions: list[Completion] = []
     start = time.perf_counter()
     for group in calls:
@@ -166,12 +171,14 @@ def _compared(
     drafted: Sequence[Group],
     num_repeats: int,
     same_share: Callable[[Mapping[RequestKey, str]], float],
+    *,
+    is_followed: bool = False,
 ) -> list[dict[str, Any]]:
     """A line for these calls without drafts, one with; `same_share` of the texts could be guessed."""
     last: dict[str, _Written] = {}
 
     def rate(system: str, calls: Sequence[Group]) -> float:
-        last[system] = _written(base, case, calls, drafts=system == "drafts")
+        last[system] = _written(base, case, calls, drafts=system == "drafts", is_followed=is_followed)
         return last[system].rows_per_s
 
     rate("drafts", drafted[:1])  # what a pass costs is measured for the first draft of a base model

@@ -332,7 +332,10 @@ def test_a_lost_shard_is_not_published(
 
 
 @pytest.mark.timeout(300)
-def test_interrupt_stops_cleanly_and_says_how_to_resume(tmp_path: Path, ray_cluster: None) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupt_stops_cleanly_and_says_how_to_resume(
+    number: signal.Signals, code: int, tmp_path: Path, ray_cluster: None
+) -> None:
     import ray
 
     config, path = write_small_job(tmp_path)
@@ -341,8 +344,8 @@ def test_interrupt_stops_cleanly_and_says_how_to_resume(tmp_path: Path, ray_clus
     while process.poll() is None and not list(storage.list_objects(f"{config.output.uri}/runs")):
         time.sleep(0.05)
     time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said = process.wait(timeout=120), log.read_text(encoding="utf-8")
-    assert said[0] == 130, said[1]
+    assert said[0] == code, said[1]
     assert "run the same command again" in said[1]
     assert "Traceback" not in said[1]
