@@ -123,7 +123,7 @@ def measure(
 
 def measure_first(base: BaseModel, rows_per_call: int, num_repeats: int) -> list[dict[str, Any]]:
     """The same of texts that are asked for online, for users of four kinds: what was written for others is a guess."""
-    case = Case(8, 32, 128, NEW_TOKENS)
+    case = Case(3, 32, 128, NEW_TOKENS)
     calls = in_calls(alike(groups_of(case), 4), rows_per_call)
 
     def told_share(texts: Mapping[RequestKey, str]) -> float:
