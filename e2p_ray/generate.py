@@ -38,6 +38,7 @@ from e2p_ray.schema import (
 )
 
 _MAX_SHARED = 1024  # unpersonalised texts that are kept for those who come later
+_PASSING = (ErrorCode.CANCELLED, ErrorCode.OUT_OF_MEMORY)  # another try may give the text
 # Requests of a content among which one is likely to need the unpersonalised text: it is written along with theirs.
 # Asked for when the last of a shard's texts has failed, it takes as many steps as a whole wave (5 % of a job in shards
 # of 640 requests on a CPU; more where a step costs the same for one row as for hundreds).
@@ -203,7 +204,7 @@ class _Flow:
 
     def _take_shared(self, content: Content, written: Written) -> None:
         key = written.completion.key
-        if written.completion.error_code is not ErrorCode.CANCELLED:
+        if written.completion.error_code not in _PASSING:
             self._shared[key] = content, written
         if len(self._shared) > _MAX_SHARED:
             self._shared.popitem(last=False)

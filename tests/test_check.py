@@ -81,6 +81,7 @@ def completion(finish_reason: FinishReason = FinishReason.END_TOKEN, num_output_
         ("图书馆将重建，市长说", JA, Reason.WRONG_LANGUAGE),
         ("2027", JA, Reason.WRONG_LANGUAGE),
         ("the new library the new library", EN, Reason.REPETITION),
+        ("no, no, no, no, no", EN, Reason.REPETITION),
         ("図書館の計画の計画の計画の計画", JA, Reason.REPETITION),
         ("Mail anna@portville.org", EN, Reason.FOREIGN_EMAIL),
         ("Mail library@portville.org", EN, None),
@@ -343,6 +344,40 @@ def test_foreign_contacts_are_found(text: str, find: Callable[..., str]) -> None
 def test_everyday_texts_hold_no_contact(text: str) -> None:
     none = find_contacts("")
     assert not any(find(normalize(text), none) for find in (foreign_mail, foreign_url, foreign_phone, foreign_address))
+
+
+@pytest.mark.parametrize(
+    ("text", "body", "language"),
+    [
+        ("The fund holds 1,000,000,000 dollars", "The fund holds 1,000,000,000 dollars now.", "en"),
+        ("基金は10,000,000,000円", "基金は10,000,000,000円を持つ。", "ja"),
+        ("貨物船沈没、乗員全員救助", "貨物船が沈没し、乗員は全員救助された。", "ja"),
+        ("社長「事故は二度と起こさない」", "社長は事故を繰り返さないと述べた。", "ja"),
+        ("億万長者が町に図書館を寄付", "富豪が町に図書館を寄付した。", "ja"),
+        ("After the 2022 Supreme Court ruling", "The ruling of the Supreme Court was in 2022.", "en"),
+    ],
+)
+def test_ordinary_texts_are_accepted(text: str, body: str, language: str) -> None:
+    found = check(text, Content("c", body, body, language), None, ANYTHING, ChecksConfig())
+    assert found.accepted, found
+
+
+@pytest.mark.parametrize(
+    ("text", "body", "reason"),
+    [
+        ("橋は二度も閉鎖された", "橋は閉鎖された。", Reason.FOREIGN_NUMBER),
+        ("二度とも市長が開けた", "市長が開けた。", Reason.FOREIGN_NUMBER),
+        ("八百万の人々が橋を渡る", "人々が橋を渡る。", Reason.FOREIGN_NUMBER),
+    ],
+)
+def test_control_counts_that_look_like_idioms_are_found(text: str, body: str, reason: Reason) -> None:
+    assert check(text, Content("c", body, body, "ja"), None, ANYTHING, ChecksConfig()).reason is reason
+
+
+def test_denied_phrases_that_nobody_sees_deny_nothing() -> None:
+    for phrase in ("\u200b", "\ufeff", "\u3000", " "):
+        checks = ChecksConfig(deny=(phrase,))
+        assert check("A new library", EN, None, ANYTHING, checks).reason is not Reason.DENIED_PHRASE
 
 
 def test_known_contacts_in_another_spelling() -> None:

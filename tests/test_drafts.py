@@ -195,7 +195,7 @@ def test_online_what_was_written_in_a_call_is_a_guess_in_the_next_ones() -> None
     first, *others = num_steps(is_followed=True)
     assert first == plain.stats.num_steps / len(calls), "the control: of the first nothing is known"
     assert max(others) < first / 2
-    assert num_steps(is_followed=False) == [first] * len(calls), "a shard of a batch does not depend on those before it"
+    assert num_steps(is_followed=False) == [first] * len(calls), "a batch's shard knows no texts of those before it"
 
 
 def test_rows_that_nothing_can_be_found_for_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

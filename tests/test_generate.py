@@ -190,6 +190,21 @@ def test_engine_error_in_the_shared_text_leads_to_the_title() -> None:
     assert (row.arm, row.text) == (Arm.TITLE, "Bridge opens")
 
 
+def test_a_shared_text_that_memory_was_short_for_is_asked_for_again() -> None:
+    class Short(FakeEngine):
+        is_short = True
+
+        def generate(self, groups: Iterable[Group | None]) -> Iterator[Completion]:
+            for completion in super().generate(groups):
+                short, self.is_short = self.is_short and completion.key == SHARED, False
+                yield replace(completion, error_code=ErrorCode.OUT_OF_MEMORY if short else completion.error_code)
+
+    groups = [Group(CONTENT, "headline", (ask(user, reason=Reason.OPTED_OUT),)) for user in ("u1", "u2")]
+    rows, letters = Generator(Short(), make_config(), "run-1").generate(groups, shard_id="shard-1")
+    assert not letters
+    assert {row.user_id: row.arm for row in rows} == {"u1": Arm.TITLE, "u2": Arm.NO_SOFT_TOKEN}
+
+
 def test_blank_title_where_it_is_needed_is_a_dead_letter() -> None:
     content = replace(CONTENT, title=" ")
     _, (letter,) = run([ask()], content=content, texts={KEY: "", SHARED: ""})

@@ -57,6 +57,7 @@ from e2p_ray.serve.problems import ProblemError
 from e2p_ray.serve.replica import Replica
 from e2p_ray.storage import ObjectInfo, Storage
 from jobs.whole_run import generate_run
+from tests.bad_engines import without_logits
 from tests.plan_world import with_broken
 from tests.serve_world import TOKENS, Site, serve_config, serving, slow
 from tests.small_job import DIM, SPACE, fake_engine, first_groups, write_small_job
@@ -512,10 +513,18 @@ def test_what_needs_no_writing_is_answered_while_the_queue_is_full(published: Jo
         assert isinstance(only, GenerationAnswer)
         assert only.source == "published"
         half = b'{"user_id": "\\ud800", "content_id": "content-000", "task": "headline"}'
-        for body, status in ((b"{", 422), (b"[" * 5000, 422), (half, 422), (b"[]", 429), (b'{"user_id": 3}', 429)):
+        long = json.dumps({"user_id": "u" * 600_000, "content_id": "c", "task": "headline"}).encode()
+        others = ((long, 422), (half, 422), (b"[]", 429), (b'{"user_id": 3}', 429))
+        for body, status in ((b"{", 422), (b"[" * 5000, 422), *others):
             assert post(site, "/v1/generations", body).status_code == status
         for one in crowd:
             one.result()
+
+
+def test_a_model_that_gives_nan_is_not_the_client_s_fault(job: JobConfig) -> None:
+    with serving(serve_config(job), without_logits) as site:
+        answer = post(site, "/v1/generations", {"user_id": PLAIN, "content_id": "content-000", "task": "headline"})
+    assert (answer.status_code, answer.json()["code"]) == (500, "non_finite_logits")
 
 
 def test_a_full_queue_says_when_to_come_again(job: JobConfig) -> None:

@@ -21,6 +21,7 @@ from e2p_ray.config import JobConfig, ProfileConfig
 from e2p_ray.plan.inputs import Space
 from e2p_ray.schema import Reason, Status, UserEmbedding
 from e2p_ray.serve.client import InvalidRequestError
+from e2p_ray.serve.lookup import Tables, User
 from e2p_ray.serve.messages import Event, GenerationAnswer, ProblemBody, UserPart
 from e2p_ray.serve.problems import ProblemError
 from e2p_ray.serve.profile import given_events
@@ -182,6 +183,22 @@ def test_events_go_with_pairs_and_rankings_too(site: Site) -> None:
         both = client.generate_batch("headline", pairs).results
         assert [one.fingerprint == alone.fingerprint for one in both if isinstance(one, GenerationAnswer)] == [1, 0]
         assert client.scores("headline", [{"content_id": "content-004"}], **person).personalized
+
+
+def test_a_ranking_is_for_one_state_of_its_user(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table may be written anew, and the user opt out, while the candidates are looked up."""
+    asked, plain = list[str](), Tables.user
+
+    def then_opted_out(self: Tables, user_id: str, space: Space) -> User:
+        asked.append(user_id)
+        return plain(self, user_id if len(asked) == 1 else OPTED_OUT, space)
+
+    monkeypatch.setattr(Tables, "user", then_opted_out)
+    with site.client() as client:
+        found = client.scores("headline", [{"content_id": f"content-{n:03d}"} for n in range(4)], user_id=PLAIN)
+    assert asked == [PLAIN]
+    assert found.personalized
+    assert all(score.gain is not None for score in found.scores)
 
 
 @pytest.mark.parametrize("user_id", [OPTED_OUT, "never-seen"])

@@ -297,12 +297,12 @@ def test_a_second_signal_interrupts() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_waits_for_a_larger_machine_says_so_and_ends_when_told(number: signal.Signals, tmp_path: Path) -> None:
-    """With a Ray of its own, whose handler for SIGTERM is not the job's; named, so that it counts as a cluster."""
+    """With a Ray of its own, whose handler for SIGTERM is not the job's; as an address is named, it may grow."""
     _, path = write_small_job(tmp_path, num_users=1)
     (port,) = unused_ports(1)
-    options = {"config": path, "workers.ray_address": "local", "workers.num_cpus": 64, "api.port": port}
+    options = {"config": path, "workers.ray_address": "auto", "workers.num_cpus": 64, "api.port": port}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    env = {**os.environ, "E2P_API__TOKENS": f'["{TOKENS[0]}"]'}
+    env = {**os.environ, "RAY_ADDRESS": "local", "E2P_API__TOKENS": f'["{TOKENS[0]}"]'}
     said, below = tmp_path / "said", set[psutil.Process]()
     with said.open("wb") as file:
         job = subprocess.Popen([sys.executable, "-m", "jobs.serve", *words], cwd=ROOT, env=env, stderr=file)

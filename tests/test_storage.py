@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -15,17 +16,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from boto3.session import Session
+from botocore.credentials import Credentials
+from botocore.exceptions import CredentialRetrievalError
 from deltalake import DeltaTable, write_deltalake
 from pydantic import SecretStr
 
 from e2p_ray.config import StorageConfig
 from e2p_ray.errors import AccessDeniedError, ConfigError, InputError, ObjectNotFoundError, StorageError
 from e2p_ray.serve.front import unused_ports
-from e2p_ray.storage import ObjectInfo, PassingError, Storage, parquet_bytes
+from e2p_ray.storage import ObjectInfo, PassingError, Storage, batches, parquet_bytes
+from e2p_ray.storage.s3 import S3Place
 from e2p_ray.storage.s3_errors import DenialError, typed_delta
 from tests.faulty import FAULTS, Faulty, faulty_s3
 from tests.s3 import S3Server, place_on
@@ -463,3 +469,43 @@ def test_file_uris(tmp_path: Path) -> None:
     pq.write_table(TABLE, tmp_path / "t.parquet")
     assert Storage().read_table(f"file://{tmp_path}/t.parquet").equals(TABLE)
     assert [info.uri for info in Storage().parquet_files(f"file://{tmp_path}")] == [f"file://{tmp_path}/t.parquet"]
+
+
+def test_batches_of_a_large_file_hold_no_more_than_a_row_group(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).bytes(4 << 20)
+    values = pa.array([noise[at : at + 64].hex() for at in range(0, len(noise), 64)])
+    pq.write_table(pa.table({"a": values}), tmp_path / "many.parquet", row_group_size=len(values) // 32)
+
+    def most_bytes(of: Callable[[pq.ParquetFile], Iterator[pa.RecordBatch]]) -> int:
+        with Storage().open_parquet(str(tmp_path / "many.parquet")) as file:
+            tracemalloc.start()
+            found = [row for batch in of(file) for row in batch["a"].slice(0, 1).to_pylist()]
+            peak_bytes = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert found[0] == values[0].as_py()
+        return peak_bytes
+
+    whole = most_bytes(lambda file: file.iter_batches(1 << 16, columns=["a"], use_threads=False))
+    assert whole > 4 << 20, "the control"
+    assert most_bytes(lambda file: batches(file, ["a"])) < whole / 4
+
+
+def test_credentials_that_cannot_be_had_are_storage_s_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a pod's identity agent, say. Who has a session keeps it: it asks for them when they end."""
+    sessions = set[int]()
+    is_there = True
+
+    def credentials(session: Session) -> Credentials:
+        sessions.add(id(session))
+        if not is_there:
+            raise CredentialRetrievalError(provider="container-role", error_msg="timed out")
+        return Credentials("id", "secret", "token")
+
+    monkeypatch.setattr(Session, "get_credentials", credentials)
+    place = S3Place(StorageConfig(endpoint_url="http://127.0.0.1:1", region="r"))
+    for _ in range(3):
+        assert place.delta_options(with_retries=False)["aws_session_token"] == "token"
+    is_there = False
+    with pytest.raises(StorageError, match=r"no credentials for S3: .*container-role.*timed out"):
+        place.delta_options(with_retries=False)
+    assert len(sessions) == 1

@@ -319,6 +319,16 @@ def test_shards_of_an_update_are_as_large_as_what_it_writes_asks_for(
     assert 10 < max(many) <= 20
 
 
+def test_an_update_whose_carried_rows_lost_their_markers_is_written_again(world: World) -> None:
+    """As a killed vacuum left it, or somebody who removed the folder of its run."""
+    _change_vector(world)
+    report = world.run(publish_it=False)
+    run = load_run(world.storage, world.config.output.uri, report.run_id)
+    shutil.rmtree(run.uri)
+    assert_exact(world, world.run)
+    assert load_run(world.storage, world.config.output.uri, report.run_id) == run, "the same one"
+
+
 def _text_bytes(text: str, num_requests: int) -> int:
     return num_requests * len(text.encode())
 

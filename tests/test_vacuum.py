@@ -244,12 +244,15 @@ def test_a_table_that_changes_meanwhile_stops_it(tmp_path: Path, monkeypatch: py
     assert before <= objects(world)
 
 
-def test_a_killed_vacuum_leaves_no_run_that_looks_complete(tmp_path: Path) -> None:
-    """Markers go first."""
+@pytest.mark.parametrize("num_deleted", [1, 6, 12, 30])
+def test_a_killed_vacuum_leaves_nothing_that_looks_complete(num_deleted: int, tmp_path: Path) -> None:
+    """Manifests go first, then markers."""
     world, gone = make_old_world(tmp_path)
+    plans = {name: below(world, name) for name in ("plans/plan", "updates/abandoned", "plans/complete")}
+    assert any(f"{name}/manifest.json" in found for name, found in plans.items())
 
     class Dying(Storage):
-        num_left = 6
+        num_left = num_deleted
 
         def delete(self, uri: str) -> None:
             self.num_left -= 1
@@ -264,6 +267,8 @@ def test_a_killed_vacuum_leaves_no_run_that_looks_complete(tmp_path: Path) -> No
         markers = {Path(name).stem for name in left if name.startswith(f"runs/{run_id}/markers/")}
         data = {Path(name).stem for name in left if name.startswith(f"generations/data/{run_id}/")}
         assert markers <= data
+    for name, whole in plans.items():
+        assert f"{name}/manifest.json" not in left or whole <= left
     vacuum(world.storage, world.output_uri, max_age_s=LIMIT_S, dry_run=False)
     assert not objects(world) & gone
 

@@ -108,6 +108,9 @@ def _handle_of(app: str, config: JobConfig, run: Run) -> Any:
 
 def _max_running(app: str) -> int:
     """As many shards as the replicas of now can be busy with."""
-    states = [found.replica_states for found in serve.status().applications[app].deployments.values()]
+    status = serve.status().applications.get(app)
+    if status is None:
+        raise ConfigError(f"--through-serve {app}: it was deleted. Deploy it, and run the same command again")
+    states = [found.replica_states for found in status.deployments.values()]
     num_running = max((number for found in states for state, number in found.items() if state == "RUNNING"), default=0)
     return _PER_REPLICA * max(num_running, 1)

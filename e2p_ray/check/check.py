@@ -109,7 +109,8 @@ def _check_form(text: str, plain: str, checks: ChecksConfig) -> Verdict | None:
 @lru_cache(maxsize=4)
 def _denied(phrases: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """Phrases, and what they are looked for as."""
-    return tuple((phrase, normalize(phrase).casefold()) for phrase in phrases if phrase)
+    forms = ((phrase, normalize(phrase).casefold()) for phrase in phrases)
+    return tuple((phrase, form) for phrase, form in forms if form.strip())  # what nobody sees is in every text
 
 
 def _is_broken(char: str) -> bool:

@@ -70,7 +70,7 @@ _STREET_WORD = r"(?!(?i:in|on|the|to|at|of|for|an?|and|with|by|from|as|is)[ ])[A
 _POSTAL = re.compile(
     rf"(?<![\w.,])\d{{1,5}}[ ](?:{_STREET_WORD}){{1,3}}(?=[A-Z])"
     r"(?i:street|avenue|ave|road|rd|boulevard|blvd|parkway)(?![A-Za-z-])"
-    rf"|(?<![\w.,])\d{{3,5}}[ ](?:{_STREET_WORD}){{1,3}}(?=[A-Z])"
+    rf"|(?<![\w.,])(?!(?:19|20)\d\d[ ])\d{{3,5}}[ ](?:{_STREET_WORD}){{1,3}}(?=[A-Z])"  # 2022 Supreme Court is none
     r"(?i:st|drive|dr|court|lane|square|place|terrace)(?![A-Za-z-])"
     r"|(?<![A-Za-z])(?i:p\.?[ ]?o\.?[ ]?box)[ ]\d{1,6}"
     r"|(?:〒|郵便番号)[ ]?\d{3}-?\d{4}(?!\d)"

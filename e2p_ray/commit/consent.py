@@ -34,10 +34,9 @@ from e2p_ray.schema import (
     to_table,
     validate_schema,
 )
-from e2p_ray.storage import Storage, parquet_bytes
+from e2p_ray.storage import Storage, batches, parquet_bytes
 from e2p_ray.storage.utf8 import require_utf8
 
-_BATCH_ROWS = 1 << 16
 _UNTITLED = "the user wants no personalisation and the content has no title to publish instead"
 # Plain values: an Arrow scalar brings pandas, 0.4 s of CPU time (2026-11-29, a Zen 3 core); most jobs do not need it.
 _SUPPRESSED: dict[str, object] = {
@@ -63,7 +62,7 @@ def without_consent(storage: Storage, users: HashSpool, users_uri: str) -> Hashe
             with storage.open_parquet(info) as file:
                 validate_schema("users", file.schema_arrow, info.uri)
                 num_before = 0
-                for batch in file.iter_batches(_BATCH_ROWS, columns=["user_id", "personalize", "updated_at"]):
+                for batch in batches(file, ["user_id", "personalize", "updated_at"]):
                     require_utf8(batch, info.uri, num_before)
                     num_before += len(batch)
                     ids = batch["user_id"].cast(pa.string())  # Arrow filters no views

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from e2p_ray.commit.shard import FOOTER
-from e2p_ray.storage import ObjectInfo, Storage, parquet_bytes
+from e2p_ray.storage import ObjectInfo, Storage, batches, parquet_bytes
 from e2p_ray.storage.utf8 import without_views
 
 PURGED = b"e2p_ray.purged"  # in the metadata of a Parquet file that rows were taken out of
@@ -21,7 +21,6 @@ _CELL = re.compile(r'<td class="id">(.*?)</td>', re.DOTALL)
 _LITERAL = re.compile(r"'((?:[^']|'')*)'|\"((?:[^\"]|\"\")*)\"")
 _PREDICATE = re.compile("predicate", re.IGNORECASE)  # mergePredicate, matchedPredicates: names differ by engine
 _IN_WORD = r"[^\s()\[\]{},;'\"`=<>!]"
-_BATCH_ROWS = 1 << 16
 
 
 class Users:
@@ -50,7 +49,7 @@ class Users:
             found = self._num_letters((file.schema_arrow.metadata or {}).get(FOOTER))
             if "user_id" not in file.schema_arrow.names:
                 return found
-            for batch in file.iter_batches(_BATCH_ROWS, columns=["user_id"], use_threads=False):
+            for batch in batches(file, ["user_id"]):
                 ids = batch["user_id"].cast(pa.string())  # Arrow filters no views
                 theirs = ids.filter(self.among(ids))
                 self.found.update(theirs.unique().to_pylist())

@@ -22,8 +22,9 @@ All else is an orphan, of one of these kinds:
   shards that are whole, and what was noted of their failures;
 - `unfinished write`: what a killed writer left behind.
 
-A run past the limit that was never published is abandoned, also a complete one. Markers go before data, so that a
-vacuum which is killed leaves a run that can be generated again, never one that looks complete.
+A run past the limit that was never published is abandoned, also a complete one. Manifests go before markers, and
+these before data, so that a vacuum which is killed leaves what can be planned and generated again, never what looks
+complete.
 """
 
 from __future__ import annotations
@@ -98,10 +99,15 @@ def vacuum(storage: Storage, output_uri: str, *, max_age_s: float, dry_run: bool
 
 
 def _in_order(orphans: Sequence[Orphan]) -> Iterator[list[Orphan]]:
-    """Markers first: without its marker a shard is generated again, without its data it would be missed at publish."""
-    markers = [orphan for orphan in orphans if "/markers/" in orphan.uri]
-    yield markers
-    yield [orphan for orphan in orphans if "/markers/" not in orphan.uri]
+    """What says that something is whole before what it is whole of: manifests, then markers, then all else.
+
+    Without its marker a shard is generated again, without its data it would be missed at publish; without its manifest
+    a plan or an update is written again, without its dead letters these would be missed.
+    """
+    waves: tuple[list[Orphan], ...] = [], [], []
+    for orphan in orphans:
+        waves[0 if orphan.uri.endswith("/manifest.json") else 1 if "/markers/" in orphan.uri else 2].append(orphan)
+    yield from waves
 
 
 def _live(storage: Storage, table_uri: str, cutoff_s: float) -> Live:

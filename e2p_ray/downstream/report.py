@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import polars as pl
 
 from e2p_ray.commit import PublishedVersion, Run, read_markers
 from e2p_ray.commit.consent import refusing
-from e2p_ray.commit.run import summed
+from e2p_ray.commit.run import map_ahead, summed
 from e2p_ray.commit.verify import bad_files
 from e2p_ray.downstream.pages.html import render_html
 from e2p_ray.downstream.samples import Sample, Samples, SampleText
@@ -194,8 +195,7 @@ def build_report(
     lengths: Counter[tuple[str, str, int]] = Counter()
     reasons: Counter[str] = Counter()
     samples = Samples()
-    for shard_id in run.shard_ids:
-        rows = _shard_rows(storage, run, shard_id)
+    for rows in map_ahead(partial(_shard_rows, storage, run), run.shard_ids):
         _count_lengths(rows, lengths)
         reasons.update(rows.filter(pl.col("status") != str(Status.OK))["reason"].drop_nulls())
         samples.add(rows)

@@ -90,7 +90,8 @@ class Decoder:
 
     def with_bounds(self, bounds: Bounds) -> Decoder:
         """Another decoder over the same model and projector; one of the two may run within the other's pauses."""
-        return Decoder(self._base, self._projector, self._stopping, bounds, self._drafts)
+        drafts = None if self._drafts is None else self._drafts.of_one_call()
+        return Decoder(self._base, self._projector, self._stopping, bounds, drafts)
 
     @property
     def bounds(self) -> Bounds:
@@ -125,8 +126,8 @@ class Decoder:
     def _drafts_of_call(self) -> Drafts | None:
         """Online, where a text is a call of its own, with what earlier ones wrote.
 
-        A batch's shard should not depend on those before it: guesses change the passes, and with these the last bits
-        of its log-likelihoods.
+        A batch's shard knows no texts of those before it: guesses change the passes, and with these the last bits of
+        log-likelihoods. Only how often guesses held is remembered.
         """
         if self._drafts is None or self.listener is not None:
             return self._drafts

@@ -12,7 +12,7 @@ from e2p_ray.engine.contract import Listener
 from e2p_ray.generate import MANY_REQUESTS
 from e2p_ray.loaded import LoadedGenerator
 from e2p_ray.results import UNPERSONALIZED_USER_ID, Result
-from e2p_ray.schema import Content, Group, Request, RequestKey
+from e2p_ray.schema import Content, DeadLetter, ErrorCode, Group, Request, RequestKey
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +131,8 @@ class Call(Listener):
         self._streamed.discard(key)
         took_s = time.monotonic() - self._began_s.pop(key)
         waiting = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-        if waiting:
-            self._queue.took(took_s)
+        if waiting and not (isinstance(result, DeadLetter) and result.error_code is ErrorCode.NON_FINITE_LOGITS):
+            self._queue.took(took_s)  # a model that gives NaN has no success
         for job in waiting:
             job.future.set_result(result)
 

@@ -203,9 +203,12 @@ def _hashes_of(key: tuple[str, ...]) -> tuple[np.uint64, np.uint64]:
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
-    """The schema with values in place of dictionaries: these differ from row group to row group."""
+    """The schema with values in place of dictionaries, which differ from row group to row group, and without views.
+
+    Delta writes views after a DELETE; Arrow (26) neither filters nor searches them.
+    """
     fields = (f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in schema)
-    return pa.schema(list(fields))
+    return pa.schema([f.with_type(pa.string()) if pa.types.is_string_view(f.type) else f for f in fields])
 
 
 class Freshness:

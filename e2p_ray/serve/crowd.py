@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from e2p_ray.serve.messages import MAX_ID_CHARS
 from e2p_ray.serve.problems import ProblemError
 from e2p_ray.serve.service import Service
 
@@ -34,4 +35,6 @@ class Crowd:
             "".join(key).encode()
         except (ValueError, RecursionError):
             return True  # no text either way; what is wrong with it is said elsewhere
+        if any(len(part) > MAX_ID_CHARS for part in key):
+            return True  # refused elsewhere; here it would be kept
         return len(key) == len(_KEY) and self._service.tables.published(*key) is not None

@@ -12,7 +12,7 @@ from e2p_ray.config import SamplingConfig
 from e2p_ray.config.serve import MAX_EVENTS
 from e2p_ray.schema import Arm, FinishReason, Reason, Status
 
-_MAX_ID_CHARS = 512
+MAX_ID_CHARS = 512
 _MAX_DIM = 16_384
 _MAX_WEIGHT = 1e6
 
@@ -26,7 +26,7 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]  # JSON can say what no encoding can
-Id = Annotated[Text, Field(min_length=1, max_length=_MAX_ID_CHARS)]
+Id = Annotated[Text, Field(min_length=1, max_length=MAX_ID_CHARS)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 

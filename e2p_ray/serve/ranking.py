@@ -6,6 +6,7 @@ import asyncio
 import math
 
 from e2p_ray.schema import ErrorCode, Group, Request, RequestKey, TextScore
+from e2p_ray.serve.lookup import User
 from e2p_ray.serve.messages import CandidateScore, ScoresAnswer, ScoresRequest
 from e2p_ray.serve.problems import ContentProblemError, ProblemError
 from e2p_ray.serve.service import Asked, Service, elapsed_ms
@@ -16,13 +17,17 @@ async def ranked(service: Service, body: ScoresRequest, began_s: float) -> Score
     loaded = service.loaded
     service.loop.require_room_to_score(len(body.candidates))  # before anything is looked up
 
-    def look_up(place: int) -> Asked:
+    def look_up(place: int, person: User) -> Asked:
         try:
-            return service.look_up(body, body.candidates[place], body.task, loaded=loaded)
+            return service.look_up(body, body.candidates[place], body.task, loaded=loaded, person=person)
         except ContentProblemError as error:
             raise ProblemError(error.status, error.code, f"candidate {place}: {error.detail}") from error
 
-    all_asked = await asyncio.to_thread(lambda: [look_up(place) for place in range(len(body.candidates))])
+    def look_all_up() -> list[Asked]:
+        person = service.person_of(body, loaded)  # once: all are compared for one state of the user
+        return [look_up(place, person) for place in range(len(body.candidates))]
+
+    all_asked = await asyncio.to_thread(look_all_up)
     groups, texts = list[Group](), dict[RequestKey, str]()
     for place, (asked, candidate) in enumerate(zip(all_asked, body.candidates, strict=True)):
         text = candidate.text or asked.content.title

@@ -43,6 +43,7 @@ from e2p_ray.storage import Storage
 RUN_ID = "online"  # what stands for a run in a text that was written for one request
 _ANONYMOUS = "anonymous-"
 _INLINE = "inline-"
+_STATUSES = {ErrorCode.OUT_OF_MEMORY: 503, ErrorCode.NON_FINITE_LOGITS: 500}  # of dead letters; of others 422
 _MAX_VARIANTS = 32  # generators kept for other samplings: each is a few small objects
 
 
@@ -127,13 +128,17 @@ class Service:
         sampling: SamplingOverride | None = None,
         *,
         loaded: LoadedGenerator | None = None,
+        person: User | None = None,
     ) -> Asked:
-        """A request with its user, content and published row; ProblemError where there is no such task or content."""
+        """A request with its user, content and published row; ProblemError where there is no such task or content.
+
+        `person` is what `person_of` said of the user, for who asks for several contents.
+        """
         base = loaded or self._loaded
         if task not in base.config.tasks:
             raise ProblemError(422, "unknown_task", "no such task is configured; GET /v1/models lists them")
         found = self._content(content)
-        person = self._user(user, base)
+        person = person or self.person_of(user, base)
         key = RequestKey(_key_id(user, person), found.content_id, task)
         request = Request(key, person.user_embedding, person.reason)
         generator = base if sampling is None else self._variant(base, task, sampling)
@@ -168,7 +173,7 @@ class Service:
             raise ContentProblemError(422, ErrorCode.EMPTY_CONTENT.value, "the content has neither a title nor a body")
         return found
 
-    def _user(self, asked: UserPart, loaded: LoadedGenerator) -> User:
+    def person_of(self, asked: UserPart, loaded: LoadedGenerator) -> User:
         """Consent as the table has it now, whatever came with the request, and the user embedding of this moment."""
         space, profile = Space(loaded.embedding_space, loaded.embedding_dim), self.config.profile
         given, events = given_embedding(asked, space), given_events(asked, space, profile)
@@ -219,7 +224,9 @@ class Service:
         if isinstance(result, Generation):
             return result
         if isinstance(result, DeadLetter):
-            status = 503 if result.error_code is ErrorCode.OUT_OF_MEMORY else 422
+            if result.error_code is ErrorCode.NON_FINITE_LOGITS:  # embeddings that come with a request are finite
+                self._log.error("text_failed", error_type=result.error_code.value)
+            status = _STATUSES.get(result.error_code, 422)
             return ProblemError(status, result.error_code.value, result.message)
         if isinstance(result, asyncio.CancelledError):
             return ended()

@@ -23,10 +23,11 @@ from e2p_ray.storage.local import LocalPlace, local_path, refuse_links_out, temp
 from e2p_ray.storage.objects import DatedObject, ObjectInfo, PassingError, Place
 from e2p_ray.storage.s3 import S3Place, split
 
-__all__ = ["DatedObject", "ObjectInfo", "PassingError", "Storage", "TableFiles", "is_s3", "parquet_bytes"]
+__all__ = ["DatedObject", "ObjectInfo", "PassingError", "Storage", "TableFiles", "batches", "is_s3", "parquet_bytes"]
 
 _T = TypeVar("_T")
 
+_BATCH_ROWS = 1 << 16
 _PART_BYTES = 64 << 20  # a download is retried in pieces of this size
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -37,6 +38,15 @@ def is_s3(uri: str) -> bool:
     if scheme and scheme[1] not in ("s3", "file"):
         raise ConfigError(f"{uri}: unknown scheme {scheme[1]!r}. Give a local path or s3://bucket/...")
     return scheme is not None and scheme[1] == "s3"
+
+
+def batches(file: pq.ParquetFile, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """These columns of a file some rows at a time; of the file no more is in memory than a row group.
+
+    Arrow, asked for all groups at once, keeps what it has read until the last batch.
+    """
+    for group in range(file.num_row_groups):
+        yield from file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=list(columns), use_threads=False)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import boto3.session
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError
 
 from e2p_ray.config import StorageConfig
 from e2p_ray.errors import AccessDeniedError, ConfigError, ObjectNotFoundError, StorageError
@@ -44,7 +45,8 @@ class S3Place:
         self._config = config
         self._lock = threading.Lock()
         self._allowed: set[tuple[str, str]] = set()  # verbs and buckets of calls that succeeded
-        self._clients: dict[int, Any] = {}  # by process id: a forked child must not share its parent's sockets
+        # By process id: a forked child must not share its parent's sockets.
+        self._connections: dict[int, tuple[boto3.session.Session, Any]] = {}
 
     def read(self, uri: str) -> bytes:
         bucket, key = split(uri)
@@ -121,8 +123,7 @@ class S3Place:
 
     def delta_options(self, *, with_retries: bool) -> dict[str, str]:
         """Options with which deltalake, and without retries polars, reach the same place; they hold secrets."""
-        session = self._session()
-        client = self._client()
+        session, client = self._connection()
         options = {
             "aws_region": client.meta.region_name or "us-east-1",
             "aws_conditional_put": "etag",
@@ -140,10 +141,13 @@ class S3Place:
         if client.meta.endpoint_url.startswith("http://"):
             options["aws_allow_http"] = "true"
         # object_store knows fewer sources of credentials than boto3: it is given what boto3 found.
-        found = session.get_credentials()
-        if found is None:
+        try:
+            found = session.get_credentials()  # asked for once by a session, and anew before they end
+            keys = found and found.get_frozen_credentials()
+        except BotoCoreError as error:
+            raise StorageError(f"no credentials for S3: {error}") from error
+        if keys is None:
             raise AccessDeniedError(NO_CREDENTIALS)
-        keys = found.get_frozen_credentials()
         options |= {"aws_access_key_id": keys.access_key, "aws_secret_access_key": keys.secret_key}
         if keys.token:
             options["aws_session_token"] = keys.token
@@ -164,19 +168,23 @@ class S3Place:
         )
 
     def _client(self) -> Any:
-        with self._lock:
-            if os.getpid() not in self._clients:
-                self._clients = {os.getpid(): self._new_client()}
-            return self._clients[os.getpid()]
+        return self._connection()[1]
 
-    def _new_client(self) -> Any:
+    def _connection(self) -> tuple[boto3.session.Session, Any]:
+        """This process's session and client."""
+        with self._lock:
+            if os.getpid() not in self._connections:
+                session = self._session()
+                self._connections = {os.getpid(): (session, self._new_client(session))}
+            return self._connections[os.getpid()]
+
+    def _new_client(self, session: boto3.session.Session) -> Any:
         settings: dict[str, Any] = {
             "connect_timeout": self._config.connect_timeout_s,
             "read_timeout": self._config.read_timeout_s,
             "max_pool_connections": 32,
             "retries": {"total_max_attempts": 1, "mode": "standard"},
         }
-        session = self._session()
         region = session.region_name or "us-east-1"
         arguments: dict[str, Any] = {"endpoint_url": self._config.endpoint_url, "region_name": region}
         client = session.client("s3", config=Config(**settings), **arguments)

@@ -16,9 +16,7 @@ from e2p_ray.errors import IncompatibleError
 from e2p_ray.plan.inputs import stable_hash
 from e2p_ray.plan.pairs import bucket_of
 from e2p_ray.schema import GENERATIONS
-from e2p_ray.storage import Storage
-
-_BATCH_ROWS = 1 << 16
+from e2p_ray.storage import Storage, batches
 
 
 class BucketSpool:
@@ -86,7 +84,7 @@ def spool_published(storage: Storage, table: PublishedTable, spool: BucketSpool,
                     f"{uri}: the published table has no column {missing[0]!r}, so nothing of it can be carried over"
                 )
                 raise IncompatibleError(f"{problem}. Give --full to write it anew")
-            for batch in file.iter_batches(_BATCH_ROWS, columns=GENERATIONS.names, use_threads=False):
+            for batch in batches(file, GENERATIONS.names):
                 rows = pa.Table.from_batches([batch]).select(GENERATIONS.names).cast(GENERATIONS)
                 users.add(hash_rows(rows["user_id"]))
                 spool.add(rows)

@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 
 from e2p_ray.commit import PublishedTable, Run
+from e2p_ray.commit.run import map_ahead
 from e2p_ray.commit.spool import HashSpool, hash_rows
 from e2p_ray.fingerprint import FINGERPRINT_CHARS, PART_CHARS
 from e2p_ray.plan import Plan, ShardEntry, ShardSize
@@ -126,7 +127,11 @@ class Comparison:
 
     def _planned(self, number: int, shards: list[ShardEntry]) -> PlannedRows:
         job = self.job
-        read = [read_planned_rows(job.storage, job.plan.uri, s.shard_id, job.settings_of) for s in shards]
+
+        def rows_of(shard: ShardEntry) -> PlannedRows:
+            return read_planned_rows(job.storage, job.plan.uri, shard.shard_id, job.settings_of)
+
+        read = list(map_ahead(rows_of, shards))
         requests = pl.concat([REQUESTS.to_frame(), *(rows.requests for rows in read)])
         contents = pl.concat([CONTENTS.to_frame(), *(rows.contents for rows in read)])
         buckets = bucket_of(contents["content_hash"].to_numpy(), self.num_buckets)

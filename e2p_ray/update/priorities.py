@@ -10,12 +10,11 @@ import pyarrow as pa
 
 from e2p_ray.errors import InputError
 from e2p_ray.plan.inputs import stable_hash
-from e2p_ray.storage import Storage
+from e2p_ray.storage import Storage, batches
 from e2p_ray.update.buckets import BucketSpool
 from e2p_ray.update.limits import Priority
 
 PRIORITIES = pa.schema([("user_id", pa.string()), ("content_id", pa.string()), ("priority", pa.float64())])
-_BATCH_ROWS = 1 << 16
 
 
 def _read(storage: Storage, candidates_uri: str, priority: Priority) -> Iterator[pl.DataFrame]:
@@ -27,7 +26,7 @@ def _read(storage: Storage, candidates_uri: str, priority: Priority) -> Iterator
         with storage.open_parquet(info) as file:
             _check_column(file.schema_arrow, priority.column, info.uri)
             columns = list(dict.fromkeys(["user_id", "content_id", priority.column]))
-            for batch in file.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+            for batch in batches(file, columns):
                 yield pl.DataFrame(pl.from_arrow(batch)).select(
                     pl.col("user_id", "content_id").cast(pl.String).fill_null(""),
                     priority=pl.col(priority.column).cast(pl.Float64).fill_nan(None)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
-from e2p_ray.commit import PublishedTable, Run
+from e2p_ray.commit import PublishedTable, Run, pending_shards
 from e2p_ray.commit.spool import HashSpool
 from e2p_ray.errors import ConservationError
 from e2p_ray.plan import Plan, load_plan
@@ -70,8 +70,11 @@ def make_update(
     nor carried over nor deferred, or more than one of these.
     """
     if job.storage.exists(manifest_uri(run.plan_uri)):
-        say(f"the update {run.plan_uri} is finished already")
-        return load_update(job.storage, run.plan_uri)
+        update = load_update(job.storage, run.plan_uri)
+        if not pending_shards(job.storage, replace(run, shard_ids=update.carried_ids)):
+            say(f"the update {run.plan_uri} is finished already")
+            return update
+        say(f"the update {run.plan_uri} is written again: what it carries over is not there any more")
     with Comparison(job, run, limits) as comparison:
         changes, order = count(comparison, limits, say)
         if shows_already(job.table, changes):

@@ -57,13 +57,16 @@ class ShardWriter:
         requests = pl.concat(self._requests).join(contents.select("content_id", "content"), on="content_id")
         requests = requests.sort("content", "task", "user_id")
         old = pa.concat_tables(self._old) if self._old else None
+        if old is not None:
+            places = pl.DataFrame(pl.from_arrow(old.select(_KEY))).with_row_index("old")
+            requests = requests.join(places, on=_KEY, how="left", maintain_order="left")
         packs = list(pack(list(self._slices(requests, text_bytes_of(contents))), self._requests_per_shard))
         for slices in packs if last else packs[:-1]:
             self._write_one(requests, contents, slices, old)
         rest = requests[packs[-1][0].start :]
-        self._requests = [] if last else [rest.drop("content")]
+        self._requests = [] if last else [rest.drop("content", "old", strict=False)]
         self._contents = [] if last else [contents.join(rest, on="content_id", how="semi").select(CONTENTS.names())]
-        self._old = [] if last or old is None else [_rows_of(old, rest)]
+        self._old = [] if last or old is None else [_old_rows(old, rest)]
 
     def _slices(self, requests: pl.DataFrame, text_bytes: list[int]) -> Iterator[Slice]:
         """Groups: one content and task each, capped."""
@@ -80,17 +83,16 @@ class ShardWriter:
         shard = write_shard(storage, update_uri, requests, contents, slices, self._job.plan.embedding_dim)
         rows = requests[slices[0].start : slices[-1].stop]
         if old is not None:
-            storage.write_table(old_rows_uri(update_uri, shard.shard_id), _rows_of(old, rows))
+            storage.write_table(old_rows_uri(update_uri, shard.shard_id), _old_rows(old, rows))
             if (failed := letters_of(rows)).num_rows:
                 storage.write_table(failed_uri(update_uri, shard.shard_id), failed)
         self._keys.add(hash_rows(*(rows[name].to_arrow() for name in _KEY)))
         self._shards.append(shard)
 
 
-def _rows_of(old: pa.Table, requests: pl.DataFrame) -> pa.Table:
-    """Published rows of these requests."""
-    keys = pl.DataFrame(pl.from_arrow(old.select(_KEY))).with_row_index("row")
-    return old.take(keys.join(requests, on=_KEY, how="semi")["row"].sort().to_arrow())
+def _old_rows(old: pa.Table, requests: pl.DataFrame) -> pa.Table:
+    """Published rows of these requests, which know their places in `old`."""
+    return old.take(requests["old"].drop_nulls().sort().to_arrow())
 
 
 def write_carried(job: UpdateJob, run: Run, bucket: Bucket, deferred: pl.DataFrame, keys: HashSpool) -> list[str]:
