@@ -244,7 +244,7 @@ def test_a_table_that_changes_meanwhile_stops_it(tmp_path: Path, monkeypatch: py
     assert before <= objects(world)
 
 
-@pytest.mark.parametrize("num_deleted", [1, 6, 12, 30])
+@pytest.mark.parametrize("num_deleted", [6, 48, 54, 62])  # markers are gone, and dead letters of one plan or another
 def test_a_killed_vacuum_leaves_nothing_that_looks_complete(num_deleted: int, tmp_path: Path) -> None:
     """Manifests go first, then markers."""
     world, gone = make_old_world(tmp_path)
