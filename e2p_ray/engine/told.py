@@ -12,8 +12,8 @@ from e2p_ray.schema import UserEmbedding
 
 TokenIds = tuple[int, ...]
 
-MAX_TEXTS = 32  # that are remembered of one content, and as many users for whom they were written
-MAX_CONTENTS = 256
+_MAX_TEXTS = 32  # that are remembered of one content, and as many users for whom they were written
+_MAX_CONTENTS = 256
 
 
 class Told:
@@ -26,8 +26,8 @@ class Told:
 
     def __init__(self) -> None:
         self._counts: dict[TokenIds, int] = {}
-        self._numbers: dict[TokenIds, int] = {}  # the how manieth new one each text was
-        self._users: npt.NDArray[np.float32] | None = None  # (MAX_TEXTS, embedding size), the oldest replaced
+        self._numbers: dict[TokenIds, int] = {}  # of each text: how many new ones there were with it
+        self._users: npt.NDArray[np.float32] | None = None  # (_MAX_TEXTS, embedding size), the oldest replaced
         self._of_users: list[TokenIds] = []  # what was written for them
         self._num_users = 0
         self.num_new = 0  # texts that were not known when they were told
@@ -35,7 +35,7 @@ class Told:
 
     def add(self, text: TokenIds, user: UserEmbedding | None) -> None:
         if text not in self._counts:
-            if len(self._counts) == MAX_TEXTS:
+            if len(self._counts) == _MAX_TEXTS:
                 rarest = min(self._counts, key=self._counts.__getitem__)
                 del self._counts[rarest], self._numbers[rarest]
             self.num_new += 1
@@ -44,8 +44,8 @@ class Told:
         self.last = text
         if user is not None:
             if self._users is None:
-                self._users = np.empty((MAX_TEXTS, len(user)), np.float32)
-            place = self._num_users % MAX_TEXTS
+                self._users = np.empty((_MAX_TEXTS, len(user)), np.float32)
+            place = self._num_users % _MAX_TEXTS
             self._users[place] = user
             self._of_users[place : place + 1] = [text]
             self._num_users += 1
@@ -81,7 +81,7 @@ class ToldTexts:
         key = (row.segments.left, row.segments.right)
         told = self._by_content.setdefault(key, Told())
         self._by_content.move_to_end(key)
-        if len(self._by_content) > MAX_CONTENTS:
+        if len(self._by_content) > _MAX_CONTENTS:
             self._by_content.popitem(last=False)
         return told
 
