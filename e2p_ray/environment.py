@@ -29,7 +29,7 @@ def variables_set(variables: Mapping[str, str], *, replace: bool) -> Iterator[No
 
 
 def names_no_cluster(address: str | None) -> bool:
-    """Whether neither a configuration nor the environment says where a Ray is, so that a job starts its own; so says `local`, too."""
+    """Whether neither a configuration nor the environment names a Ray, or it is `local`: a job starts its own then."""
     return _named(address) in (None, _LOCAL)
 
 
