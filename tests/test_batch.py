@@ -331,7 +331,7 @@ def test_a_worker_that_does_not_come_back_is_replaced(tmp_path: Path, tries: Pat
 
 
 def test_after_a_stall_the_next_pass_has_workers(tmp_path: Path, tries: Path) -> None:
-    workers = {"min_size": 2, "max_size": 2, "max_shard_attempts": 2, "max_stall_s": 8, "max_poison_requests": 0}
+    workers = {"min_size": 2, "max_size": 2, "max_shard_attempts": 2, "max_stall_s": 12, "max_poison_requests": 0}
     job = opened(tmp_path, workers=workers)
     summary = run_batch(job.config, job.storage, job.run, engine_factory=WithoutEnd(tries, num_first=2))
     assert not pending_shards(job.storage, job.run)

@@ -31,7 +31,6 @@ from e2p_ray.commit import (
     ShardStats,
     check_gates,
     commit_shard,
-    consent,
     load_run,
     open_run,
     pending_shards,
@@ -658,7 +657,7 @@ def test_a_null_switch_means_no(local: World) -> None:
 
 def test_bytes_that_are_no_text_in_the_users_table_are_named(local: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the second of three batches: the row is the file's."""
-    monkeypatch.setattr(consent, "_BATCH_ROWS", 2)
+    monkeypatch.setattr("e2p_ray.storage._BATCH_ROWS", 2)
     local.write_users(with_broken(users_table(), "user_id", 3))
     said = f"{local.users_uri}, column 'user_id', row 3 .counted from 0.: not UTF-8. Write it anew"
     with pytest.raises(InputError, match=said):
