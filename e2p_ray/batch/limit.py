@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from e2p_ray.batch.tally import Tally
-from e2p_ray.commit import Run, read_markers
-from e2p_ray.commit.run import summed
+from e2p_ray.commit import Run, pending_shards
+from e2p_ray.commit.run import dead_letter_codes, dead_letter_files
 from e2p_ray.errors import GateError
 from e2p_ray.schema import ErrorCode
 from e2p_ray.storage import Storage
@@ -32,7 +32,12 @@ class DeadLetterLimit:
         )
 
     def _codes(self) -> Counter[str]:
-        """The dead letters of all committed shards by code."""
-        found = summed(read_markers(self._storage, self._run), "error_codes")
+        """The dead letters of all committed shards by code.
+
+        One that is not committed yet may have its file already: it would count again when it is.
+        """
+        pending = set(pending_shards(self._storage, self._run))
+        files = dead_letter_files(self._storage, self._run)
+        found = dead_letter_codes(self._storage, [info for shard, info in files.items() if shard not in pending])
         found.pop(ErrorCode.DEFERRED, None)  # nothing is wrong with those
         return found

@@ -153,8 +153,8 @@ def dead_letter_files(storage: Storage, run: Run) -> dict[str, ObjectInfo]:
 def dead_letter_codes(storage: Storage, files: Iterable[ObjectInfo]) -> Counter[str]:
     """How many dead letters are in these files of a run or a plan, by code."""
     found = Counter[str]()
-    for info in files:
-        found.update(storage.read_table(info.uri, ["error_code"])["error_code"].to_pylist())
+    for letters in map_ahead(lambda info: storage.read_table(info.uri, ["error_code"]), list(files)):
+        found.update(letters["error_code"].to_pylist())
     return found
 
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from e2p_ray.commit.spool import hash_key, hash_rows
 from e2p_ray.errors import ConfigError, StorageError
 from e2p_ray.storage import ObjectInfo, Storage
-from e2p_ray.storage.utf8 import require_utf8
+from e2p_ray.storage.utf8 import require_utf8, without_views
 
 _BATCH_ROWS = 16_384
 _MAX_HASHES = 1 << 16
@@ -161,7 +161,8 @@ class Copies:
                 self._storage.open_parquet(info) as file,
             ):
                 self._check(file.schema_arrow, info.uri)
-                schema = _plain(self._change(file.schema_arrow.empty_table().select(self._columns)).schema)
+                plain = _plain(self._change(file.schema_arrow.empty_table().select(self._columns)).schema)
+                schema = without_views(plain.empty_table()).schema
                 with pa.ipc.new_file(sink, schema) as writer:
                     for group in range(file.metadata.num_row_groups):
                         rows = file.read_row_group(group, columns=self._columns, use_threads=False)
@@ -203,12 +204,9 @@ def _hashes_of(key: tuple[str, ...]) -> tuple[np.uint64, np.uint64]:
 
 
 def _plain(schema: pa.Schema) -> pa.Schema:
-    """The schema with values in place of dictionaries, which differ from row group to row group, and without views.
-
-    Delta writes views after a DELETE; Arrow (26) neither filters nor searches them.
-    """
+    """The schema with values in place of dictionaries: these differ from row group to row group."""
     fields = (f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in schema)
-    return pa.schema([f.with_type(pa.string()) if pa.types.is_string_view(f.type) else f for f in fields])
+    return pa.schema(list(fields))
 
 
 class Freshness:
