@@ -48,7 +48,8 @@ JOB = Job(
     "new version is published. `jobs.plan` says beforehand what would change. What a limit leaves keeps its old row\n"
     "(or is a dead letter `deferred` until it has one); the same command goes on with it, also after a closed gate\n"
     "that further texts could open.\n"
-    "Interrupted at any point, the same command resumes: only shards that are not committed yet are generated.\n"
+    "Interrupted before its version is published, the same command resumes: only shards that are not committed yet\n"
+    "are generated. Behind that it begins anew with --full, and with a limit goes on with what is left.\n"
     "Exit code 4: complete but not published (a gate, or the table was changed meanwhile), or not begun (the\n"
     "plan has more dead letters than gates.max_dead_letter_share allows, also for --no-publish); 5: shards are left.",
     config=JobConfig,

@@ -18,7 +18,7 @@ def add_limits(parser: argparse.ArgumentParser) -> None:
         "--priority",
         metavar="COLUMN",
         help="what comes first under a limit: a numeric column of the candidates table, highest value first, `rank` "
-        "lowest first, or COLUMN:asc, COLUMN:desc (default: requests without a text)",
+        "lowest first, or COLUMN:asc, COLUMN:desc (default: requests without a text, then the oldest texts)",
     )
     parser.add_argument(
         "--no-publish", action="store_true", help="stop before publishing; `jobs.publish` does it later"

@@ -156,7 +156,7 @@ def _done(
     write_report(storage, run, report)
     if action is not None:
         version = _published(config, setup, run, limits)
-        # First of all: should what follows fail, the same command finds nothing to do any more.
+        # First of all: should what follows fail, the same command finds nothing to do, or (`--full`) begins anew.
         record(storage, config.output.uri, action, published_ids(run, version))
         report = report.with_version(version)
         if version.num_files_suppressed:  # some of these users may have opted out since the report was built

@@ -799,6 +799,32 @@ def test_a_restored_version_is_the_one_that_is_compared(world: World) -> None:
     assert_exact(world, world.run)
 
 
+def test_rows_deleted_behind_a_restore_are_written_again(world: World) -> None:
+    shown, users = dict(world.shown), dict(world.users)
+    _change_vector(world)
+    world.run()
+    world.table().restore(0)
+    world.table().delete("user_id = 'user-003'")
+    world.users = users
+    world.shown = {key: wanted for key, wanted in shown.items() if key[0] != "user-003"}
+    assert_exact(world, world.run)
+    assert_nothing_to_do(world)
+
+
+@pytest.mark.parametrize("limits", [Limits(max_requests=7), Limits(max_seconds=1e-9)])
+def test_what_somebody_wrote_twice_stays_once_until_it_is_written_anew(world: World, limits: Limits) -> None:
+    before = world.rows()
+    write_deltalake(world.table(), world.table().to_pyarrow_table(), mode="append")
+    report = world.run(limits)
+    assert set(world.rows()) == set(before)
+    assert report.causes == {"new_candidate": len(before)}
+    assert report.num_deferred >= len(before) - 14
+    _runs(world, limits)
+    rows = world.rows()
+    assert set(rows) == set(before)
+    assert not {row["run_id"] for row in rows.values()} & {row["run_id"] for row in before.values()}
+
+
 def test_a_row_that_somebody_wrote_twice_is_written_anew(world: World) -> None:
     first = min(world.shown)
     row = world.table().to_pyarrow_table().filter((pc.field("user_id") == first[0]) & (pc.field("task") == first[2]))
@@ -977,13 +1003,15 @@ def test_the_most_important_come_first(world: World, priority: str, sign: int) -
 
 
 def test_the_order_under_a_limit() -> None:
-    """Those that failed last, then by priority, then those without a text first, then as they lie."""
+    """Those that failed last, then by priority, then those without a text first, then the oldest, then as they lie."""
     in_order = [
-        (-2.0, False, 0), (0.0, True, 0), (0.0, True, 0), (0.0, False, 0), (1.0, True, 0), (np.inf, True, 0),
-        (-9.0, True, 1), (-9.0, False, 1), (-10.0, True, 2),
+        (-2.0, False, 7, 7, 0), (0.0, True, 0, 0, 0), (0.0, True, 0, 0, 0), (0.0, False, 5, 8, 0),
+        (0.0, False, 5, 9, 0), (0.0, False, 6, 6, 0), (1.0, True, 0, 0, 0), (np.inf, True, 0, 0, 0),
+        (-9.0, True, 0, 0, 1), (-9.0, False, 1, 1, 1), (-10.0, True, 0, 0, 2),
     ]  # fmt: skip
-    lie = [8, 3, 5, 1, 0, 7, 2, 4, 6]  # of two alike the first lies first
-    columns = {"priority": pl.Float64, "is_new": pl.Boolean, "standing": pl.Int8}
+    lie = [10, 5, 4, 7, 1, 0, 9, 2, 6, 8, 3]  # of two alike the first lies first
+    ages = {"content_since": pl.Int64, "since": pl.Int64}
+    columns = {"priority": pl.Float64, "is_new": pl.Boolean} | ages | {"standing": pl.Int8}
     ranks = pl.DataFrame([in_order[at] for at in lie], schema=columns, orient="row")
 
     def tiers(limits: Limits, requests_per_shard: int = 100) -> list[int]:
@@ -994,14 +1022,28 @@ def test_the_order_under_a_limit() -> None:
         by_place = dict(zip(lie, found.tiers.tolist(), strict=True))
         return [by_place[at] for at in range(len(lie))]
 
-    for number in range(1, 10):
-        assert tiers(Limits(max_requests=number)) == [0] * number + [-1] * (9 - number)
+    for number in range(1, 12):
+        assert tiers(Limits(max_requests=number)) == [0] * number + [-1] * (11 - number)
     by_score = Priority("score", True)
-    assert tiers(Limits(max_seconds=1.0, priority=by_score), 3) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert tiers(Limits(6, 1.0, by_score), 3) == [0, 0, 0, 1, 1, 1, -1, -1, -1]
-    assert tiers(Limits(max_seconds=1.0, priority=by_score), 1) == [0, 0, 1, 2, 3, 4, 5, 6, 7], "eight at most"
-    assert tiers(Limits(max_seconds=1.0)) == [1, 0, 0, 1, 0, 0, 2, 2, 2]
+    assert tiers(Limits(max_seconds=1.0, priority=by_score), 3) == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert tiers(Limits(6, 1.0, by_score), 3) == [0, 0, 0, 1, 1, 1, -1, -1, -1, -1, -1]
+    assert tiers(Limits(max_seconds=1.0, priority=by_score), 1) == [0, 0, 1, 2, 2, 3, 4, 5, 5, 6, 7], "eight at most"
+    assert tiers(Limits(max_seconds=1.0)) == [1, 0, 0, 1, 1, 1, 0, 0, 2, 2, 2]
     assert Changes({"new_user": 9}, num_deferred=2, num_settled=3).num_to_write == 4
+
+
+@pytest.mark.parametrize("limits", [Limits(max_requests=14), Limits(max_seconds=1e-9)])
+def test_what_changes_before_every_limited_run_is_written_in_turns(world: World, limits: Limits) -> None:
+    everything, written = set[Key](), set[Key]()
+    for number in range(1, 16):
+        for at, (user, found) in enumerate(world.users.items()):
+            world.users[user] = replace(found, vector=vector(100 * number + at) if found.vector else None)
+        everything |= world.changed()
+        report = world.run(limits)
+        now = {key for key, row in world.rows().items() if row["run_id"] == report.run_id}
+        assert 0 < len(now) < len(everything) / 3, "the control: one run is far from all"
+        written |= now
+    assert written == everything
 
 
 def test_of_repeated_candidates_the_best_counts_and_one_without_a_value_comes_last(
@@ -1343,6 +1385,20 @@ def test_old_rows_hold_a_gate_closed_until_enough_of_them_are_written_anew(world
     assert set(rows) == set(world.wanted())
     world.run(full=True)
     assert {key: row["text"] for key, row in rows.items()} == {key: row["text"] for key, row in world.rows().items()}
+
+
+def test_dead_letters_that_other_inputs_may_have_made_good_close_no_gate_while_they_wait(hopeless: World) -> None:
+    dead, limits = _dead(hopeless), Limits(max_requests=3)
+    gates = hopeless.config.gates.model_copy(update={"max_dead_letter_share": len(dead) / len(_keys(hopeless))})
+    hopeless.config = hopeless.config.model_copy(update={"gates": gates})
+    hopeless.run(Limits(max_requests=99))
+    hopeless.contents |= {"content-00": content(0), "content-01": content(1, " It is open.")}
+    for user in ("user-002", "user-003"):
+        del hopeless.candidates[user, "content-02"]  # a larger share of what is left
+    report = hopeless.run(limits)
+    assert set(_letters(hopeless, report)) == dead
+    _runs(hopeless, limits)
+    assert set(hopeless.rows()) == _keys(hopeless)
 
 
 def test_control_a_gate_that_no_further_text_opens_costs_nothing_again(hopeless: World) -> None:

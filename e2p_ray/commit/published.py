@@ -130,7 +130,6 @@ def shown_by(table: DeltaTable) -> Shown | None:
         operation = entry.get("operation")
         if operation == "RESTORE":
             version = int(entry["operationParameters"].get("version") or -1)
-            rows_deleted = False
         elif operation in _DELETING or operation in UPKEEP:
             rows_deleted |= operation in _DELETING
             version -= 1

@@ -74,7 +74,8 @@ class Bucket(NamedTuple):
     """The plan and the table, as far as they are about the contents of one bucket.
 
     `changed` has the columns of `REQUESTS` and `at` (the row of `published` with its key, or null), `cause` (null where
-    only the known users can tell), `draft`, `priority`, `letter` (see failed.py); `carried` are rows of `published`.
+    only the known users can tell), `draft`, `generated_at`, `priority`, `letter` (see failed.py); `carried` are rows of
+    `published`.
     """
 
     number: int
@@ -140,8 +141,12 @@ class Comparison:
 
     def _compared(self, number: int, planned: PlannedRows, published: pa.Table) -> Bucket:
         old = pl.DataFrame(pl.from_arrow(published.select([*_KEY, "fingerprint"]))).with_row_index("at")
-        # A key that somebody wrote twice has no row that could be trusted.
-        single = old.unique(_KEY, keep="none").rename({"fingerprint": "old"})
+        is_single = ~pl.struct(_KEY).is_duplicated()
+        single = old.select("at", *_KEY, old=pl.when(is_single).then("fingerprint")).unique(_KEY, keep="last")
+        if single.height < old.height:
+            # Of a key that somebody wrote twice no row can be trusted: one stays until it is written anew.
+            kept = old.select(pl.when(is_single).then("fingerprint").otherwise(pl.lit(""))).to_series()
+            published = _with_fingerprints(published, kept)
         rows = planned.requests.join(single, on=_KEY, how="left", maintain_order="left")
         is_carried = (pl.col("old") == pl.col("fingerprint")).fill_null(False)
         changed = self._with_cause(rows.filter(~is_carried), old["content_id"], published)
@@ -157,18 +162,18 @@ class Comparison:
         )
 
     def _with_cause(self, rows: pl.DataFrame, known_contents: pl.Series, published: pa.Table) -> pl.DataFrame:
-        columns = ["text", "arm", "projector_id", "base_model_id", "prompt_id"]
+        columns = ["text", "arm", "projector_id", "base_model_id", "prompt_id", "generated_at"]
         old = pl.DataFrame(pl.from_arrow(published.select(columns))).rename({"prompt_id": "old_prompt_id"})
         rows = rows.hstack(old.select(pl.all().gather(rows["at"])) if old.height else old.clear(rows.height))
         unpersonalized = pl.col("user_embedding").is_null()
         own_arm = pl.when(unpersonalized).then(pl.lit(str(Arm.NO_SOFT_TOKEN))).otherwise(pl.lit(str(Arm.SOFT_TOKEN)))
         known = pl.col("content_id").is_in(known_contents.unique().implode())
         rows = rows.with_columns(
-            cause=pl.when(pl.col("at").is_not_null()).then(self._cause_of_known())
+            cause=pl.when(pl.col("old").is_not_null()).then(self._cause_of_known())
             .when(~known).then(pl.lit(str(Cause.NEW_CONTENT))),
             draft=pl.when(pl.col("arm") == own_arm).then("text"),
         )  # fmt: skip
-        return rows.select(*REQUESTS.names(), "at", "cause", "draft")
+        return rows.select(*REQUESTS.names(), "at", "cause", "draft", "generated_at")
 
     def _cause_of_known(self) -> pl.Expr:
         def differs(part: int) -> pl.Expr:
@@ -199,3 +204,9 @@ class Comparison:
         if self._failed is None:
             return changed.with_columns(letter=pl.lit(None, dtype=LETTER))
         return with_letters(changed, self._failed.rows(number))
+
+
+def _with_fingerprints(rows: pa.Table, fingerprints: pl.Series) -> pa.Table:
+    place = rows.schema.get_field_index("fingerprint")
+    field = rows.schema.field(place)
+    return rows.set_column(place, field, fingerprints.to_arrow().cast(field.type))

@@ -42,7 +42,8 @@ def commit_kept(
     letters = [
         _letter(RequestKey(*key), letter, shard_id, run) for *key, letter in waiting.select(*_KEY, "letter").iter_rows()
     ]
-    num_carried += int(waiting.select(is_settled().sum()).item())
+    num_settled = int(waiting.select(is_settled().sum()).item())
+    num_carried += num_settled
     now, num_requests = datetime.now(UTC), rows.num_rows + len(letters)
     stats = ShardStats(
         num_requests=num_requests,
@@ -56,6 +57,7 @@ def commit_kept(
         worker="",
         num_carried=num_carried,
         num_deferred=num_requests - num_carried,
+        num_untried=int(waiting["letter"].is_not_null().sum()) - num_settled,
     )
     commit_rows(storage, run, shard_id, rows.combine_chunks().cast(GENERATIONS), letters, stats)
     return stats.num_deferred

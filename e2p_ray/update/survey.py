@@ -23,6 +23,8 @@ _UNTRIED, _SETTLED = 0, 2  # standings: how much there is to say against trying 
 _RANK = (
     pl.col("priority").fill_null(np.inf),
     pl.col("at").is_null().alias("is_new"),
+    pl.col("generated_at").min().over("content_id").to_physical().fill_null(0).alias("content_since"),
+    pl.col("generated_at").to_physical().fill_null(0).alias("since"),
     (pl.col("letter").is_not_null().cast(pl.Int8) + is_settled().cast(pl.Int8)).alias("standing"),
 )
 
@@ -117,14 +119,18 @@ def _of_new_pairs(undecided: HashSpool, known_users: HashSpool) -> Counter[str]:
 
 
 def _order(ranks: pl.DataFrame, limits: Limits, shard_size: ShardSize) -> Order:
-    """By priority, those that failed before last; of equals first those that have no text at all, then as they lie.
+    """By priority, those that failed before last; of equals first those that have no text at all, then the oldest.
+
+    The contents with the oldest texts, and their oldest first: where inputs change faster than a limit lets texts be
+    written, the same ones would otherwise be written in every run, and others never.
 
     Without a priority contents stay whole as far as they can: new requests are one tier, those that have a text
     another, those that failed before the last.
     """
     num_rows = ranks.height
-    priorities, are_new, standings = (ranks[name].to_numpy() for name in ("priority", "is_new", "standing"))
-    ranked = np.lexsort((np.arange(num_rows), ~are_new, priorities, standings))
+    names = ("priority", "is_new", "content_since", "since", "standing")
+    priorities, are_new, content_since, since, standings = (ranks[name].to_numpy() for name in names)
+    ranked = np.lexsort((np.arange(num_rows), since, content_since, ~are_new, priorities, standings))
     num_chosen = min(num_rows, limits.max_requests or num_rows)
     chosen = ranked[:num_chosen]
     tiers = np.full(num_rows, DEFERRED, dtype=np.int8)

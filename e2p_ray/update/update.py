@@ -21,7 +21,7 @@ from e2p_ray.update.limits import Limits
 from e2p_ray.update.survey import Changes, Order, count
 from e2p_ray.update.write import ShardWriter, write_carried
 
-_FORMAT = 1  # counts up when the same plan and table give another update
+_FORMAT = 2  # counts up when the same plan and table give another update
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import itemgetter
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from e2p_ray.commit import Run
 from e2p_ray.commit.run import CARRIED
@@ -20,6 +22,7 @@ from e2p_ray.update.planned import CONTENTS
 
 _KEY = list(RequestKey._fields)
 _CARRIED_COLUMNS = [*_KEY, "title", "language"]  # what verify, consent and the report read of a planned file
+_OF_ORDER = ["priority", "cause", "fingerprint", "prompt_id", "content_hash", "generated_at"]
 _CARRIED_ROWS = 1 << 17  # of one carried shard at most: a hot content is one bucket
 
 
@@ -32,13 +35,13 @@ class ShardWriter:
         self._requests: list[pl.DataFrame] = []
         self._contents: list[pl.DataFrame] = []
         self._old: list[pa.Table] = []
-        self._shards: list[ShardEntry] = []
+        self._shards: list[tuple[int, ShardEntry]] = []
 
     def add(self, bucket: Bucket, changed: pl.DataFrame) -> None:
         """Requests of one bucket; buckets come in the order of their contents' hashes."""
         if changed.is_empty():
             return
-        self._requests.append(changed.drop("priority", "cause", "fingerprint", "prompt_id", "content_hash"))
+        self._requests.append(changed.drop(_OF_ORDER))
         self._contents.append(bucket.contents.join(changed, on="content_id", how="semi"))
         if self._keep_old:
             self._old.append(bucket.published.take(changed["at"].drop_nulls().to_arrow()))
@@ -46,10 +49,13 @@ class ShardWriter:
             self._write(last=False)
 
     def finish(self) -> list[ShardEntry]:
-        """All shards, in the order of their contents."""
+        """All shards in the order of their contents; with old rows, those that have the oldest first.
+
+        Where the time ends before the last one, other inputs would otherwise have the same ones written again.
+        """
         if self._requests:
             self._write(last=True)
-        return self._shards
+        return [shard for _, shard in sorted(self._shards, key=itemgetter(0))]
 
     def _write(self, *, last: bool) -> None:
         contents = pl.concat([CONTENTS.to_frame(), *self._contents]).sort("content_hash", "content_id")
@@ -82,12 +88,15 @@ class ShardWriter:
         storage, update_uri = self._job.storage, self._run.plan_uri
         shard = write_shard(storage, update_uri, requests, contents, slices, self._job.plan.embedding_dim)
         rows = requests[slices[0].start : slices[-1].stop]
+        since = 0
         if old is not None:
-            storage.write_table(old_rows_uri(update_uri, shard.shard_id), _old_rows(old, rows))
+            old = _old_rows(old, rows)
+            since = pc.min(old["generated_at"].cast(pa.int64())).as_py() or 0
+            storage.write_table(old_rows_uri(update_uri, shard.shard_id), old)
             if (failed := letters_of(rows)).num_rows:
                 storage.write_table(failed_uri(update_uri, shard.shard_id), failed)
         self._keys.add(hash_rows(*(rows[name].to_arrow() for name in _KEY)))
-        self._shards.append(shard)
+        self._shards.append((since, shard))
 
 
 def _old_rows(old: pa.Table, requests: pl.DataFrame) -> pa.Table:
