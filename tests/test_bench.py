@@ -82,7 +82,7 @@ class TestBackfill:
         monkeypatch.setattr(decoder, "measure_pass_cost", lambda base: pass_cost(1024))
         lines = results_of(backfill, ["--rows", "20", "--repeats", "1"], monkeypatch, capsys)
         lines = [line for line in lines if line["system"] == "drafts"]
-        assert [line["equal_to_full"] for line in lines] == [1.0] * 8
+        assert [line["equal_to_full"] for line in lines] == [1.0] * 10
         for rows_per_call, same_texts in ((1, 0.8), (4, 0.75)):
             found = {line["case"].split()[0]: line for line in lines if line["rows_per_call"] == rows_per_call}
             assert found["unchanged80"]["same_texts"] == same_texts
@@ -93,6 +93,8 @@ class TestBackfill:
             assert accepted[1] > 0.3
             assert accepted[2] > 0.7
             assert all(line["draft_tokens"] > 0 for line in found.values())
+            assert 0.75 < found["kept80"]["same_texts"] < 0.95
+            assert found["kept80"]["accepted"] > 0.3
             assert found["first"]["same_texts"] > 0.7
             assert found["first"]["accepted"] > 0.5
 

@@ -2,9 +2,10 @@
 
 A backfill after something changed for a part of the users: every request comes with the text that was published, and a
 share of the texts stays the same. First texts online, for users who are alike in kinds: what was written for one of
-them is a guess for the next. Full and drafted run on the same pairs, in calls of a few rows (online, small groups:
-a pass is bound by its weights and launches) up to a full wave (bound by arithmetic: nothing to gain, nothing to lose).
-A 30 M Llama with random weights that writes letters only, so that texts are tokens; nothing of the engine is replaced.
+them is a guess for the next. `kept`: a backfill of few contents, kept from call to call, so that steps are all that is
+left. Full and drafted run on the same pairs, in calls of a few rows (online, small groups: a pass is bound by its
+weights and launches) up to a full wave (bound by arithmetic: nothing to gain, nothing to lose). A 30 M Llama with
+random weights that writes letters only, so that texts are tokens; nothing of the engine is replaced.
 
 It ends with code 1 and says why where a text differs with drafts, and where drafts were to be right and none was
 accepted. `accepted` is empty where none was tried: passes over so many rows are too dear for guesses.
@@ -115,10 +116,18 @@ def measure(
     before = groups_of(case)
     published = _written(base, case, before, drafts=False).texts
     calls = changed(before, 1 - unchanged)
-    return _compared(
-        base, case, _named(f"unchanged{unchanged * 100:.0f}", rows_per_call), calls, with_drafts(calls, published),
-        num_repeats, lambda texts: float(np.mean([text == published[key] for key, text in texts.items()])),
-    )  # fmt: skip
+    name = _named(f"unchanged{unchanged * 100:.0f}", rows_per_call)
+    return _compared(base, case, name, calls, with_drafts(calls, published), num_repeats, _same_share(published))
+
+
+def measure_kept(base: BaseModel, rows_per_call: int, unchanged: float, num_repeats: int) -> list[dict[str, Any]]:
+    """The same of few contents, whose shared part each call finds kept."""
+    case = Case(3, 32, 128, NEW_TOKENS)
+    before = in_calls(groups_of(case), rows_per_call)
+    published = _written(base, case, before, drafts=False).texts
+    calls = changed(before, 1 - unchanged)
+    name = _named(f"kept{unchanged * 100:.0f}", rows_per_call)
+    return _compared(base, case, name, calls, with_drafts(calls, published), num_repeats, _same_share(published))
 
 
 def measure_first(base: BaseModel, rows_per_call: int, num_repeats: int) -> list[dict[str, Any]]:
@@ -132,6 +141,11 @@ def measure_first(base: BaseModel, rows_per_call: int, num_repeats: int) -> list
 
     name = _named("first", rows_per_call)
     return _compared(base, case, name, calls, calls, num_repeats, told_share, is_followed=True)
+
+
+def _same_share(published: Mapping[RequestKey, str]) -> Callable[[Mapping[RequestKey, str]], float]:
+    """Of texts that are what was published."""
+    return lambda texts: float(np.mean([text == published[key] for key, text in texts.items()]))
 
 
 def _named(kind: str, rows_per_call: int) -> str:
@@ -247,6 +261,7 @@ def main() -> None:
             num_rows = max(options.rows // (1 if rows > 4 else 4), rows)
             results += measure(base, num_rows, rows, unchanged, 1 if options.quick else options.repeats)
     for rows in ROWS_PER_CALL[: 1 if options.quick else 3]:
+        results += measure_kept(base, rows, UNCHANGED[0], 1 if options.quick else options.repeats)
         results += measure_first(base, rows, 1 if options.quick else options.repeats)
     print_results("backfill", [{"dtype": options.dtype, **line} for line in results], num_threads=options.threads)
     if problems := problems_of(results):
