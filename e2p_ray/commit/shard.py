@@ -46,7 +46,7 @@ class ShardStats:
     num_texts_kept: int = 0  # of those, the ones that came out the same
     num_carried: int = 0  # requests whose published row still holds
     num_deferred: int = 0  # requests left for a later run: their old rows, and dead letters where there is none
-    num_untried: int = 0  # of these, the dead letters of an earlier run that other inputs may have made good
+    num_failed_before: int = 0  # of these, the dead letters of an earlier run that other inputs may have made good
 
     @property
     def num_generated(self) -> int:

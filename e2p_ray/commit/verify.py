@@ -54,7 +54,7 @@ class RunSummary:
     same_text_shares: Mapping[str, float]  # by task: the share of its personalised texts that are one and the same
     files: tuple[DataFile, ...]
     num_deferred: int = 0  # requests left for a later run, with their old rows or as dead letters
-    num_untried: int = 0  # of these, dead letters of an earlier run whose cause may be gone
+    num_failed_before: int = 0  # of these, dead letters of an earlier run whose cause may be gone
 
     @property
     def num_dead_letters(self) -> int:
@@ -63,7 +63,7 @@ class RunSummary:
     @property
     def dead_letter_share(self) -> float:
         """Of all planned requests; those that a limit left for a later run are no failures."""
-        num_waiting = self.error_codes.get(ErrorCode.DEFERRED, 0) + self.num_untried
+        num_waiting = self.error_codes.get(ErrorCode.DEFERRED, 0) + self.num_failed_before
         return (self.num_dead_letters - num_waiting) / max(1, self.num_requests)
 
     @property
@@ -198,7 +198,7 @@ class _Tally:
         self._texts: dict[str, HashSpool] = {}
         self._counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "reason", "arm", "error_code")}
         self._files: list[DataFile] = []
-        self._num_keys = self._num_deferred = self._num_untried = 0
+        self._num_keys = self._num_deferred = self._num_failed_before = 0
         self._bad_files: dict[str, str] = {}
         self._num_wrong: Counter[str] = Counter()
         self._some_wrong: dict[str, list[RequestKey]] = {}
@@ -213,7 +213,7 @@ class _Tally:
         rows = shard.data.rows
         self._files.append(shard.file)
         self._num_deferred += int(shard.data.stats.get("num_deferred", 0))
-        self._num_untried += int(shard.data.stats.get("num_untried", 0))
+        self._num_failed_before += int(shard.data.stats.get("num_failed_before", 0))
         for name in ("status", "reason", "arm"):
             self._count(name, rows[name])
         letters = to_table(shard.data.dead_letters, DEAD_LETTERS)
@@ -255,7 +255,7 @@ class _Tally:
             },
             files=tuple(self._files),
             num_deferred=self._num_deferred,
-            num_untried=self._num_untried,
+            num_failed_before=self._num_failed_before,
         )
 
     def _count(self, name: str, column: pa.ChunkedArray) -> None:

@@ -141,12 +141,12 @@ class Comparison:
 
     def _compared(self, number: int, planned: PlannedRows, published: pa.Table) -> Bucket:
         old = pl.DataFrame(pl.from_arrow(published.select([*_KEY, "fingerprint"]))).with_row_index("at")
-        is_single = ~pl.struct(_KEY).is_duplicated()
-        single = old.select("at", *_KEY, old=pl.when(is_single).then("fingerprint")).unique(_KEY, keep="last")
+        single = old.unique(_KEY, keep="last").rename({"fingerprint": "old"})
         if single.height < old.height:
             # Of a key that somebody wrote twice no row can be trusted: one stays until it is written anew.
-            kept = old.select(pl.when(is_single).then("fingerprint").otherwise(pl.lit(""))).to_series()
-            published = _with_fingerprints(published, kept)
+            trusted = old.select(pl.when(~pl.struct(_KEY).is_duplicated()).then("fingerprint")).to_series()
+            single = single.with_columns(old=trusted.gather(single["at"]))
+            published = _with_fingerprints(published, trusted.fill_null(""))
         rows = planned.requests.join(single, on=_KEY, how="left", maintain_order="left")
         is_carried = (pl.col("old") == pl.col("fingerprint")).fill_null(False)
         changed = self._with_cause(rows.filter(~is_carried), old["content_id"], published)
@@ -158,7 +158,7 @@ class Comparison:
             changed=self._with_letters(number, self._with_priority(number, changed)),
             carried=rows.filter(is_carried)["at"].sort(),
             published=published,
-            num_removed=old.select(_KEY).unique().join(planned.requests, on=_KEY, how="anti").height,
+            num_removed=single.join(planned.requests, on=_KEY, how="anti").height,
         )
 
     def _with_cause(self, rows: pl.DataFrame, known_contents: pl.Series, published: pa.Table) -> pl.DataFrame:

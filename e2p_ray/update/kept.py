@@ -57,7 +57,7 @@ def commit_kept(
         worker="",
         num_carried=num_carried,
         num_deferred=num_requests - num_carried,
-        num_untried=int(waiting["letter"].is_not_null().sum()) - num_settled,
+        num_failed_before=int(waiting["letter"].is_not_null().sum()) - num_settled,
     )
     commit_rows(storage, run, shard_id, rows.combine_chunks().cast(GENERATIONS), letters, stats)
     return stats.num_deferred

@@ -22,7 +22,7 @@ from e2p_ray.update.planned import CONTENTS
 
 _KEY = list(RequestKey._fields)
 _CARRIED_COLUMNS = [*_KEY, "title", "language"]  # what verify, consent and the report read of a planned file
-_OF_ORDER = ["priority", "cause", "fingerprint", "prompt_id", "content_hash", "generated_at"]
+_NOT_IN_SHARDS = ["priority", "cause", "fingerprint", "prompt_id", "content_hash", "generated_at"]
 _CARRIED_ROWS = 1 << 17  # of one carried shard at most: a hot content is one bucket
 
 
@@ -41,7 +41,7 @@ class ShardWriter:
         """Requests of one bucket; buckets come in the order of their contents' hashes."""
         if changed.is_empty():
             return
-        self._requests.append(changed.drop(_OF_ORDER))
+        self._requests.append(changed.drop(_NOT_IN_SHARDS))
         self._contents.append(bucket.contents.join(changed, on="content_id", how="semi"))
         if self._keep_old:
             self._old.append(bucket.published.take(changed["at"].drop_nulls().to_arrow()))

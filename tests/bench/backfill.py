@@ -113,21 +113,28 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A backfill: a line for the full run, one for the drafted."""
     case = Case(num_rows // rows_per_call, rows_per_call, 128, NEW_TOKENS)
-    before = groups_of(case)
-    published = _written(base, case, before, drafts=False).texts
-    calls = changed(before, 1 - unchanged)
     name = _named(f"unchanged{unchanged * 100:.0f}", rows_per_call)
-    return _compared(base, case, name, calls, with_drafts(calls, published), num_repeats, _same_share(published))
+    return _backfilled(base, case, name, groups_of(case), unchanged, num_repeats)
 
 
 def measure_kept(base: BaseModel, rows_per_call: int, unchanged: float, num_repeats: int) -> list[dict[str, Any]]:
     """The same of few contents, whose shared part each call finds kept."""
     case = Case(3, 32, 128, NEW_TOKENS)
-    before = in_calls(groups_of(case), rows_per_call)
+    name = _named(f"kept{unchanged * 100:.0f}", rows_per_call)
+    return _backfilled(base, case, name, in_calls(groups_of(case), rows_per_call), unchanged, num_repeats)
+
+
+def _backfilled(
+    base: BaseModel, case: Case, name: str, before: Sequence[Group], unchanged: float, num_repeats: int
+) -> list[dict[str, Any]]:
+    """What these calls wrote is published; then other user embeddings for those that do not stay unchanged."""
     published = _written(base, case, before, drafts=False).texts
     calls = changed(before, 1 - unchanged)
-    name = _named(f"kept{unchanged * 100:.0f}", rows_per_call)
-    return _compared(base, case, name, calls, with_drafts(calls, published), num_repeats, _same_share(published))
+
+    def same_share(texts: Mapping[RequestKey, str]) -> float:
+        return float(np.mean([text == published[key] for key, text in texts.items()]))
+
+    return _compared(base, case, name, calls, with_drafts(calls, published), num_repeats, same_share)
 
 
 def measure_first(base: BaseModel, rows_per_call: int, num_repeats: int) -> list[dict[str, Any]]:
@@ -141,11 +148,6 @@ def measure_first(base: BaseModel, rows_per_call: int, num_repeats: int) -> list
 
     name = _named("first", rows_per_call)
     return _compared(base, case, name, calls, calls, num_repeats, told_share, is_followed=True)
-
-
-def _same_share(published: Mapping[RequestKey, str]) -> Callable[[Mapping[RequestKey, str]], float]:
-    """Of texts that are what was published."""
-    return lambda texts: float(np.mean([text == published[key] for key, text in texts.items()]))
 
 
 def _named(kind: str, rows_per_call: int) -> str:
@@ -255,14 +257,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     base = base_of_letters(MODEL_SIZES["30m"], getattr(torch, options.dtype))
+    num_repeats = 1 if options.quick else options.repeats
     results = []
     for unchanged in UNCHANGED[: 1 if options.quick else None]:
         for rows in ROWS_PER_CALL:
             num_rows = max(options.rows // (1 if rows > 4 else 4), rows)
-            results += measure(base, num_rows, rows, unchanged, 1 if options.quick else options.repeats)
+            results += measure(base, num_rows, rows, unchanged, num_repeats)
     for rows in ROWS_PER_CALL[: 1 if options.quick else 3]:
-        results += measure_kept(base, rows, UNCHANGED[0], 1 if options.quick else options.repeats)
-        results += measure_first(base, rows, 1 if options.quick else options.repeats)
+        results += measure_kept(base, rows, UNCHANGED[0], num_repeats)
+        results += measure_first(base, rows, num_repeats)
     print_results("backfill", [{"dtype": options.dtype, **line} for line in results], num_threads=options.threads)
     if problems := problems_of(results):
         sys.exit("\n".join(problems))
